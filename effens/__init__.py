@@ -1,0 +1,65 @@
+"""Efficient ensembles: uncertainty from many networks for less than many networks' cost."""
+
+from effens import data, nets
+from effens.costs import Costs, measure
+from effens.ensembles.base import Ensemble
+from effens.ensembles.batch import BatchEnsemble, BatchEnsembleConv2d, BatchEnsembleLinear
+from effens.ensembles.deep import DeepEnsemble
+from effens.likelihoods import Categorical, Gaussian, Likelihood, StudentT, mixture
+from effens.scores import (
+    accuracy,
+    auroc,
+    brier,
+    crps,
+    disagreement,
+    diversity_gain,
+    ece,
+    expected_entropy,
+    member_nll,
+    mutual_information,
+    nll,
+    temper,
+    temperature,
+    total_entropy,
+)
+from effens.storage import load, save
+from effens.training import History, device, fit, predict
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchEnsemble",
+    "BatchEnsembleConv2d",
+    "BatchEnsembleLinear",
+    "Categorical",
+    "Costs",
+    "DeepEnsemble",
+    "Ensemble",
+    "Gaussian",
+    "History",
+    "Likelihood",
+    "StudentT",
+    "accuracy",
+    "auroc",
+    "brier",
+    "crps",
+    "data",
+    "device",
+    "disagreement",
+    "diversity_gain",
+    "ece",
+    "expected_entropy",
+    "fit",
+    "load",
+    "measure",
+    "member_nll",
+    "mixture",
+    "mutual_information",
+    "nets",
+    "nll",
+    "predict",
+    "save",
+    "temper",
+    "temperature",
+    "total_entropy",
+]

@@ -1,0 +1,193 @@
+"""What an ensemble costs on this machine: counted where counting is exact, timed where it is not."""
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from effens.ensembles.base import Ensemble
+from effens.likelihoods import Categorical, Likelihood
+from effens.training import make_optimizer
+
+TRAIN_BATCH = 128
+BATCHES = (1, 256)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What was counted and timed.
+
+    Attributes:
+        parameters: numbers that are trained.
+        stored_bytes: all weights and buffers, as kept on disk or on the device.
+        saved_bytes: what a forward pass at batch 128 keeps for the backward pass, parameters not counted.
+        peak_bytes: the most memory allocated at once in a training step at batch 128.
+        train_seconds: median time of a training step at batch 128, AdamW included.
+        latency_p50: seconds of one prediction at batch 1 and at batch 256, median.
+        latency_p99: the same, 99th percentile.
+        flops: floating-point operations of one prediction at batch 1, of matrix products and
+            convolutions, as PyTorch counts them.
+        threads: CPU threads that PyTorch used.
+        device: where it ran.
+    """
+
+    parameters: int
+    stored_bytes: int
+    saved_bytes: int
+    peak_bytes: int
+    train_seconds: float
+    latency_p50: dict[int, float]
+    latency_p99: dict[int, float]
+    flops: int
+    threads: int
+    device: str
+
+    def __str__(self) -> str:
+        mega = 1e6
+        return "\n".join(
+            [
+                f"{self.parameters:,} parameters, {self.stored_bytes / mega:.2f} MB stored",
+                f"training step at batch {TRAIN_BATCH}: {1e3 * self.train_seconds:.2f} ms, "
+                f"{self.saved_bytes / mega:.2f} MB kept for backward, {self.peak_bytes / mega:.2f} MB at the peak",
+                *(
+                    f"prediction at batch {size}: {1e3 * self.latency_p50[size]:.3f} ms (99%: {1e3 * self.latency_p99[size]:.3f} ms)"
+                    for size in BATCHES
+                ),
+                f"{self.flops:,} FLOPs an example, {self.threads} threads, {self.device}",
+            ]
+        )
+
+
+def measure(
+    ensemble: Ensemble, x: Tensor, y: Tensor, *, likelihood: Likelihood | None = None, seconds: float = 0.5
+) -> Costs:
+    """Count and time an ensemble where it is, without changing it.
+
+    Args:
+        ensemble: any ensemble.
+        x: inputs (n, ...); rows are repeated where fewer than a batch are given.
+        y: their targets (n,).
+        likelihood: what the outputs mean; `Categorical` by default.
+        seconds: how long to time each of the three: a training step, and predictions at batch 1 and 256.
+
+    Returns:
+        The counts and times.
+
+    Raises:
+        ValueError: there are no examples.
+    """
+    if len(x) == 0 or len(x) != len(y):
+        raise ValueError(f"x and y must have the same length >= 1, got {len(x)} and {len(y)}")
+    likelihood = Categorical() if likelihood is None else likelihood
+    ensemble = copy.deepcopy(ensemble)
+    place = next(ensemble.parameters()).device
+    x, y = x.to(place), y.to(place)
+    step = training_step(ensemble, x, y, likelihood)
+    ensemble.train()
+    train = durations(step, seconds, place)
+    peak = peak_bytes(step, place)
+    saved = saved_bytes(ensemble, x, y, likelihood)
+
+    ensemble.eval()
+    latency: dict[int, Tensor] = {}
+    with torch.inference_mode():
+        for size in BATCHES:
+            rows = x[torch.arange(size, device=place) % len(x)]
+            latency[size] = durations(partial(ensemble, rows), seconds, place)
+        with FlopCounterMode(display=False) as counter:
+            ensemble(x[:1])
+    return Costs(
+        parameters=sum(p.numel() for p in ensemble.parameters() if p.requires_grad),
+        stored_bytes=sum(t.numel() * t.element_size() for t in ensemble.state_dict().values()),
+        saved_bytes=saved,
+        peak_bytes=peak,
+        train_seconds=train.median().item(),
+        latency_p50={size: times.median().item() for size, times in latency.items()},
+        latency_p99={size: times.quantile(0.99).item() for size, times in latency.items()},
+        flops=counter.get_total_flops(),
+        threads=torch.get_num_threads(),
+        device=torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
+    )
+
+
+def loss_at_batch(ensemble: Ensemble, x: Tensor, y: Tensor, likelihood: Likelihood) -> Callable[[], Tensor]:
+    """Return a function that computes the loss of a batch of 128 examples, as `effens.fit` does."""
+    rows = torch.arange(TRAIN_BATCH) % len(x)
+    index = rows[ensemble.order(TRAIN_BATCH)]
+    chosen = (index[0] if ensemble.shared_batch else index).to(x.device)
+    xs, ys = x[chosen], y[chosen]
+
+    def loss() -> Tensor:
+        outputs = ensemble(xs) if ensemble.shared_batch else ensemble.forward_members(xs)
+        return ensemble.reduce(likelihood.nll(outputs, ys))
+
+    return loss
+
+
+def training_step(ensemble: Ensemble, x: Tensor, y: Tensor, likelihood: Likelihood) -> Callable[[], None]:
+    """Return a function that takes one step of AdamW, with a rate of 0."""
+    loss = loss_at_batch(ensemble, x, y, likelihood)
+    optimizer = make_optimizer(torch.optim.AdamW, ensemble.parameter_groups(0.0, 0.0), 0.0, 0.0)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+
+    return step
+
+
+def saved_bytes(ensemble: Ensemble, x: Tensor, y: Tensor, likelihood: Likelihood) -> int:
+    """Return the bytes of all storages that a forward pass keeps for the backward pass, parameters not counted."""
+    weights = {p.untyped_storage().data_ptr() for p in ensemble.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    loss = loss_at_batch(ensemble, x, y, likelihood)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        alive = loss()  # while the graph lives, no storage is used a second time
+    del alive
+    return sum(kept.values())
+
+
+def peak_bytes(step: Callable[[], None], place: torch.device) -> int:
+    """Return the most memory that a training step has allocated at once, beyond what was there before it."""
+    if place.type == "cuda":
+        torch.cuda.synchronize(place)
+        before = torch.cuda.memory_allocated(place)
+        torch.cuda.reset_peak_memory_stats(place)
+        step()
+        return torch.cuda.max_memory_allocated(place) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    assert profiler.profiler is not None
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+    return int(sizes.cumsum(0).max().clamp_min(0)) if len(sizes) else 0
+
+
+def durations(run: Callable[[], object], seconds: float, place: torch.device) -> Tensor:
+    """Time calls for about ``seconds``, at least 10 of them, after three to warm up; returns seconds, float64."""
+
+    def now() -> float:
+        if place.type == "cuda":
+            torch.cuda.synchronize(place)
+        return time.perf_counter()
+
+    for _ in range(3):
+        run()
+    times = [now()]
+    while len(times) <= 10 or times[-1] - times[0] < seconds:
+        run()
+        times.append(now())
+    return torch.tensor(times, dtype=torch.float64).diff()

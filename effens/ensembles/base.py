@@ -1,0 +1,265 @@
+"""What every ensemble shares: it answers with all its members, and differs from plain training in a few small hooks.
+
+``ensemble(x)`` maps ``(batch, ...)`` to ``(members, batch, outputs)``, never to an average: the reader writes the mean.
+One training loop (`effens.fit`) serves all methods, because each overrides only the hooks it needs.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+MakeNet = Callable[[], nn.Module]
+
+
+class Ensemble(nn.Module):
+    """Base class of every method. A new method overrides `forward`, `member`, and those hooks in which it differs.
+
+    Args:
+        members: how many predictions an input gets.
+        streams: how many networks are trained at once: ``members``, or 1 where a single network is trained.
+
+    Raises:
+        ValueError: ``members`` is below 1.
+    """
+
+    order_within_batch = False  # True: `order` permutes within each batch, not over the epoch
+
+    def __init__(self, members: int, streams: int | None = None) -> None:
+        super().__init__()
+        if members < 1:
+            raise ValueError(f"members must be >= 1, got {members}")
+        self.members = members
+        self.streams = members if streams is None else streams
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Answer with every member: ``(batch, ...)`` to ``(members, batch, outputs)``."""
+        raise NotImplementedError
+
+    def forward_members(self, xs: Tensor) -> Tensor:
+        """Give each network its own batch: ``(streams, batch, ...)`` to ``(streams, batch, outputs)``."""
+        raise NotImplementedError
+
+    def member(self, m: int) -> nn.Module:
+        """Return a copy of member ``m`` as a plain network, equal to ``ensemble(x)[m]``."""
+        raise NotImplementedError
+
+    @property
+    def shared_batch(self) -> bool:
+        """Whether all streams see the same batch, which `effens.fit` then gives to `forward`, once."""
+        return False
+
+    def order(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """Say who sees which of ``n`` examples, and when: indices of shape ``(streams, n)``, one shuffle a stream."""
+        return torch.stack([torch.randperm(n, generator=generator) for _ in range(self.streams)])
+
+    def examples(self, batch_size: int) -> int:
+        """Return how many examples each stream sees in a step of ``batch_size`` examples."""
+        return batch_size
+
+    def schedule(self, step: int, steps: int) -> float:
+        """Return the multiplier of the rate at ``step`` (from 0) of ``steps``: half a cosine, from 1 to 0."""
+        return 0.5 * (1 + math.cos(math.pi * step / steps))
+
+    def parameter_groups(self, rate: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Return the optimizer's parameter groups, each with its own rate and decay."""
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return [{"params": parameters, "lr": rate, "weight_decay": weight_decay}]
+
+    def reduce(self, losses: Tensor) -> Tensor:
+        """Reduce losses ``(streams, batch)`` to a scalar: the mean over the batch, summed over streams.
+
+        The sum gives each network exactly the gradient that it would have alone.
+        """
+        return losses.mean(1).sum()
+
+    def collect(self, step: int, steps: int) -> None:
+        """Keep what the method keeps, after ``step`` (from 0) of ``steps``. By default: nothing."""
+
+    def finish(self, batches: Iterable[Tensor]) -> None:
+        """Do, once, what is to be done at the end of training with the training inputs. By default: nothing."""
+
+    def check_member(self, m: int) -> int:
+        """Return ``m`` if there is such a member; raise `IndexError` if not."""
+        if not 0 <= m < self.members:
+            raise IndexError(f"member must be in 0 ... {self.members - 1}, got {m}")
+        return m
+
+    def check_streams(self, xs: Tensor) -> Tensor:
+        """Return ``xs`` if it holds one batch per network trained at once; raise `ValueError` if not."""
+        if xs.dim() < 2 or xs.shape[0] != self.streams:
+            raise ValueError(
+                f"xs must be (streams, batch, ...) with {self.streams} streams, got shape {tuple(xs.shape)}"
+            )
+        return xs
+
+
+class MemberLayer(nn.Module):
+    """A layer with weights for each member. Its rows are member-major: all of member 0's, then all of member 1's, ..."""
+
+    members: int
+
+    def forward_shared(self, x: Tensor) -> Tensor:
+        """Map ``(batch, ...)``, the same for all members, to ``(members * batch, ...)``."""
+        raise NotImplementedError
+
+    def member(self, m: int) -> nn.Module:
+        """Return a copy of member ``m``'s layer as a plain one."""
+        raise NotImplementedError
+
+
+class RowEnsemble(Ensemble):
+    """An ensemble computed as one network of member layers, through which all members' rows pass together.
+
+    Args:
+        network: a network in which some layers are member layers. Rows are member-major, so that any other layer
+            that treats examples one by one can stand between them.
+        members: how many members these layers have.
+    """
+
+    def __init__(self, network: nn.Module, members: int) -> None:
+        super().__init__(members)
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Answer with every member: ``(batch, ...)`` to ``(members, batch, outputs)``."""
+        if x.dim() < 2:
+            raise ValueError(f"x must be (batch, ...), got shape {tuple(x.shape)}")
+        rows = run_shared(self.network, x, self.members)
+        return rows.unflatten(0, (self.members, x.shape[0]))
+
+    def forward_members(self, xs: Tensor) -> Tensor:
+        """Give each member its own batch: ``(members, batch, ...)`` to ``(members, batch, outputs)``."""
+        rows = self.network(self.check_streams(xs).flatten(0, 1))
+        return rows.unflatten(0, xs.shape[:2])
+
+    def member(self, m: int) -> nn.Module:
+        """Return a copy of member ``m`` as a plain network, equal to ``ensemble(x)[m]``."""
+        self.check_member(m)
+        layers = [layer for layer in self.network.modules() if isinstance(layer, MemberLayer)]
+        return copy.deepcopy(self.network, {id(layer): layer.member(m) for layer in layers})
+
+
+def chain(network: nn.Module) -> Iterator[nn.Module]:
+    """Yield the layers of nested `nn.Sequential`s in the order in which they are called.
+
+    Any other network is a chain of one link, for only its own `forward` knows in which order its layers are called.
+    """
+    if type(network) is nn.Sequential and not has_hooks(network):
+        for layer in network:
+            yield from chain(layer)
+    else:
+        yield network
+
+
+def run_shared(network: nn.Module, x: Tensor, members: int) -> Tensor:
+    """Run ``x`` (batch, ...), the same for all members, to rows (members * batch, ...).
+
+    Where the network begins with a member layer, that layer reads ``x`` once; else ``x`` is repeated.
+    """
+    layers = list(chain(network))
+    reshaping = next((i for i, layer in enumerate(layers) if type(layer) not in (nn.Flatten, nn.Identity)), 0)
+    for layer in layers[:reshaping]:
+        x = layer(x)
+    first = layers[reshaping]
+    if not isinstance(first, MemberLayer):
+        rows = x.expand(members, *x.shape).flatten(0, 1)
+        rest = layers[reshaping:]
+    else:
+        rows = first.forward_shared(x)
+        rest = layers[reshaping + 1 :]
+    for layer in rest:
+        rows = layer(rows)
+    return rows
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Say whether anything is hooked to the module, so that calling it is more than its `forward`."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for kind in kinds)
+
+
+def filled(layer: nn.Linear | nn.Conv2d, weight: Tensor, bias: Tensor | None) -> Any:
+    """Give a plain layer copies of these weights; the layer may stand on the meta device, so that it costs nothing."""
+    layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+    return layer
+
+
+def split_rows(rows: Tensor, members: int) -> Tensor:
+    """View member-major rows ``(members * batch, ...)`` as ``(members, batch, ...)``."""
+    if rows.shape[0] % members:
+        raise ValueError(f"rows must be divisible by members, got {rows.shape[0]} rows and {members} members")
+    return rows.unflatten(0, (members, rows.shape[0] // members))
+
+
+def member_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Apply each member's linear map to its own rows, as one batched matrix product.
+
+    Args:
+        rows: (members * batch, ..., in).
+        weight: (members, out, in).
+        bias: (members, out) or None.
+
+    Returns:
+        (members * batch, ..., out)
+    """
+    x = split_rows(rows, weight.shape[0])  # (members, batch, ..., in)
+    inner = x.shape[1:-1]
+    x = x.reshape(weight.shape[0], inner.numel(), x.shape[-1])  # (members, batch * ..., in)
+    y = torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias[:, None], x, weight.mT)
+    return y.view(*rows.shape[:-1], weight.shape[1])
+
+
+def shared_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Apply every member's linear map to the same ``x`` (batch, ..., in), as one plain product.
+
+    Returns:
+        (members * batch, ..., out), member-major.
+    """
+    y = F.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())  # (batch, ..., members * out)
+    return y.unflatten(-1, weight.shape[:2]).movedim(-2, 0).flatten(0, 1)
+
+
+def member_conv2d(rows: Tensor, weight: Tensor, bias: Tensor | None, **geometry: Any) -> Tensor:
+    """Convolve each member's rows with its own kernels: one grouped convolution, or one call a member.
+
+    On a CPU, a grouped convolution was measured faster only while a member's result is small: beyond
+    65,536 numbers rearranging them costs more than the calls it saves.
+
+    Args:
+        rows: (members * batch, in, height, width).
+        weight: (members, out, in / groups, kernel height, kernel width).
+        bias: (members, out) or None.
+        geometry: stride, padding, dilation, groups, as of `torch.nn.functional.conv2d`.
+
+    Returns:
+        (members * batch, out, height', width')
+    """
+    members, out = weight.shape[:2]
+    x = split_rows(rows, members)
+    if rows.device.type == "cpu" and x[0].numel() // x.shape[2] * out > 65_536:
+        biases = [None] * members if bias is None else bias.unbind()
+        parts = zip(x.unbind(), weight.unbind(), biases, strict=True)
+        return torch.cat([F.conv2d(part, kernel, b, **geometry) for part, kernel, b in parts])
+    groups = geometry.pop("groups", 1) * members
+    wide = x.transpose(0, 1).flatten(1, 2)  # (batch, members * in, height, width)
+    y = F.conv2d(wide, weight.flatten(0, 1), None if bias is None else bias.flatten(), groups=groups, **geometry)
+    return y.unflatten(1, (members, out)).transpose(0, 1).flatten(0, 1)
+
+
+def shared_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, **geometry: Any) -> Tensor:
+    """Convolve the same ``x`` (batch, in, height, width) with every member's kernels, as one plain convolution.
+
+    Returns:
+        (members * batch, out, height', width'), member-major.
+    """
+    if geometry.get("groups", 1) > 1:
+        return member_conv2d(x.expand(weight.shape[0], *x.shape).flatten(0, 1), weight, bias, **geometry)
+    y = F.conv2d(x, weight.flatten(0, 1), None if bias is None else bias.flatten(), **geometry)
+    return y.unflatten(1, weight.shape[:2]).transpose(0, 1).flatten(0, 1)

@@ -1,0 +1,395 @@
+r"""BatchEnsemble: members share one weight matrix, and each scales its rows and columns by vectors of its own.
+
+.. math:: W_m = W \circ (s_m r_m^\top), \qquad y_m = ((x \circ r_m) W^\top) \circ s_m + b_m
+
+Wen, Tran and Ba (2020), "BatchEnsemble: an alternative approach to efficient ensemble and lifelong learning",
+arXiv:2002.06715. PyTorch's weight is ``(out, in)``, so r scales inputs and s outputs; the bias comes after s.
+
+Two formulas give the same result. *Fold* builds the M matrices and multiplies once, batched; *scale* multiplies the rows
+by r, makes one plain product, and multiplies by s. Folding touches M weights per weight, scaling M activations per
+activation, so the layers fold when ``activations >= 4 * weights`` for each member, the rule that was measured fastest.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
+
+from effens.ensembles.base import (
+    MakeNet,
+    MemberLayer,
+    RowEnsemble,
+    filled,
+    has_hooks,
+    member_conv2d,
+    member_linear,
+    shared_conv2d,
+    shared_linear,
+    split_rows,
+)
+
+
+class BatchEnsemble(RowEnsemble):
+    """A network whose linear and convolutional layers are shared by all members but for rank-1 factors.
+
+    Every exact `nn.Linear` and `nn.Conv2d` of the network, at any depth, is replaced by its BatchEnsemble layer with the
+    same weight; all other layers are shared, normalization included. The layers must be called through their `forward`.
+
+    Args:
+        make_net: () -> nn.Module, a fresh network.
+        members: how many members.
+        skip: names of modules that stay shared, with all that is inside them.
+        split: False: every member sees every example (tiled). True: each batch is divided among the members, as in the
+            paper: a step costs what a single network's does, and each member sees ``1 / members`` of the examples.
+        init: how r and s start: ``"signs"`` (random +1 and -1), ``"normal"`` (mean 1, standard deviation 0.5) or
+            ``"ones"`` (members that start identical, and stay so on a tiled batch without dropout).
+        fast_rate: the rate of r and s, as a multiple of the rate; they have no weight decay.
+
+    Raises:
+        ValueError: ``members`` is below 1, ``skip`` names no module, a module must be refused, or nothing is converted.
+
+    Shape:
+        - ``ensemble(x)``: ``(batch, ...)`` to ``(members, batch, outputs)``
+        - ``ensemble.forward_members(xs)``: ``(members, batch, ...)`` to ``(members, batch, outputs)``
+
+    Example:
+        >>> ensemble = BatchEnsemble(lambda: nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), members=4)
+        >>> ensemble(torch.randn(10, 3)).shape
+        torch.Size([4, 10, 2])
+    """
+
+    def __init__(
+        self,
+        make_net: MakeNet,
+        members: int = 5,
+        *,
+        skip: Sequence[str] = (),
+        split: bool = False,
+        init: str = "signs",
+        fast_rate: float = 0.5,
+    ) -> None:
+        if members < 1:
+            raise ValueError(f"members must be >= 1, got {members}")
+        super().__init__(convert(make_net(), members, skip, init), members)
+        self.split = split
+        self.fast_rate = fast_rate
+
+    @property
+    def shared_batch(self) -> bool:
+        """Whether all members see the same batch: yes if tiled, no if split."""
+        return not self.split
+
+    def order(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """One shuffle: tiled ``(members, n)``, the same row for every member; split ``(members, n // members)``."""
+        index = torch.randperm(n, generator=generator)
+        if not self.split:
+            return index.expand(self.members, n)
+        return index[: n // self.members * self.members].view(-1, self.members).T  # neighbors go to different members
+
+    def examples(self, batch_size: int) -> int:
+        """Return how many examples each member sees in a step: all if tiled, ``batch_size // members`` if split."""
+        if not self.split:
+            return batch_size
+        if batch_size < self.members:
+            raise ValueError(f"a batch that is split needs batch_size >= members, got {batch_size} and {self.members}")
+        return batch_size // self.members
+
+    def parameter_groups(self, rate: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Return two groups: shared weights and biases; and r and s, with their own rate and no decay."""
+        layers = [layer for layer in self.modules() if isinstance(layer, RankOneLayer)]
+        fast = [p for layer in layers for p in (layer.r, layer.s) if p.requires_grad]
+        names = {id(p) for p in fast}
+        slow = [p for p in self.parameters() if p.requires_grad and id(p) not in names]
+        groups = [
+            {"params": slow, "lr": rate, "weight_decay": weight_decay},
+            {"params": fast, "lr": rate * self.fast_rate, "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def reduce(self, losses: Tensor) -> Tensor:
+        """Reduce losses ``(members, batch)`` to their mean over both.
+
+        The weights are shared: a sum over members would multiply their gradient by M against its decay.
+        """
+        return losses.mean()
+
+
+class RankOneLayer(MemberLayer):
+    """What the two BatchEnsemble layers share: weight, r ``(members, in)``, s ``(members, out)``, bias ``(members, out)``."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def _set(self, weight: Tensor, bias: Tensor | None, inputs: int, members: int, init: str) -> None:
+        """Take over a plain layer's weight, the same object, and copy its bias for each member."""
+        if members < 1:
+            raise ValueError(f"members must be >= 1, got {members}")
+        self.members = members
+        self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
+        self.r = nn.Parameter(start(init, members, inputs).to(weight))
+        self.s = nn.Parameter(start(init, members, weight.shape[0]).to(weight))
+        self.bias = None if bias is None else nn.Parameter(bias.detach().repeat(members, 1), bias.requires_grad)
+
+    def folds(self, activations: int) -> bool:
+        """Say whether to build each member's weights: if each member reads and writes 4 numbers or more per weight."""
+        return activations >= 4 * self.weight.numel()
+
+
+class BatchEnsembleLinear(RankOneLayer):
+    r"""A linear layer with a shared weight and rank-1 factors for each member.
+
+    .. math:: y_m = ((x_m \circ r_m) W^\top) \circ s_m + b_m
+
+    Args:
+        in_features: size of each input row.
+        out_features: size of each output row.
+        members: how many members.
+        bias: whether to add a bias, one per member.
+        init: how r and s start: ``"signs"``, ``"normal"`` or ``"ones"``.
+
+    Shape:
+        - ``layer(x)``: ``(members * batch, ..., in)``, member-major, to ``(members * batch, ..., out)``
+        - ``layer.forward_shared(x)``: ``(batch, ..., in)`` to ``(members * batch, ..., out)``
+
+    Raises:
+        ValueError: ``members`` is below 1, ``init`` is unknown, or the rows are not divisible by ``members``.
+
+    Example:
+        >>> BatchEnsembleLinear(3, 8, members=4)(torch.randn(4 * 10, 3)).shape
+        torch.Size([40, 8])
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, members: int = 4, bias: bool = True, *, init: str = "signs"
+    ) -> None:
+        super().__init__()
+        plain = nn.Linear(in_features, out_features, bias=bias)
+        self._set(plain.weight, plain.bias, in_features, members, init)
+
+    @classmethod
+    def from_linear(cls, plain: nn.Linear, members: int, *, init: str = "signs") -> "BatchEnsembleLinear":
+        """Make the layer out of a plain one, whose weight it shares and whose bias every member starts with."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._set(plain.weight, plain.bias, plain.in_features, members, init)
+        return layer.train(plain.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(members * batch, ..., in)`` to ``(members * batch, ..., out)``, each member its own rows."""
+        rows = x.shape[:-1].numel() // self.members
+        if self.folds(rows * sum(self.weight.shape)):
+            return member_linear(x, self.weights(), self.bias)
+        x = split_rows(x, self.members)  # (members, batch, ..., in)
+        y = F.linear(x * across(self.r, x), self.weight)
+        return scaled(y, self.s, self.bias).flatten(0, 1)
+
+    def forward_shared(self, x: Tensor) -> Tensor:
+        """Map ``(batch, ..., in)``, the same for all members, to ``(members * batch, ..., out)``."""
+        if self.folds(2 * x.shape[:-1].numel() * sum(self.weight.shape)):  # x is read once: folding pays sooner
+            return shared_linear(x, self.weights(), self.bias)
+        return self(x.expand(self.members, *x.shape).flatten(0, 1))
+
+    def weights(self) -> Tensor:
+        """Return every member's weight, ``(members, out, in)``."""
+        return self.weight * self.r[:, None] * self.s[:, :, None]
+
+    def member(self, m: int) -> nn.Linear:
+        """Return member ``m`` as a plain `nn.Linear`, its factors folded into the weight."""
+        plain = nn.Linear(self.r.shape[1], self.s.shape[1], bias=self.bias is not None, device="meta")
+        weight = self.weight * self.r[m] * self.s[m][:, None]
+        return filled(plain, weight, None if self.bias is None else self.bias[m]).train(self.training)
+
+    def extra_repr(self) -> str:
+        """Describe the layer as `nn.Linear` does."""
+        out_features, in_features = self.weight.shape
+        return f"{in_features}, {out_features}, members={self.members}, bias={self.bias is not None}"
+
+
+class BatchEnsembleConv2d(RankOneLayer):
+    r"""A convolution with shared kernels and rank-1 factors over input and output channels for each member.
+
+    .. math:: y_m = \mathrm{conv}(x_m \circ r_m, W) \circ s_m + b_m
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: height and width of the kernels.
+        members: how many members.
+        bias: whether to add a bias, one per member and output channel.
+        init: how r and s start: ``"signs"``, ``"normal"`` or ``"ones"``.
+        geometry: stride, padding, dilation, groups, padding_mode, as of `nn.Conv2d`.
+
+    Shape:
+        - ``layer(x)``: ``(members * batch, in, height, width)``, member-major, to ``(members * batch, out, ...)``
+        - ``layer.forward_shared(x)``: ``(batch, in, height, width)`` to ``(members * batch, out, ...)``
+
+    Raises:
+        ValueError: ``members`` is below 1, ``init`` is unknown, or the rows are not divisible by ``members``.
+
+    Example:
+        >>> BatchEnsembleConv2d(1, 8, 3, members=4, padding=1)(torch.randn(4 * 10, 1, 14, 14)).shape
+        torch.Size([40, 8, 14, 14])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        members: int = 4,
+        bias: bool = True,
+        *,
+        init: str = "signs",
+        **geometry: Any,
+    ) -> None:
+        super().__init__()
+        self._take(nn.Conv2d(in_channels, out_channels, kernel_size, bias=bias, **geometry), members, init)
+
+    def _take(self, plain: nn.Conv2d, members: int, init: str) -> None:
+        if plain.padding_mode != "zeros":
+            raise ValueError(f"padding_mode must be 'zeros', got {plain.padding_mode!r}")
+        self._set(plain.weight, plain.bias, plain.in_channels, members, init)
+        names = ("stride", "padding", "dilation", "groups")
+        self.geometry: dict[str, Any] = {name: getattr(plain, name) for name in names}
+
+    @classmethod
+    def from_conv2d(cls, plain: nn.Conv2d, members: int, *, init: str = "signs") -> "BatchEnsembleConv2d":
+        """Make the layer out of a plain one, whose kernels it shares and whose bias every member starts with."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._take(plain, members, init)
+        return layer.train(plain.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(members * batch, in, height, width)`` to ``(members * batch, out, height', width')``."""
+        batch = x.shape[0] // self.members
+        if self.folds(batch * x[0, 0].numel() * sum(self.weight.shape[:2]) if len(x) else 0):
+            return member_conv2d(x, self.weights(), self.bias, **self.geometry)
+        x = split_rows(x, self.members)  # (members, batch, in, height, width)
+        y = F.conv2d((x * across(self.r, x, axis=2)).flatten(0, 1), self.weight, **self.geometry)
+        return scaled(split_rows(y, self.members), self.s, self.bias, axis=2).flatten(0, 1)
+
+    def forward_shared(self, x: Tensor) -> Tensor:
+        """Map ``(batch, in, height, width)``, the same for all members, to ``(members * batch, out, ...)``."""
+        return shared_conv2d(x, self.weights(), self.bias, **self.geometry)
+
+    def weights(self) -> Tensor:
+        """Return every member's kernels, ``(members, out, in / groups, height, width)``."""
+        out, inner = self.weight.shape[:2]
+        groups = self.geometry["groups"]
+        r = self.r.view(self.members, groups, 1, inner).expand(-1, -1, out // groups, -1).flatten(1, 2)
+        return self.weight * (r * self.s[:, :, None])[..., None, None]
+
+    def member(self, m: int) -> nn.Conv2d:
+        """Return member ``m`` as a plain `nn.Conv2d`, its factors folded into the kernels."""
+        height, width = self.weight.shape[2:]
+        inputs, out, bias = self.r.shape[1], self.s.shape[1], self.bias is not None
+        plain = nn.Conv2d(inputs, out, (height, width), bias=bias, device="meta", **self.geometry)
+        return filled(plain, self.weights()[m], None if self.bias is None else self.bias[m]).train(self.training)
+
+    def extra_repr(self) -> str:
+        """Describe the layer as `nn.Conv2d` does."""
+        out_channels, in_channels = self.s.shape[1], self.r.shape[1]
+        kernel = tuple(self.weight.shape[2:])
+        return (
+            f"{in_channels}, {out_channels}, kernel_size={kernel}, members={self.members}, bias={self.bias is not None}"
+        )
+
+
+def across(factors: Tensor, x: Tensor, axis: int = -1) -> Tensor:
+    """View ``(members, size)`` so that it multiplies ``axis`` of ``x`` (members, batch, ...)."""
+    shape = [1] * x.dim()
+    shape[0], shape[axis] = factors.shape
+    return factors.view(shape)
+
+
+def scaled(y: Tensor, s: Tensor, bias: Tensor | None, axis: int = -1) -> Tensor:
+    """Return ``y * s + bias`` for y (members, batch, ...) and s, bias (members, size) along ``axis``."""
+    s = across(s, y, axis)
+    return y * s if bias is None else torch.addcmul(across(bias, y, axis), y, s)
+
+
+def start(init: str, members: int, size: int) -> Tensor:
+    """Draw factors ``(members, size)`` as ``init`` says."""
+    if init == "signs":
+        return torch.randint(0, 2, (members, size)) * 2.0 - 1
+    if init == "normal":
+        return 1 + 0.5 * torch.randn(members, size)
+    if init == "ones":
+        return torch.ones(members, size)
+    raise ValueError(f"init must be 'signs', 'normal' or 'ones', got {init!r}")
+
+
+def convert(network: nn.Module, members: int, skip: Sequence[str], init: str) -> nn.Module:
+    """Replace, in place, every exact `nn.Linear` and `nn.Conv2d` that is not skipped. Tied weights stay tied."""
+    modules = dict(network.named_modules(remove_duplicate=False))
+    if unknown := [name for name in skip if name not in modules]:
+        raise ValueError(
+            f"skip must name modules of the network, got {unknown}, have {[name for name in modules if name]}"
+        )
+    skipped = {modules[name] for name in skip}
+    biases: dict[int, nn.Parameter] = {}
+
+    def replace(name: str, module: nn.Module) -> nn.Module | None:
+        if module in skipped:
+            return module
+        if reason := refusal(module):
+            raise ValueError(f"BatchEnsemble cannot take {name!r}, {reason}: leave it shared with skip=({name!r},)")
+        if type(module) is nn.Linear:
+            layer: RankOneLayer = BatchEnsembleLinear.from_linear(module, members, init=init)
+        elif type(module) is nn.Conv2d:
+            layer = BatchEnsembleConv2d.from_conv2d(module, members, init=init)
+        else:
+            return None
+        if layer.bias is not None:
+            layer.bias = biases.setdefault(id(module.bias), layer.bias)
+        return layer
+
+    network = replace_layers(network, replace)
+    if not any(isinstance(module, RankOneLayer) for module in network.modules()):
+        raise ValueError(f"the network must have an nn.Linear or nn.Conv2d to convert, got {network}")
+    return network
+
+
+def refusal(module: nn.Module) -> str:
+    """Say why a module must not be converted, or nothing if it may."""
+    if isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+        return f"{type(module).__name__}, an attention module that reads its layers' weights without calling them"
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return f"{type(module).__name__}, a recurrent module that reads its weights without layers"
+    if isinstance(module, LazyModuleMixin):
+        return f"{type(module).__name__}, a lazy module whose weights do not exist before its first call"
+    if parametrize.is_parametrized(module):
+        return f"a parametrized {type(module).__bases__[0].__name__}, whose weight is computed anew at each call"
+    if type(module) in (nn.Linear, nn.Conv2d) and has_hooks(module):
+        return f"{type(module).__name__} with hooks, which may change its weight or its result"
+    if type(module) is nn.Conv2d and module.padding_mode != "zeros":
+        return f"Conv2d with padding_mode {module.padding_mode!r}, where only 'zeros' is supported"
+    return ""
+
+
+def replace_layers(
+    network: nn.Module,
+    replace: Callable[[str, nn.Module], nn.Module | None],
+    name: str = "",
+    done: dict[nn.Module, nn.Module] | None = None,
+) -> nn.Module:
+    """Exchange, in place, each module for which ``replace(name, module)`` gives another; None means: look inside.
+
+    A module that is used in two places is exchanged once, and stays one module. Returns the network, which is a new
+    object only where the whole network was exchanged.
+    """
+    done = {} if done is None else done
+    if network not in done:
+        new = replace(name, network)
+        done[network] = network if new is None else new
+        if new is None:
+            for key, child in list(network._modules.items()):  # `named_children` would leave out a second use
+                if child is not None:
+                    inner = replace_layers(child, replace, f"{name}.{key}".lstrip("."), done)
+                    network.add_module(key, inner)
+    return done[network]

@@ -1,0 +1,261 @@
+r"""Deep ensembles: M networks, each from its own random start and with its own shuffling of all the data.
+
+.. math:: p(y \mid x) = \frac{1}{M} \sum_m p_{\theta_m}(y \mid x)
+
+Lakshminarayanan, Pritzel and Blundell (2017), "Simple and scalable predictive uncertainty estimation using deep
+ensembles", arXiv:1612.01474. There is no bagging: every member sees every example.
+"""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effens.ensembles.base import (
+    Ensemble,
+    MakeNet,
+    MemberLayer,
+    RowEnsemble,
+    filled,
+    has_hooks,
+    member_conv2d,
+    member_linear,
+    shared_conv2d,
+    shared_linear,
+    split_rows,
+)
+
+
+class DeepEnsemble(RowEnsemble):
+    """Independent networks, trained and asked as one batched computation where their layers allow it.
+
+    Layers that stand in (nested) `nn.Sequential`s are stacked: `nn.Linear` becomes one batched matrix product, `nn.Conv2d`
+    a grouped convolution where that pays, activations, pooling and dropout take all members' rows at once. Every other
+    module, a network with a `forward` of its own included, is looped over: exact, and as fast as M networks.
+
+    Args:
+        make_net: () -> nn.Module, a fresh network at each call.
+        members: how many networks.
+
+    Raises:
+        ValueError: ``members`` is below 1, or ``make_net`` returns the same network twice or networks that differ.
+
+    Shape:
+        - ``ensemble(x)``: ``(batch, ...)`` to ``(members, batch, outputs)``
+        - ``ensemble.forward_members(xs)``: ``(members, batch, ...)`` to ``(members, batch, outputs)``
+
+    Example:
+        >>> ensemble = DeepEnsemble(lambda: nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), members=4)
+        >>> ensemble(torch.randn(10, 3)).shape
+        torch.Size([4, 10, 2])
+    """
+
+    def __init__(self, make_net: MakeNet, members: int = 5) -> None:
+        if members < 1:
+            raise ValueError(f"members must be >= 1, got {members}")
+        networks = [make_net() for _ in range(members)]
+        check_fresh(networks)
+        super().__init__(stack(networks), members)
+
+    @classmethod
+    def of(cls, networks: Sequence[nn.Module]) -> Ensemble:
+        """Put any networks or ensembles side by side, as an equal mixture of all their members.
+
+        Plain networks may differ from each other, and can be trained further. Ensembles (of SWAGs, say: MultiSWAG) are
+        trained before they are put together.
+
+        Args:
+            networks: plain networks, or ensembles.
+
+        Raises:
+            ValueError: there are none, or plain networks are mixed with ensembles.
+        """
+        networks = list(networks)
+        if not networks:
+            raise ValueError("networks must hold at least one network, got none")
+        ensembles = [network for network in networks if isinstance(network, Ensemble)]
+        if len(ensembles) == len(networks):
+            return Mixture(ensembles)
+        if ensembles:
+            raise ValueError(
+                f"networks must be all plain or all ensembles, got {len(ensembles)} ensembles of {len(networks)}"
+            )
+        ensemble = cls.__new__(cls)
+        RowEnsemble.__init__(ensemble, LoopedLayer(networks), len(networks))
+        return ensemble
+
+
+class Mixture(Ensemble):
+    """Ensembles side by side: the members of the first, then those of the second, and so on."""
+
+    def __init__(self, ensembles: Sequence[Ensemble]) -> None:
+        super().__init__(sum(ensemble.members for ensemble in ensembles))
+        self.ensembles = nn.ModuleList(ensembles)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Answer with every member of every ensemble: ``(batch, ...)`` to ``(members, batch, outputs)``."""
+        return torch.cat([ensemble(x) for ensemble in self.ensembles])
+
+    def forward_members(self, xs: Tensor) -> Tensor:
+        """Refuse: ensembles are trained one by one, before they are put side by side."""
+        raise RuntimeError("ensembles side by side are not trained together: call effens.fit on each of them first")
+
+    def member(self, m: int) -> nn.Module:
+        """Return a copy of member ``m`` as a plain network, equal to ``ensemble(x)[m]``."""
+        m = self.check_member(m)
+        for ensemble in self.ensembles:
+            assert isinstance(ensemble, Ensemble)
+            if m < ensemble.members:
+                return ensemble.member(m)
+            m -= ensemble.members
+        raise AssertionError("unreachable")
+
+
+class StackedLinear(MemberLayer):
+    """M `nn.Linear` as one: weight ``(members, out, in)``, bias ``(members, out)``."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        self.members = len(layers)
+        self.weight = stacked([layer.weight for layer in layers])
+        self.bias = stacked_biases(layers)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Map ``(members * batch, ..., in)`` to ``(members * batch, ..., out)``."""
+        return member_linear(rows, self.weight, self.bias)
+
+    def forward_shared(self, x: Tensor) -> Tensor:
+        """Map ``(batch, ..., in)``, the same for all members, to ``(members * batch, ..., out)``."""
+        return shared_linear(x, self.weight, self.bias)
+
+    def member(self, m: int) -> nn.Linear:
+        """Return a copy of member ``m``'s `nn.Linear`."""
+        out_features, in_features = self.weight.shape[1:]
+        layer = nn.Linear(in_features, out_features, bias=self.bias is not None, device="meta")
+        return filled(layer, self.weight[m], None if self.bias is None else self.bias[m]).train(self.training)
+
+
+class StackedConv2d(MemberLayer):
+    """M `nn.Conv2d` as one: weight ``(members, out, in / groups, height, width)``, bias ``(members, out)``."""
+
+    def __init__(self, layers: Sequence[nn.Conv2d]) -> None:
+        super().__init__()
+        first = layers[0]
+        self.members = len(layers)
+        self.weight = stacked([layer.weight for layer in layers])
+        self.bias = stacked_biases(layers)
+        names = ("stride", "padding", "dilation", "groups")
+        self.geometry: dict[str, Any] = {name: getattr(first, name) for name in names}
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Map ``(members * batch, in, height, width)`` to ``(members * batch, out, height', width')``."""
+        return member_conv2d(rows, self.weight, self.bias, **self.geometry)
+
+    def forward_shared(self, x: Tensor) -> Tensor:
+        """Map ``(batch, in, height, width)``, the same for all members, to ``(members * batch, out, ...)``."""
+        return shared_conv2d(x, self.weight, self.bias, **self.geometry)
+
+    def member(self, m: int) -> nn.Conv2d:
+        """Return a copy of member ``m``'s `nn.Conv2d`."""
+        _, out, inner, height, width = self.weight.shape
+        inputs, bias = inner * self.geometry["groups"], self.bias is not None
+        layer = nn.Conv2d(inputs, out, (height, width), bias=bias, device="meta", **self.geometry)
+        return filled(layer, self.weight[m], None if self.bias is None else self.bias[m]).train(self.training)
+
+
+class LoopedLayer(MemberLayer):
+    """M modules of any kind, each called on its own rows: the exact way for whatever cannot be stacked."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.members = len(layers)
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Give member m's rows to module m."""
+        parts = split_rows(rows, self.members).unbind()
+        return torch.cat([layer(part) for layer, part in zip(self.layers, parts, strict=True)])
+
+    def forward_shared(self, x: Tensor) -> Tensor:
+        """Give the same ``x`` to every module."""
+        return torch.cat([layer(x) for layer in self.layers])
+
+    def member(self, m: int) -> nn.Module:
+        """Return a copy of module ``m``."""
+        return copy.deepcopy(self.layers[m])
+
+
+# Layers without weights that treat each row by itself, whatever rows stand beside it.
+ROWWISE = (
+    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout),
+    *(
+        nn.ReLU,
+        nn.LeakyReLU,
+        nn.ELU,
+        nn.SELU,
+        nn.GELU,
+        nn.SiLU,
+        nn.Mish,
+        nn.Tanh,
+        nn.Sigmoid,
+        nn.Softplus,
+        nn.Hardswish,
+    ),
+    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d, nn.Upsample),
+)
+
+
+def stack(networks: Sequence[nn.Module]) -> nn.Module:
+    """Make one network of M, taking them over: stacked where their layers allow it, looped over elsewhere."""
+    first = networks[0]
+    if not alike(networks):
+        return LoopedLayer(networks)
+    if type(first) is nn.Sequential:
+        columns = zip(*(network.named_children() for network in networks), strict=True)
+        return nn.Sequential(OrderedDict((column[0][0], stack([child for _, child in column])) for column in columns))
+    if type(first) in ROWWISE or (type(first) is nn.Flatten and first.start_dim >= 1):
+        return first
+    if type(first) is nn.Linear:
+        return StackedLinear([layer for layer in networks if isinstance(layer, nn.Linear)])
+    if type(first) is nn.Conv2d and first.padding_mode == "zeros":
+        return StackedConv2d([layer for layer in networks if isinstance(layer, nn.Conv2d)])
+    return LoopedLayer(networks)
+
+
+def alike(networks: Sequence[nn.Module]) -> bool:
+    """Say whether networks are the same but for the values of their weights, with no hooks and no tied weights."""
+
+    def looks(network: nn.Module) -> tuple[str, list[tuple[str, bool]]]:
+        return str(network), [(name, p.requires_grad) for name, p in network.named_parameters(remove_duplicate=False)]
+
+    plain = not any(has_hooks(module) for network in networks for module in network.modules())
+    untied = len(list(networks[0].parameters())) == len(looks(networks[0])[1])
+    return plain and untied and all(looks(network) == looks(networks[0]) for network in networks[1:])
+
+
+def stacked(parameters: Sequence[Tensor]) -> nn.Parameter:
+    """Stack parameters along a new first axis, the members'."""
+    return nn.Parameter(torch.stack([p.detach() for p in parameters]), requires_grad=parameters[0].requires_grad)
+
+
+def stacked_biases(layers: Sequence[nn.Linear] | Sequence[nn.Conv2d]) -> nn.Parameter | None:
+    """Stack the layers' biases; None where they have none."""
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    return stacked(biases) if biases else None
+
+
+def check_fresh(networks: Sequence[nn.Module]) -> None:
+    """Raise `ValueError` unless the networks share no weights and have weights of the same names and shapes."""
+    shapes = [{name: tuple(p.shape) for name, p in network.state_dict().items()} for network in networks]
+    for m, network in enumerate(networks[1:], start=1):
+        if {id(p) for p in network.parameters()} & {id(p) for p in networks[0].parameters()}:
+            raise ValueError(
+                f"make_net must return a fresh network at each call, got call 0's weights again at call {m}"
+            )
+        if shapes[m] != shapes[0]:
+            raise ValueError(
+                f"make_net must return the same architecture at each call, got {shapes[0]} then {shapes[m]}"
+            )

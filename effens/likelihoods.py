@@ -1,0 +1,138 @@
+"""What a network's outputs mean: a loss to train on, and a predictive distribution to read."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributions import Categorical as CategoricalDistribution
+from torch.distributions import Distribution, MixtureSameFamily, Normal
+from torch.distributions import StudentT as StudentTDistribution
+from torch.nn import functional as F
+
+
+class Likelihood:
+    """Base class: a likelihood reads outputs ``(..., batch, outputs)`` for targets ``(batch,)`` or ``(..., batch)``."""
+
+    outputs: int | None = None  # how many outputs the network must have; None: any
+
+    def nll(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Return the negative log likelihood of each example, ``(..., batch)``, in nats."""
+        raise NotImplementedError
+
+    def predict(self, outputs: Tensor) -> Tensor | Distribution:
+        """Return what `effens.predict` answers: probabilities, or a distribution of batch shape ``(..., batch)``."""
+        raise NotImplementedError
+
+    def check(self, outputs: Tensor, y: Tensor) -> None:
+        """Raise `ValueError` unless these targets can be read with these outputs; looks at every target's value."""
+        if y.is_floating_point() and not bool(y.isfinite().all()):
+            raise ValueError(f"targets must be finite, got {int((~y.isfinite()).sum())} that are not")
+
+
+def check_outputs(likelihood: Likelihood, outputs: Tensor) -> None:
+    """Raise `ValueError` unless the network has as many outputs as the likelihood reads."""
+    if outputs.shape[-1] != likelihood.outputs:
+        raise ValueError(f"{type(likelihood).__name__} needs {likelihood.outputs} outputs, got {outputs.shape[-1]}")
+
+
+def check_targets(outputs: Tensor, y: Tensor) -> None:
+    """Raise `ValueError` unless there is one target per example: a column of targets would broadcast to a square."""
+    if y.shape not in (outputs.shape[-2:-1], outputs.shape[:-1]):
+        rule = f"targets must have shape {tuple(outputs.shape[-2:-1])}, one per example"
+        raise ValueError(f"{rule}, got {tuple(y.shape)}")
+
+
+@dataclass(frozen=True)
+class Categorical(Likelihood):
+    r"""Classes: outputs are logits ``(..., batch, classes)``, targets are integers ``0 ... classes - 1``.
+
+    .. math:: -\log p(y) = -z_y + \log \sum_c e^{z_c}
+    """
+
+    def nll(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Return the cross-entropy of each example, ``(..., batch)``, in nats."""
+        check_targets(outputs, y)
+        labels = y.long().expand(outputs.shape[:-1])
+        return F.cross_entropy(outputs.flatten(0, -2), labels.flatten(), reduction="none").view(labels.shape)
+
+    def check(self, outputs: Tensor, y: Tensor) -> None:
+        """Raise `ValueError` unless all labels are integers that name a class."""
+        if y.is_floating_point():
+            raise ValueError(f"labels must be integers, got {y.dtype}")
+        if y.numel() and not 0 <= (low := int(y.min())) <= (high := int(y.max())) < outputs.shape[-1]:
+            raise ValueError(f"labels must be in 0 ... {outputs.shape[-1] - 1}, got {low} ... {high}")
+
+    def predict(self, outputs: Tensor) -> Tensor:
+        """Return probabilities ``(..., batch, classes)``."""
+        return outputs.softmax(-1)
+
+    def distribution(self, outputs: Tensor) -> CategoricalDistribution:
+        """Return the same as a `torch.distributions.Categorical`."""
+        return CategoricalDistribution(logits=outputs)
+
+
+@dataclass(frozen=True)
+class Gaussian(Likelihood):
+    r"""Real targets with noise that depends on x: outputs ``(..., batch, 2)`` are the mean and the raw variance.
+
+    .. math:: \sigma^2 = \mathrm{softplus}(\cdot) + 10^{-6}, \qquad
+        -\log p(y) = \tfrac12 \log 2 \pi \sigma^2 + \frac{(y - \mu)^2}{2 \sigma^2}
+
+    Lakshminarayanan et al. (2017), section 2.4, with the constant kept, so that it is a density's.
+    """
+
+    outputs = 2
+
+    def nll(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Return the negative log density of each example, ``(..., batch)``, in nats."""
+        check_targets(outputs, y)
+        return -self.predict(outputs).log_prob(y)
+
+    def predict(self, outputs: Tensor) -> Normal:
+        """Return a `torch.distributions.Normal` of batch shape ``(..., batch)``."""
+        check_outputs(self, outputs)
+        return Normal(outputs[..., 0], (F.softplus(outputs[..., 1]) + 1e-6).sqrt(), validate_args=False)
+
+
+@dataclass(frozen=True)
+class StudentT(Likelihood):
+    r"""Real targets with fat tails: outputs ``(..., batch, 3)`` are the location, raw scale and raw degrees of freedom.
+
+    .. math:: \sigma = \mathrm{softplus}(\cdot) + 10^{-3}, \qquad \nu = 2 + 10^{-2} + \mathrm{softplus}(\cdot)
+
+    Degrees of freedom above 2 keep the variance finite.
+    """
+
+    outputs = 3
+
+    def nll(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Return the negative log density of each example, ``(..., batch)``, in nats."""
+        check_targets(outputs, y)
+        return -self.predict(outputs).log_prob(y)
+
+    def predict(self, outputs: Tensor) -> StudentTDistribution:
+        """Return a `torch.distributions.StudentT` of batch shape ``(..., batch)``."""
+        check_outputs(self, outputs)
+        location, scale, df = outputs.unbind(-1)
+        return StudentTDistribution(2.01 + F.softplus(df), location, F.softplus(scale) + 1e-3, validate_args=False)
+
+
+def mixture(distribution: Distribution) -> MixtureSameFamily:
+    """Return the equal mixture of the members: batch shape ``(members, batch)`` to ``(batch,)``.
+
+    Args:
+        distribution: what `effens.predict` returns with `Gaussian` or `StudentT`.
+
+    Raises:
+        TypeError: the distribution is neither normal nor Student's t.
+    """
+    match distribution:
+        case Normal():
+            component: Distribution = Normal(distribution.loc.T, distribution.scale.T, validate_args=False)
+        case StudentTDistribution():
+            parts = (distribution.df.T, distribution.loc.T, distribution.scale.T)
+            component = StudentTDistribution(*parts, validate_args=False)
+        case _:
+            raise TypeError(f"distribution must be Normal or StudentT, got {type(distribution).__name__}")
+    weights = torch.zeros_like(distribution.loc.T)  # equal logits: equal weights
+    return MixtureSameFamily(CategoricalDistribution(logits=weights), component, validate_args=False)

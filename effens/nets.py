@@ -1,0 +1,53 @@
+"""Small networks, as `nn.Sequential`s, so that every method can see which layer follows which."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+
+def mlp(
+    inputs: int,
+    outputs: int,
+    *,
+    width: int = 64,
+    depth: int = 2,
+    activation: Callable[[], nn.Module] = nn.SiLU,
+    dropout: float = 0.0,
+) -> nn.Sequential:
+    """Return a multilayer perceptron: ``(batch, inputs)`` to ``(batch, outputs)``.
+
+    Args:
+        inputs: features of an example.
+        outputs: classes, or what a likelihood reads.
+        width: units of each hidden layer.
+        depth: hidden layers.
+        activation: () -> nn.Module, after each hidden layer.
+        dropout: probability of dropping a hidden unit; 0 adds no layer.
+    """
+    layers: list[nn.Module] = []
+    for size in [inputs] + [width] * (depth - 1) if depth else []:
+        layers += [nn.Linear(size, width), activation()]
+        layers += [nn.Dropout(dropout)] if dropout else []
+    return nn.Sequential(*layers, nn.Linear(width if depth else inputs, outputs))
+
+
+def cnn(
+    classes: int = 10,
+    *,
+    channels: int = 16,
+    size: int = 14,
+    inputs: int = 1,
+    dropout: float = 0.0,
+) -> nn.Sequential:
+    """Return a small convolutional network: ``(batch, inputs, size, size)`` to ``(batch, classes)``.
+
+    Two 3 x 3 convolutions, of ``channels`` and ``2 * channels``, each followed by ReLU and 2 x 2 pooling; one linear layer.
+    """
+    side = size // 4
+    return nn.Sequential(
+        *(nn.Conv2d(inputs, channels, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(channels, 2 * channels, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+        nn.Flatten(),
+        *([nn.Dropout(dropout)] if dropout else []),
+        nn.Linear(2 * channels * side * side, classes),
+    )
