@@ -1,0 +1,548 @@
+"""The ledger: every method on the same tasks, with the same tuning and seeds; the book's one source of multi-seed numbers.
+
+``python -m effens.ledger`` runs what is missing, resumes after a kill, and prints the tables. Each run is kept as one file
+of a **prediction bank**: what every member said about every test set, in half precision. Scores, intervals, tables and
+pictures are computed from the bank in seconds.
+
+To add a method, write one function that trains it, and register it with `method`.
+"""
+
+import argparse
+import datetime
+import io
+import json
+import math
+import platform
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+from torch import Tensor, nn
+from torch.distributions import Normal
+from torch.quasirandom import SobolEngine
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from effens import data, scores
+from effens.costs import measure
+from effens.ensembles.base import Ensemble
+from effens.ensembles.batch import BatchEnsemble
+from effens.ensembles.deep import DeepEnsemble
+from effens.likelihoods import Categorical, Gaussian, Likelihood
+from effens.nets import cnn, mlp
+from effens.storage import write_whole
+from effens.training import fit, predict
+
+Sets = dict[str, tuple[Tensor, Tensor | None]]
+Settings = dict[str, float]
+BANK = Path(__file__).with_name("bank")
+
+# ---- Frozen before any tuning: tasks, splits, the primary metric, the search and the margin. ----
+
+PRIMARY = "nll"  # of the mean of the members, in nats, on the task's test set; lower is better
+MARGIN = 0.005  # nats: two methods are tied if the whole interval of their difference is inside
+TRIALS = 12  # tuning trials of every method, on validation data, the single network's included
+TUNING_SEEDS = (100, 101)  # each trial's score is the mean over these, none of which is used again
+SPACE = {"rate": (1e-3, 3e-2), "weight_decay": (1e-3, 3.0)}  # searched on a log scale, the same points for every method
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every method is asked to do.
+
+    Attributes:
+        name: of the task.
+        members: members of every ensemble.
+        pool: networks that the deep ensemble trains for each seed; groups of ``members`` of them are scored.
+        seeds: how many times everything is repeated.
+        epochs: passes over the training data, for every network and member.
+        batch_size: examples in a step.
+        likelihood: what outputs mean.
+        width: of the network.
+        make: width to network.
+        load: seed to named sets of (x, y); y is None where there is no right answer.
+    """
+
+    name: str
+    members: int
+    pool: int
+    seeds: int
+    epochs: int
+    batch_size: int
+    likelihood: Likelihood
+    width: int
+    make: Callable[[int], nn.Module]
+    load: Callable[[int], Sets]
+
+    def make_net(self) -> nn.Module:
+        """Return a fresh network of the task's width."""
+        return self.make(self.width)
+
+    def fit(self, ensemble: Ensemble, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+        """Train an ensemble as the task says and return it."""
+        fit(
+            ensemble,
+            train,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            rate=settings["rate"],
+            weight_decay=settings["weight_decay"],
+            likelihood=self.likelihood,
+            device="cpu",
+            seed=seed,
+            progress=False,
+        )
+        return ensemble
+
+
+def load_gap(seed: int) -> Sets:
+    """Regression with a gap: each seed is another function, with other data."""
+    task = data.gap_regression(seed)
+    return {
+        "train": (task.x_train, task.y_train),
+        "val": (task.x_val, task.y_val),
+        "test": (task.x_test, task.y_test),
+        "gap": (task.x_gap, task.y_gap),
+    }
+
+
+def load_digits(seed: int) -> Sets:
+    """Digits: the data are the same for every seed; the second thousand of the test set is rotated, and made noisy."""
+    task = data.digits()
+    x, y = task.x_test[1000:], task.y_test[1000:]
+    return {
+        "train": (task.x_train, task.y_train),
+        "val": (task.x_val, task.y_val),
+        "test": (task.x_test, task.y_test),
+        "rotated": (data.rotate(x, 30), y),
+        "noisy": (data.add_noise(x, 0.4), y),
+        "letters": (data.letters()[:500], None),
+    }
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("gap", 5, 20, 10, 800, 160, Gaussian(), 64, lambda width: mlp(1, 2, width=width), load_gap),
+        Task("digits", 4, 4, 8, 38, 64, Categorical(), 16, lambda width: cnn(channels=width), load_digits),
+    )
+}
+
+# ---- Methods: one function each. ----
+
+Train = Callable[[Task, tuple[Tensor, Tensor], Settings, int], Ensemble]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train: the function, and what it tunes beside rate and decay, as name: (low, high) on a log scale."""
+
+    train: Train
+    space: Mapping[str, tuple[float, float]]
+
+
+METHODS: dict[str, Method] = {}
+
+
+def method(name: str, **space: tuple[float, float]) -> Callable[[Train], Train]:
+    """Register a function ``(task, (x, y), settings, seed) -> trained ensemble`` as a method of the ledger."""
+
+    def register(train: Train) -> Train:
+        METHODS[name] = Method(train, space)
+        return train
+
+    return register
+
+
+@method("single")
+def single(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """One network."""
+    return task.fit(DeepEnsemble(task.make_net, 1), train, settings, seed)
+
+
+@method("wide")
+def wide(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """One network, so wide that it costs the FLOPs of the ensemble."""
+    width = equal_flops_width(task.name)
+    return task.fit(DeepEnsemble(lambda: task.make(width), 1), train, settings, seed)
+
+
+@method("deep ensemble")
+def deep_ensemble(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """Independent networks; while tuning as many as the ensemble has, then the whole pool."""
+    networks = task.members if seed in TUNING_SEEDS else task.pool
+    return task.fit(DeepEnsemble(task.make_net, networks), train, settings, seed)
+
+
+@method("BatchEnsemble", fast_rate=(0.1, 3.0))
+def batch_ensemble(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """Shared weights with rank-1 factors, tiled batches."""
+    ensemble = BatchEnsemble(task.make_net, task.members, fast_rate=settings["fast_rate"])
+    return task.fit(ensemble, train, settings, seed)
+
+
+@cache
+def equal_flops_width(name: str) -> int:
+    """Return the smallest width at which one network costs the FLOPs of the task's ensemble, at the least."""
+    task = TASKS[name]
+    x = task.load(0)["val"][0][:1]
+
+    def flops(width: int) -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            task.make(width)(x)
+        return counter.get_total_flops()
+
+    target = task.members * flops(task.width)
+    return next(width for width in range(task.width, 100 * task.width) if flops(width) >= target)
+
+
+# ---- Running: one file a run, so that a killed ledger goes on where it was. ----
+
+
+def trial_settings(name: str) -> list[Settings]:
+    """Return the settings of a method's trials: Sobol points, the same rates and decays for every method."""
+    space = {**SPACE, **METHODS[name].space}
+    points = SobolEngine(len(space), scramble=True, seed=0).draw(TRIALS).double()
+    shared = SobolEngine(len(SPACE), scramble=True, seed=0).draw(TRIALS).double()
+    points[:, : len(SPACE)] = shared
+    limits = [(math.log(low), math.log(high)) for low, high in space.values()]
+    return [
+        {key: math.exp(low + u * (high - low)) for key, (low, high), u in zip(space, limits, point, strict=True)}
+        for point in points.tolist()
+    ]
+
+
+def train_one(task: Task, name: str, settings: Settings, seed: int) -> tuple[Ensemble, Sets]:
+    """Train one method with one seed, which decides the data draw, the start, the shuffles and dropout."""
+    sets = task.load(seed)
+    x, y = sets["train"]
+    assert y is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        ensemble = METHODS[name].train(task, (x, y), settings, seed)
+    return ensemble, sets
+
+
+def tune(task: Task, name: str, bank: Path) -> Settings:
+    """Return the settings with the lowest validation score; trials that were run before are read, not run."""
+    settings = trial_settings(name)
+    results = [trial(task, name, i, settings[i], bank) for i in range(TRIALS)]
+    return settings[min(range(TRIALS), key=results.__getitem__)]
+
+
+def trial(task: Task, name: str, i: int, settings: Settings, bank: Path) -> float:
+    """Return one trial's mean validation score; infinite where training diverged."""
+    path = bank / task.name / name / f"trial-{i}.json"
+    if not path.exists():
+        values = [validation_score(task, name, settings, seed) for seed in TUNING_SEEDS]
+        kept = [value if math.isfinite(value) else None for value in values]
+        write_json(path, {"settings": settings, PRIMARY: kept, **provenance()})
+    values = json.loads(path.read_text())[PRIMARY]
+    return math.inf if None in values else float(np.mean(values))
+
+
+def validation_score(task: Task, name: str, settings: Settings, seed: int) -> float:
+    """Train, and score on validation data."""
+    try:
+        ensemble, sets = train_one(task, name, settings, seed)
+    except FloatingPointError:
+        return math.inf
+    x, y = sets["val"]
+    assert y is not None
+    return -mixed(log_likelihoods(predict(ensemble, x, likelihood=task.likelihood), y)).mean().item()
+
+
+def run(task: Task, name: str, seed: int, bank: Path = BANK) -> None:
+    """Train one method with one seed and keep what its members say about every set, unless that is kept already."""
+    path = bank / task.name / name / f"{seed}.npz"
+    if path.exists():
+        return
+    settings = tune(task, name, bank)
+    ensemble, sets = train_one(task, name, settings, seed)
+    arrays = {}
+    for key, (x, _) in sets.items():
+        if key != "train":
+            arrays[key] = packed(predict(ensemble, x, likelihood=task.likelihood))
+    facts = {"task": task.name, "method": name, "seed": seed, "settings": settings, **provenance()}
+    content = io.BytesIO()
+    np.savez_compressed(content, facts=np.array(json.dumps(facts)), **arrays)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, content.getvalue())
+
+
+def run_costs(task: Task, name: str, bank: Path = BANK) -> None:
+    """Measure what an untrained ensemble of each method costs, unless that is kept already."""
+    path = bank / task.name / name / "costs.json"
+    if path.exists():
+        return
+    one = Task(**{**vars(task), "epochs": 1, "pool": task.members})
+    ensemble, sets = train_one(one, name, tune(task, name, bank), 0)
+    x, y = sets["train"]
+    assert y is not None
+    write_json(path, {**asdict(measure(ensemble, x, y, likelihood=task.likelihood, seconds=2.0)), **provenance()})
+
+
+def provenance() -> dict[str, str]:
+    """Return where and when a run was made."""
+    today = datetime.date.today().isoformat()
+    return {"torch": torch.__version__, "python": platform.python_version(), "device": "cpu", "date": today}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a small file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def packed(prediction: Tensor | Normal) -> NDArray[np.float16]:
+    """Return a prediction in half precision: log probabilities (members, n, classes), or mean and std (members, n, 2)."""
+    if isinstance(prediction, Normal):
+        return torch.stack([prediction.loc, prediction.scale], -1).half().numpy()
+    return prediction.clamp_min(1e-30).log().half().numpy()  # the log keeps what is near 0 and near 1
+
+
+# ---- Reading. ----
+
+
+@cache
+def record(task: str, name: str, seed: int, bank: Path = BANK) -> tuple[dict[str, Any], dict[str, Tensor | Normal]]:
+    """Return what is kept of a run: facts about it, and predictions by set.
+
+    Raises:
+        FileNotFoundError: the run is not in the bank.
+    """
+    path = bank / task / name / f"{seed}.npz"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"the ledger must hold the run, got none for {task}, {name}, seed {seed}: python -m effens.ledger"
+        )
+    with np.load(path, allow_pickle=False) as file:
+        facts = json.loads(str(file["facts"]))
+        arrays = {key: torch.from_numpy(file[key]).float() for key in file.files if key != "facts"}
+    if isinstance(TASKS[task].likelihood, Categorical):
+        return facts, {key: array.softmax(-1) for key, array in arrays.items()}
+    return facts, {key: Normal(array[..., 0], array[..., 1], validate_args=False) for key, array in arrays.items()}
+
+
+def predictions(task: str, name: str, seed: int, split: str = "test") -> Any:
+    """Return every member's prediction: probabilities (members, n, classes), or a Normal of batch shape (members, n)."""
+    return record(task, name, seed)[1][split]
+
+
+def pool(task: str, split: str = "test", seed: int = 0) -> Any:
+    """Return the predictions of all independent networks that saw the same data.
+
+    On digits these are the members of every seed's deep ensemble; on the generated task, where every seed has its own
+    data, those of one seed.
+    """
+    if isinstance(TASKS[task].likelihood, Categorical):
+        return torch.cat([predictions(task, "deep ensemble", s, split) for s in range(TASKS[task].seeds)])
+    return predictions(task, "deep ensemble", seed, split)
+
+
+def log_likelihoods(prediction: Tensor | Normal, y: Tensor) -> Tensor:
+    """Return each member's log likelihood of each target, (members, n), float64."""
+    if isinstance(prediction, Normal):
+        return Normal(prediction.loc.double(), prediction.scale.double()).log_prob(y)
+    return scores.of_labels(prediction, y).log()
+
+
+def mixed(logs: Tensor) -> Tensor:
+    """Return the log likelihood of the mean of the members, (n,)."""
+    return logs.logsumexp(0) - math.log(len(logs))
+
+
+def score(prediction: Tensor | Normal, y: Tensor) -> dict[str, float]:
+    """Return the scores of a prediction of the members, in the units that their names say."""
+    logs = log_likelihoods(prediction, y)
+    result = {"nll": -mixed(logs).mean(), "member_nll": -logs.mean()}
+    result["diversity_gain"] = result["member_nll"] - result["nll"]
+    if isinstance(prediction, Normal):
+        result["crps"] = scores.crps(prediction, y)
+        result["spread"] = prediction.loc.std(0, correction=0).mean()
+    else:
+        result["accuracy"] = 100 * scores.accuracy(prediction, y)
+        result["brier"] = scores.brier(prediction, y)
+        result["ece"] = 100 * scores.ece(prediction, y)
+        result["disagreement"] = 100 * scores.disagreement(prediction).mean()
+    return {key: float(value) for key, value in result.items()}
+
+
+BASELINES = {"single, tempered": "single"}  # derived from another method's predictions
+
+
+@cache
+def seed_scores(task: str, name: str, seed: int, split: str) -> dict[str, float]:
+    """Return the scores of one seed; of a pool, the mean over its disjoint groups of ``members``."""
+    y = TASKS[task].load(seed)[split][1]
+    assert y is not None
+    prediction = predictions(task, BASELINES.get(name, name), seed, split)
+    if name in BASELINES:
+        prediction = tempered(task, seed, prediction)
+    rows = [score(group, y) for group in groups(prediction, TASKS[task].members)]
+    return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+
+
+def groups(prediction: Any, members: int) -> list[Any]:
+    """Divide a pool into disjoint groups of ``members``; anything smaller is one group."""
+    if isinstance(prediction, Normal):
+        pairs = zip(prediction.loc.split(members), prediction.scale.split(members), strict=True)
+        return [Normal(loc, scale, validate_args=False) for loc, scale in pairs]
+    return list(prediction.split(members))
+
+
+def tempered(task: str, seed: int, prediction: Tensor | Normal) -> Tensor | Normal:
+    """Return the single network's prediction, its confidence set on validation data by one number."""
+    x_y = TASKS[task].load(seed)["val"]
+    assert x_y[1] is not None
+    val = predictions(task, "single", seed, "val")
+    if isinstance(prediction, Normal):  # the scale of the standard deviation that fits best, in closed form
+        factor = ((x_y[1] - val.loc) / val.scale).square().mean().sqrt()
+        return Normal(prediction.loc, prediction.scale * factor, validate_args=False)
+    return scores.temper(prediction, scores.temperature(val, x_y[1]))
+
+
+def values(task: str, name: str, metric: str = PRIMARY, split: str = "test") -> Tensor:
+    """Return one score of every seed, (seeds,)."""
+    return torch.tensor([seed_scores(task, name, seed, split)[metric] for seed in range(TASKS[task].seeds)])
+
+
+def auroc(task: str, name: str, outside: str = "letters", inside: str = "test") -> Tensor:
+    """Return how well total entropy tells ``outside`` from ``inside``, of every seed, (seeds,), in percent."""
+    result = []
+    for seed in range(TASKS[task].seeds):
+        found = [predictions(task, BASELINES.get(name, name), seed, split) for split in (inside, outside)]
+        if name in BASELINES:
+            found = [tempered(task, seed, prediction) for prediction in found]
+        result.append(100 * scores.auroc(*(scores.total_entropy(probs) for probs in found)))
+    return torch.stack(result)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds with its 95% t interval."""
+
+    mean: float
+    half: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ± {self.half:.3f}"
+
+
+def interval(sample: Tensor) -> Interval:
+    """Return the mean of a sample (n,), and half of its 95% t interval."""
+    n = len(sample)
+    if n < 2:
+        raise ValueError(f"an interval needs at least 2 seeds, got {n}")
+    half = float(stats.t.ppf(0.975, n - 1)) * sample.double().std().item() / math.sqrt(n)
+    return Interval(sample.double().mean().item(), half)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The paired difference of two methods over seeds, with its 95% t interval and what it says."""
+
+    difference: Interval
+    wins: int
+    seeds: int
+    verdict: str
+
+    def __str__(self) -> str:
+        return f"{self.difference.mean:+.3f} ± {self.difference.half:.3f}, lower in {self.wins} of {self.seeds}: {self.verdict}"
+
+
+def compare(
+    task: str, a: str, b: str, metric: str = PRIMARY, split: str = "test", margin: float = MARGIN
+) -> Comparison:
+    """Return by how much ``a`` differs from ``b``: lower, higher, tied (inside the margin), or unresolved."""
+    gap = values(task, a, metric, split) - values(task, b, metric, split)
+    difference = interval(gap)
+    low, high = difference.mean - difference.half, difference.mean + difference.half
+    if -margin < low and high < margin:
+        verdict = "tied"
+    elif low > 0 or high < 0:
+        verdict = "lower" if high < 0 else "higher"
+    else:
+        verdict = "unresolved"
+    return Comparison(difference, int((gap < 0).sum()), len(gap), verdict)
+
+
+def curve(task: str, members: Iterable[int], metric: str = PRIMARY, split: str = "test", subsets: int = 100) -> Tensor:
+    """Return a score of random subsets of the pool, (sizes, subsets): how a deep ensemble depends on its members.
+
+    Subsets of a pool overlap, so their spread says what luck in the choice of networks does, and is no interval.
+    """
+    found = pool(task, split)
+    y = TASKS[task].load(0)[split][1]
+    assert y is not None
+    generator = torch.Generator().manual_seed(0)
+    size = len(found.loc) if isinstance(found, Normal) else len(found)
+    logs = log_likelihoods(found, y)
+    rows = []
+    for m in members:
+        chosen = [torch.randperm(size, generator=generator)[:m] for _ in range(subsets)]
+        if metric in ("nll", "member_nll", "diversity_gain"):
+            parts = [(-mixed(logs[index]).mean(), -logs[index].mean()) for index in chosen]
+            pick = {"nll": lambda p: p[0], "member_nll": lambda p: p[1], "diversity_gain": lambda p: p[1] - p[0]}[
+                metric
+            ]
+            rows.append(torch.stack([pick(part) for part in parts]))
+        else:
+            rows.append(torch.tensor([score(found[index], y)[metric] for index in chosen], dtype=torch.float64))
+    return torch.stack(rows)
+
+
+def costs(task: str, name: str) -> dict[str, Any]:
+    """Return what a method costs on the machine on which the ledger was made: the fields of `effens.Costs`."""
+    path = BANK / task / BASELINES.get(name, name) / "costs.json"
+    if not path.exists():
+        raise FileNotFoundError(f"the ledger must hold the costs, got none for {task}, {name}: python -m effens.ledger")
+    return json.loads(path.read_text())
+
+
+def names() -> list[str]:
+    """Return every row of a table: the methods, each followed by the baselines derived from it."""
+    return [row for name in METHODS for row in (name, *(key for key, value in BASELINES.items() if value == name))]
+
+
+def table(task: str, metrics: Iterable[str] = ("nll", "member_nll", "diversity_gain"), split: str = "test") -> str:
+    """Return a table: a row per method, a column per score, means over seeds with 95% intervals."""
+    metrics = list(metrics)
+    lines = [f"{'':18}" + "".join(f"{metric:>18}" for metric in metrics)]
+    for name in names():
+        cells = "".join(f"{interval(values(task, name, metric, split))!s:>18}" for metric in metrics)
+        lines.append(f"{name:18}{cells}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what is missing and print the tables."""
+    parser = argparse.ArgumentParser(prog="python -m effens.ledger", description=main.__doc__)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--no-costs", action="store_true", help="measure no costs: another program is running")
+    chosen = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # so that numbers and times do not depend on how many cores there are
+    pairs = [(TASKS[task], name) for task in chosen.tasks for name in chosen.methods]
+    with tqdm(total=sum(task.seeds for task, _ in pairs), desc="ledger", unit="run") as shown:
+        for task, name in pairs:
+            for seed in range(task.seeds):
+                shown.set_postfix_str(f"{task.name}, {name}, seed {seed}")
+                run(task, name, seed)
+                shown.update()
+    if not chosen.no_costs:
+        for task, name in pairs:
+            run_costs(task, name)
+    if set(chosen.methods) == set(METHODS):
+        for task in chosen.tasks:
+            print(f"\n{task}: test set\n{table(task)}")
+
+
+if __name__ == "__main__":
+    main()
