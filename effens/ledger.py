@@ -1,8 +1,8 @@
-"""The ledger: every method on the same tasks, with the same tuning and seeds; the book's one source of multi-seed numbers.
+"""The ledger: every method on the same tasks, with the same tuning and seeds.
 
-``python -m effens.ledger`` runs what is missing, resumes after a kill, and prints the tables. Each run is kept as one file
-of a **prediction bank**: what every member said about every test set, in half precision. Scores, intervals, tables and
-pictures are computed from the bank in seconds.
+It is the book's one source of multi-seed numbers. ``python -m effens.ledger`` runs what is missing, resumes after a
+kill, and prints the tables. Each run is kept as one file of a **prediction bank**: what every member said about every
+test set, in half precision. Scores, intervals, tables and pictures are computed from the bank in seconds.
 
 To add a method, write one function that trains it, and register it with `method`.
 """
@@ -42,6 +42,7 @@ from effens.training import fit, predict
 Sets = dict[str, tuple[Tensor, Tensor | None]]
 Settings = dict[str, float]
 BANK = Path(__file__).with_name("bank")
+COMMAND = "run python -m effens.ledger"
 
 # ---- Frozen before any tuning: tasks, splits, the primary metric, the search and the margin. ----
 
@@ -102,7 +103,7 @@ class Task:
 
 
 def load_gap(seed: int) -> Sets:
-    """Regression with a gap: each seed is another function, with other data."""
+    """Make regression with a gap: each seed is another function, with other data."""
     task = data.gap_regression(seed)
     return {
         "train": (task.x_train, task.y_train),
@@ -113,9 +114,9 @@ def load_gap(seed: int) -> Sets:
 
 
 def load_digits(seed: int) -> Sets:
-    """Digits: the data are the same for every seed; the second thousand of the test set is rotated, and made noisy."""
+    """Load digits, the same for every seed; 500 of the test images are also rotated, and made noisy."""
     task = data.digits()
-    x, y = task.x_test[1000:], task.y_test[1000:]
+    x, y = task.x_test[:500], task.y_test[:500]
     return {
         "train": (task.x_train, task.y_train),
         "val": (task.x_val, task.y_val),
@@ -238,7 +239,7 @@ def tune(task: Task, name: str, bank: Path) -> Settings:
 
 def trial(task: Task, name: str, i: int, settings: Settings, bank: Path) -> float:
     """Return one trial's mean validation score; infinite where training diverged."""
-    path = bank / task.name / name / f"trial-{i}.json"
+    path = folder(bank, task.name, name) / f"trial-{i}.json"
     if not path.exists():
         values = [validation_score(task, name, settings, seed) for seed in TUNING_SEEDS]
         kept = [value if math.isfinite(value) else None for value in values]
@@ -260,7 +261,7 @@ def validation_score(task: Task, name: str, settings: Settings, seed: int) -> fl
 
 def run(task: Task, name: str, seed: int, bank: Path = BANK) -> None:
     """Train one method with one seed and keep what its members say about every set, unless that is kept already."""
-    path = bank / task.name / name / f"{seed}.npz"
+    path = folder(bank, task.name, name) / f"{seed}.npz"
     if path.exists():
         return
     settings = tune(task, name, bank)
@@ -278,7 +279,7 @@ def run(task: Task, name: str, seed: int, bank: Path = BANK) -> None:
 
 def run_costs(task: Task, name: str, bank: Path = BANK) -> None:
     """Measure what an untrained ensemble of each method costs, unless that is kept already."""
-    path = bank / task.name / name / "costs.json"
+    path = folder(bank, task.name, name) / "costs.json"
     if path.exists():
         return
     one = Task(**{**vars(task), "epochs": 1, "pool": task.members})
@@ -294,6 +295,11 @@ def provenance() -> dict[str, str]:
     return {"torch": torch.__version__, "python": platform.python_version(), "device": "cpu", "date": today}
 
 
+def folder(bank: Path, task: str, name: str) -> Path:
+    """Return where a method's runs are kept."""
+    return bank / task / name.replace(" ", "-")
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a small file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -301,7 +307,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def packed(prediction: Tensor | Normal) -> NDArray[np.float16]:
-    """Return a prediction in half precision: log probabilities (members, n, classes), or mean and std (members, n, 2)."""
+    """Return half precision: log probabilities (members, n, classes), or mean and std (members, n, 2)."""
     if isinstance(prediction, Normal):
         return torch.stack([prediction.loc, prediction.scale], -1).half().numpy()
     return prediction.clamp_min(1e-30).log().half().numpy()  # the log keeps what is near 0 and near 1
@@ -317,11 +323,9 @@ def record(task: str, name: str, seed: int, bank: Path = BANK) -> tuple[dict[str
     Raises:
         FileNotFoundError: the run is not in the bank.
     """
-    path = bank / task / name / f"{seed}.npz"
+    path = folder(bank, task, name) / f"{seed}.npz"
     if not path.exists():
-        raise FileNotFoundError(
-            f"the ledger must hold the run, got none for {task}, {name}, seed {seed}: python -m effens.ledger"
-        )
+        raise FileNotFoundError(f"the ledger must hold {task}, {name}, seed {seed}, got no such run: {COMMAND}")
     with np.load(path, allow_pickle=False) as file:
         facts = json.loads(str(file["facts"]))
         arrays = {key: torch.from_numpy(file[key]).float() for key in file.files if key != "facts"}
@@ -500,10 +504,11 @@ def curve(task: str, members: Iterable[int], metric: str = PRIMARY, split: str =
 
 def costs(task: str, name: str) -> dict[str, Any]:
     """Return what a method costs on the machine on which the ledger was made: the fields of `effens.Costs`."""
-    path = BANK / task / BASELINES.get(name, name) / "costs.json"
+    path = folder(BANK, task, BASELINES.get(name, name)) / "costs.json"
     if not path.exists():
-        raise FileNotFoundError(f"the ledger must hold the costs, got none for {task}, {name}: python -m effens.ledger")
-    return json.loads(path.read_text())
+        raise FileNotFoundError(f"the ledger must hold the costs of {task}, {name}, got none: {COMMAND}")
+    facts: dict[str, Any] = json.loads(path.read_text())
+    return facts
 
 
 def names() -> list[str]:
