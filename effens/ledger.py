@@ -8,14 +8,16 @@ To add a method, write one function that trains it, and register it with `method
 """
 
 import argparse
+import copy
 import datetime
 import io
 import json
 import math
 import platform
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -142,20 +144,27 @@ Train = Callable[[Task, tuple[Tensor, Tensor], Settings, int], Ensemble]
 
 @dataclass(frozen=True)
 class Method:
-    """A way to train: the function, and what it tunes beside rate and decay, as name: (low, high) on a log scale."""
+    """A way to train.
+
+    Attributes:
+        train: the function.
+        space: what it tunes beside rate and decay, as name: (low, high) on a log scale.
+        like: the method whose tuned settings it takes, if it is a variant that changes one thing only.
+    """
 
     train: Train
     space: Mapping[str, tuple[float, float]]
+    like: str | None = None
 
 
 METHODS: dict[str, Method] = {}
 
 
-def method(name: str, **space: tuple[float, float]) -> Callable[[Train], Train]:
+def method(name: str, *, like: str | None = None, **space: tuple[float, float]) -> Callable[[Train], Train]:
     """Register a function ``(task, (x, y), settings, seed) -> trained ensemble`` as a method of the ledger."""
 
     def register(train: Train) -> Train:
-        METHODS[name] = Method(train, space)
+        METHODS[name] = Method(train, space, like)
         return train
 
     return register
@@ -186,6 +195,36 @@ def batch_ensemble(task: Task, train: tuple[Tensor, Tensor], settings: Settings,
     """Shared weights with rank-1 factors, tiled batches."""
     ensemble = BatchEnsemble(task.make_net, task.members, fast_rate=settings["fast_rate"])
     return task.fit(ensemble, train, settings, seed)
+
+
+@method("deep, one start", like="deep ensemble")
+def one_start(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """Members that start from the same weights: only their shuffles differ."""
+    first = task.make_net()
+    return task.fit(DeepEnsemble(lambda: copy.deepcopy(first), task.members), train, settings, seed)
+
+
+@method("deep, one order", like="deep ensemble")
+def one_order(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """Members that see the same batches: only their starts differ."""
+
+    class OneOrder(DeepEnsemble):
+        def order(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+            return torch.randperm(n, generator=generator).expand(self.members, n)
+
+    return task.fit(OneOrder(task.make_net, task.members), train, settings, seed)
+
+
+@method("deep, bagged", like="deep ensemble")
+def bagged(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """Members that each see their own resample of the data, drawn with replacement once."""
+
+    class Bagged(DeepEnsemble):
+        def order(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+            resample = torch.randint(n, (self.members, n), generator=torch.Generator().manual_seed(seed))
+            return resample.gather(1, super().order(n, generator=generator))
+
+    return task.fit(Bagged(task.make_net, task.members), train, settings, seed)
 
 
 @cache
@@ -232,6 +271,7 @@ def train_one(task: Task, name: str, settings: Settings, seed: int) -> tuple[Ens
 
 def tune(task: Task, name: str, bank: Path) -> Settings:
     """Return the settings with the lowest validation score; trials that were run before are read, not run."""
+    name = METHODS[name].like or name
     settings = trial_settings(name)
     results = [trial(task, name, i, settings[i], bank) for i in range(TRIALS)]
     return settings[min(range(TRIALS), key=results.__getitem__)]
@@ -268,7 +308,7 @@ def run(task: Task, name: str, seed: int, bank: Path = BANK) -> None:
     ensemble, sets = train_one(task, name, settings, seed)
     arrays = {}
     for key, (x, _) in sets.items():
-        if key != "train":
+        if key == "test" or (key != "train" and METHODS[name].like is None):
             arrays[key] = packed(predict(ensemble, x, likelihood=task.likelihood))
     facts = {"task": task.name, "method": name, "seed": seed, "settings": settings, **provenance()}
     content = io.BytesIO()
@@ -280,13 +320,50 @@ def run(task: Task, name: str, seed: int, bank: Path = BANK) -> None:
 def run_costs(task: Task, name: str, bank: Path = BANK) -> None:
     """Measure what an untrained ensemble of each method costs, unless that is kept already."""
     path = folder(bank, task.name, name) / "costs.json"
-    if path.exists():
+    if path.exists() or METHODS[name].like is not None:
         return
     one = Task(**{**vars(task), "epochs": 1, "pool": task.members})
     ensemble, sets = train_one(one, name, tune(task, name, bank), 0)
     x, y = sets["train"]
     assert y is not None
     write_json(path, {**asdict(measure(ensemble, x, y, likelihood=task.likelihood, seconds=2.0)), **provenance()})
+
+
+LAYERS = {"widths": (64, 256, 1024, 4096), "batches": (1, 16, 256), "members": 4}
+
+
+def run_layer_costs(bank: Path = BANK) -> None:
+    """Time one linear layer, M of them, and BatchEnsemble's, over widths and batches, unless that is kept already."""
+    path = bank / "layers.json"
+    if path.exists():
+        return
+    members = LAYERS["members"]
+    assert isinstance(members, int)
+    rows = []
+    for width in LAYERS["widths"]:
+        layers = {
+            "single": DeepEnsemble(lambda width=width: nn.Linear(width, width), 1),
+            "deep ensemble": DeepEnsemble(lambda width=width: nn.Linear(width, width), members),
+            "BatchEnsemble": BatchEnsemble(lambda width=width: nn.Linear(width, width), members),
+        }
+        for batch in LAYERS["batches"]:
+            x = torch.randn(batch, width)
+            with torch.inference_mode():
+                times = interleaved({name: partial(layer, x) for name, layer in layers.items()}, seconds=4.0)
+            rows += [{"method": name, "width": width, "batch": batch, "seconds": t} for name, t in times.items()]
+    write_json(path, {"members": members, "threads": torch.get_num_threads(), "rows": rows, **provenance()})
+
+
+def interleaved(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+    """Return the median time of each call, taken in turns, so that a busy moment hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    began = time.perf_counter()
+    while len(times[next(iter(times))]) < 10 or time.perf_counter() - began < seconds:
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: float(np.median(found[3:])) for name, found in times.items()}
 
 
 def provenance() -> dict[str, str]:
@@ -511,16 +588,22 @@ def costs(task: str, name: str) -> dict[str, Any]:
     return facts
 
 
-def names() -> list[str]:
+def names(variants: bool = False) -> list[str]:
     """Return every row of a table: the methods, each followed by the baselines derived from it."""
-    return [row for name in METHODS for row in (name, *(key for key, value in BASELINES.items() if value == name))]
+    chosen = [name for name, method in METHODS.items() if variants or method.like is None]
+    return [row for name in chosen for row in (name, *(key for key, value in BASELINES.items() if value == name))]
 
 
-def table(task: str, metrics: Iterable[str] = ("nll", "member_nll", "diversity_gain"), split: str = "test") -> str:
+def table(
+    task: str,
+    metrics: Iterable[str] = ("nll", "member_nll", "diversity_gain"),
+    split: str = "test",
+    rows: Iterable[str] | None = None,
+) -> str:
     """Return a table: a row per method, a column per score, means over seeds with 95% intervals."""
     metrics = list(metrics)
     lines = [f"{'':18}" + "".join(f"{metric:>18}" for metric in metrics)]
-    for name in names():
+    for name in names() if rows is None else rows:
         cells = "".join(f"{interval(values(task, name, metric, split))!s:>18}" for metric in metrics)
         lines.append(f"{name:18}{cells}")
     return "\n".join(lines)
@@ -544,6 +627,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not chosen.no_costs:
         for task, name in pairs:
             run_costs(task, name)
+        run_layer_costs()
     if set(chosen.methods) == set(METHODS):
         for task in chosen.tasks:
             print(f"\n{task}: test set\n{table(task)}")
