@@ -455,7 +455,7 @@ def score(prediction: Tensor | Normal, y: Tensor) -> dict[str, float]:
     return {key: float(value) for key, value in result.items()}
 
 
-BASELINES = {"single, tempered": "single"}  # derived from another method's predictions
+BASELINES = {"single, temperature": "single"}  # derived from another method's predictions
 
 
 @cache
