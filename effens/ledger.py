@@ -440,12 +440,19 @@ def mixed(logs: Tensor) -> Tensor:
 
 
 def score(prediction: Tensor | Normal, y: Tensor) -> dict[str, float]:
-    """Return the scores of a prediction of the members, in the units that their names say."""
+    """Return the scores of a prediction of the members.
+
+    In nats: nll, member_nll, diversity_gain. In percent: accuracy, ece, disagreement, coverage of the 95% band. In units
+    of y: crps, width of that band, spread of the members' means.
+    """
     logs = log_likelihoods(prediction, y)
     result = {"nll": -mixed(logs).mean(), "member_nll": -logs.mean()}
     result["diversity_gain"] = result["member_nll"] - result["nll"]
     if isinstance(prediction, Normal):
+        total = (prediction.variance.mean(0) + prediction.loc.var(0, correction=0)).sqrt()
         result["crps"] = scores.crps(prediction, y)
+        result["coverage"] = 100 * ((y - prediction.loc.mean(0)).abs() <= 1.96 * total).float().mean()
+        result["width"] = 2 * 1.96 * total.mean()
         result["spread"] = prediction.loc.std(0, correction=0).mean()
     else:
         result["accuracy"] = 100 * scores.accuracy(prediction, y)
@@ -490,15 +497,17 @@ def tempered(task: str, seed: int, prediction: Tensor | Normal) -> Tensor | Norm
 
 
 def values(task: str, name: str, metric: str = PRIMARY, split: str = "test") -> Tensor:
-    """Return one score of every seed, (seeds,)."""
+    """Return one score of every seed, (seeds,); "auroc" tells the set ``split`` from the test set."""
+    if metric == "auroc":
+        return auroc(task, name, split)
     return torch.tensor([seed_scores(task, name, seed, split)[metric] for seed in range(TASKS[task].seeds)])
 
 
-def auroc(task: str, name: str, outside: str = "letters", inside: str = "test") -> Tensor:
-    """Return how well total entropy tells ``outside`` from ``inside``, of every seed, (seeds,), in percent."""
+def auroc(task: str, name: str, outside: str) -> Tensor:
+    """Return how well total entropy tells ``outside`` from the test set, of every seed, (seeds,), in percent."""
     result = []
     for seed in range(TASKS[task].seeds):
-        found = [predictions(task, BASELINES.get(name, name), seed, split) for split in (inside, outside)]
+        found = [predictions(task, BASELINES.get(name, name), seed, split) for split in ("test", outside)]
         if name in BASELINES:
             found = [tempered(task, seed, prediction) for prediction in found]
         result.append(100 * scores.auroc(*(scores.total_entropy(probs) for probs in found)))
@@ -596,17 +605,63 @@ def names(variants: bool = False) -> list[str]:
 
 def table(
     task: str,
-    metrics: Iterable[str] = ("nll", "member_nll", "diversity_gain"),
-    split: str = "test",
+    columns: Iterable[str] = ("nll", "member_nll", "diversity_gain"),
     rows: Iterable[str] | None = None,
 ) -> str:
-    """Return a table: a row per method, a column per score, means over seeds with 95% intervals."""
-    metrics = list(metrics)
-    lines = [f"{'':18}" + "".join(f"{metric:>18}" for metric in metrics)]
+    """Return a table: a row per method, a column per score, means over seeds with 95% intervals.
+
+    Args:
+        task: its name.
+        columns: scores on the test set; ``"nll@rotated"`` is on another set.
+        rows: methods; all of them by default.
+    """
+    parts = [(column.partition("@")[0], column.partition("@")[2] or "test") for column in columns]
+    titles = [metric if split == "test" else f"{metric}@{split}" for metric, split in parts]
+    lines = [" " * 20 + "".join(f"{title:>17}" for title in titles)]
     for name in names() if rows is None else rows:
-        cells = "".join(f"{interval(values(task, name, metric, split))!s:>18}" for metric in metrics)
-        lines.append(f"{name:18}{cells}")
+        intervals = [(interval(values(task, name, metric, split)), DECIMALS.get(metric, 3)) for metric, split in parts]
+        cells = [f"{found.mean:.{digits}f} ± {found.half:.{digits}f}" for found, digits in intervals]
+        lines.append(f"{name:20}" + "".join(f"{cell:>17}" for cell in cells))
     return "\n".join(lines)
+
+
+DECIMALS = {"accuracy": 1, "ece": 1, "disagreement": 1, "coverage": 1, "auroc": 1}  # percentages
+
+
+def relative_costs(task: str, name: str) -> dict[str, float]:
+    """Return a method's costs as multiples of the single network's.
+
+    Training is the time of a step of the task's epochs, at batch 128; prediction the median latency at batch 1 and 256;
+    memory the bytes of all weights.
+    """
+
+    def facts(row: str) -> dict[str, float]:
+        found = costs(task, row)
+        return {
+            "training": found["train_seconds"],
+            "batch 1": found["latency_p50"]["1"],
+            "batch 256": found["latency_p50"]["256"],
+            "memory": found["stored_bytes"],
+        }
+
+    one = facts("single")
+    return {key: value / one[key] for key, value in facts(name).items()}
+
+
+def cost_table(task: str) -> str:
+    """Return a table of what each method costs, as multiples of the single network's cost."""
+    found = {name: relative_costs(task, name) for name in names()}
+    lines = [" " * 20 + "".join(f"{title:>12}" for title in found["single"])]
+    lines += [f"{name:20}" + "".join(f"{value:11.1f}x" for value in row.values()) for name, row in found.items()]
+    return "\n".join(lines)
+
+
+def card(task: str, name: str) -> str:
+    """Return one line: what a method costs against one network, and what it brings."""
+    cost = relative_costs(task, name)
+    nll = [interval(values(task, row)) for row in ("single", name)]
+    prices = ", ".join(f"{key} {value:.1f}x" for key, value in cost.items())
+    return f"Against one network: {prices}. NLL on test {task}: {nll[0]} for one network, {nll[1]} for this."
 
 
 def main(arguments: list[str] | None = None) -> None:
