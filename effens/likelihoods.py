@@ -86,7 +86,8 @@ class Gaussian(Likelihood):
     def nll(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Return the negative log density of each example, ``(..., batch)``, in nats."""
         check_targets(outputs, y)
-        return -self.predict(outputs).log_prob(y)
+        log_density: Tensor = self.predict(outputs).log_prob(y)
+        return -log_density
 
     def predict(self, outputs: Tensor) -> Normal:
         """Return a `torch.distributions.Normal` of batch shape ``(..., batch)``."""
@@ -108,7 +109,8 @@ class StudentT(Likelihood):
     def nll(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Return the negative log density of each example, ``(..., batch)``, in nats."""
         check_targets(outputs, y)
-        return -self.predict(outputs).log_prob(y)
+        log_density: Tensor = self.predict(outputs).log_prob(y)
+        return -log_density
 
     def predict(self, outputs: Tensor) -> StudentTDistribution:
         """Return a `torch.distributions.StudentT` of batch shape ``(..., batch)``."""

@@ -41,7 +41,8 @@ def cnn(
 ) -> nn.Sequential:
     """Return a small convolutional network: ``(batch, inputs, size, size)`` to ``(batch, classes)``.
 
-    Two 3 x 3 convolutions, of ``channels`` and ``2 * channels``, each followed by ReLU and 2 x 2 pooling; one linear layer.
+    Two 3 x 3 convolutions, of ``channels`` and ``2 * channels``, each followed by ReLU and 2 x 2 pooling; one linear
+    layer.
     """
     side = size // 4
     return nn.Sequential(

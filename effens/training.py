@@ -3,11 +3,13 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
@@ -91,14 +93,16 @@ def fit(
     place = place_of(device)
     ensemble.to(place)
     batches = Batches(ensemble, data, batch_size, place, torch.Generator().manual_seed(seed))
-    descent = make_optimizer(optimizer, ensemble.parameter_groups(rate, weight_decay), rate, weight_decay)
+    groups = ensemble.parameter_groups(rate, weight_decay)
+    if not any(group["params"] for group in groups):
+        raise ValueError("the ensemble must have weights to train, got none that require gradients")
+    descent = make_optimizer(optimizer, groups, rate, weight_decay)
     highest = [group["lr"] for group in descent.param_groups]
     steps = epochs * len(batches)
     losses: list[Tensor] = []
     rates: list[float] = []
     began = time.perf_counter()
-    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []), bar(steps, progress) as shown:
-        torch.manual_seed(seed)
+    with seeded(seed, place), bar(steps, progress) as shown:
         for _ in range(epochs):
             ensemble.train()
             for xs, ys, unchecked in batches:
@@ -117,14 +121,14 @@ def fit(
                 losses.append(each.detach().mean(1))
                 rates.append(rate * multiplier)
                 shown.update()
-            check_finite(losses)
+            check_finite(losses, len(batches))
         ensemble.eval()
         ensemble.finish(batches.inputs())
     return History(torch.stack(losses).cpu(), torch.tensor(rates), time.perf_counter() - began)
 
 
 @torch.no_grad()
-def predict(ensemble: Ensemble, x: Tensor, *, likelihood: Likelihood | None = None, chunk: int = 1024) -> Any:
+def predict(ensemble: nn.Module, x: Tensor, *, likelihood: Likelihood | None = None, chunk: int = 1024) -> Any:
     """Ask every member, in eval mode, without gradients, in chunks of rows.
 
     Args:
@@ -143,7 +147,7 @@ def predict(ensemble: Ensemble, x: Tensor, *, likelihood: Likelihood | None = No
     check_positive(chunk=chunk)
     likelihood = Categorical() if likelihood is None else likelihood
     modes = [(module, module.training) for module in ensemble.modules()]
-    home = next(iter(ensemble.state_dict().values()), x).device
+    home = next(chain(ensemble.parameters(), ensemble.buffers()), x).device
     ensemble.eval()
     try:
         outputs = torch.cat([ensemble(part.to(home)).to(x.device) for part in x.split(chunk)], dim=1)
@@ -154,7 +158,7 @@ def predict(ensemble: Ensemble, x: Tensor, *, likelihood: Likelihood | None = No
 
 
 class Batches:
-    """The batches of an epoch: ``(xs, ys, unchecked)``, where ``unchecked`` are targets nobody has looked at yet, or None.
+    """The batches of an epoch: ``(xs, ys, unchecked)``; ``unchecked`` are targets nobody has looked at yet, or None.
 
     ``xs`` is ``(streams, batch, ...)``; or ``(batch, ...)`` where an ensemble's streams share one batch.
     """
@@ -190,7 +194,8 @@ class Batches:
             for batch in self.data:
                 x, y = as_pair(batch)
                 index = self.choose(self.ensemble.order(len(x), generator=self.generator))
-                yield x[index].to(self.place), y[index].to(self.place), y
+                if index.numel():  # a last batch may be too small to be split
+                    yield x[index].to(self.place), y[index].to(self.place), y
         else:
             for index in self.indices():
                 yield self.fetch(self.choose(index))
@@ -234,9 +239,10 @@ class Batches:
 
 def as_pair(batch: Any) -> tuple[Tensor, Tensor]:
     """Return a batch as ``(x, y)``; raise `ValueError` if it is anything else."""
-    if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(part, Tensor) for part in batch):
-        raise ValueError(f"data must give pairs of tensors (x, y), got {type(batch).__name__}")
-    return batch[0], batch[1]
+    parts = batch if isinstance(batch, tuple | list) else [batch]
+    if len(parts) != 2 or not all(isinstance(part, Tensor) for part in parts):
+        raise ValueError(f"data must give pairs of tensors (x, y), got {[type(part).__name__ for part in parts]}")
+    return parts[0], parts[1]
 
 
 def place_of(name: torch.device | str | None) -> torch.device:
@@ -265,11 +271,29 @@ def check_positive(**values: int) -> None:
             raise ValueError(f"{name} must be >= 1, got {value}")
 
 
-def check_finite(losses: list[Tensor]) -> None:
-    """Raise `FloatingPointError` if a loss is not finite; once an epoch, for looking makes a GPU wait."""
-    finite = torch.stack(losses).isfinite().all(1)
+@contextmanager
+def seeded(seed: int, place: torch.device) -> Iterator[None]:
+    """Seed the CPU's and the device's random numbers; at the end, put both back as they were."""
+    devices: list[Any] = [torch.random] if place.type == "cpu" else [torch.random, torch.get_device_module(place)]
+    with torch.cuda.device(place) if place.type == "cuda" else nullcontext():
+        states = [device.get_rng_state() for device in devices]
+        try:
+            torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would reach every other device, too
+            for device in devices[1:]:
+                device.manual_seed(seed)
+            yield
+        finally:
+            for device, state in zip(devices, states, strict=True):
+                device.set_rng_state(state)
+
+
+def check_finite(losses: list[Tensor], last: int) -> None:
+    """Raise `FloatingPointError` if one of the last losses is not finite; called rarely, for it makes a GPU wait."""
+    if not losses:
+        raise ValueError("a batch must hold at least one example for each member, got none that does")
+    finite = torch.stack(losses[-last:]).isfinite().all(1)
     if not bool(finite.all()):
-        step = int((~finite).int().argmax())
+        step = len(losses) - len(finite) + int((~finite).int().argmax())
         loss = [round(value, 4) for value in losses[step].tolist()]
         raise FloatingPointError(
             f"losses must be finite, got {loss} at step {step}: lower the rate, or look at the data"

@@ -6,14 +6,16 @@ One training loop (`effens.fit`) serves all methods, because each overrides only
 
 import copy
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 MakeNet = Callable[[], nn.Module]
+PlainLayer = TypeVar("PlainLayer", nn.Linear, nn.Conv2d)
 
 
 class Ensemble(nn.Module):
@@ -99,7 +101,7 @@ class Ensemble(nn.Module):
 
 
 class MemberLayer(nn.Module):
-    """A layer with weights for each member. Its rows are member-major: all of member 0's, then all of member 1's, ..."""
+    """A layer with weights for each member. Its rows are member-major: all of member 0's, then all of member 1's ..."""
 
     members: int
 
@@ -129,13 +131,19 @@ class RowEnsemble(Ensemble):
         """Answer with every member: ``(batch, ...)`` to ``(members, batch, outputs)``."""
         if x.dim() < 2:
             raise ValueError(f"x must be (batch, ...), got shape {tuple(x.shape)}")
-        rows = run_shared(self.network, x, self.members)
-        return rows.unflatten(0, (self.members, x.shape[0]))
+        return self._answers(run_shared(self.network, x, self.members), x.shape[0])
 
     def forward_members(self, xs: Tensor) -> Tensor:
         """Give each member its own batch: ``(members, batch, ...)`` to ``(members, batch, outputs)``."""
-        rows = self.network(self.check_streams(xs).flatten(0, 1))
-        return rows.unflatten(0, xs.shape[:2])
+        return self._answers(self.network(self.check_streams(xs).flatten(0, 1)), xs.shape[1])
+
+    def _answers(self, rows: Any, batch: int) -> Tensor:
+        """View what the network returned, rows, as ``(members, batch, outputs)``."""
+        if not isinstance(rows, Tensor) or rows.dim() < 2 or rows.shape[0] != self.members * batch:
+            got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+            rule = f"the network must return one row of outputs per example, ({self.members * batch}, outputs)"
+            raise ValueError(f"{rule}, got {got}")
+        return torch.unflatten(rows, 0, (self.members, batch))
 
     def member(self, m: int) -> nn.Module:
         """Return a copy of member ``m`` as a plain network, equal to ``ensemble(x)[m]``."""
@@ -156,23 +164,20 @@ def chain(network: nn.Module) -> Iterator[nn.Module]:
         yield network
 
 
-def run_shared(network: nn.Module, x: Tensor, members: int) -> Tensor:
+def run_shared(network: nn.Module, x: Tensor, members: int) -> Any:
     """Run ``x`` (batch, ...), the same for all members, to rows (members * batch, ...).
 
     Where the network begins with a member layer, that layer reads ``x`` once; else ``x`` is repeated.
     """
-    layers = list(chain(network))
-    reshaping = next((i for i, layer in enumerate(layers) if type(layer) not in (nn.Flatten, nn.Identity)), 0)
-    for layer in layers[:reshaping]:
-        x = layer(x)
-    first = layers[reshaping]
-    if not isinstance(first, MemberLayer):
-        rows = x.expand(members, *x.shape).flatten(0, 1)
-        rest = layers[reshaping:]
-    else:
+    layers = deque(chain(network))
+    while layers and type(layers[0]) in (nn.Flatten, nn.Identity):
+        x = layers.popleft()(x)
+    if layers and isinstance(first := layers[0], MemberLayer):
+        layers.popleft()
         rows = first.forward_shared(x)
-        rest = layers[reshaping + 1 :]
-    for layer in rest:
+    else:
+        rows = x.expand(members, *x.shape).flatten(0, 1)
+    for layer in layers:
         rows = layer(rows)
     return rows
 
@@ -183,19 +188,32 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, kind) for kind in kinds)
 
 
-def filled(layer: nn.Linear | nn.Conv2d, weight: Tensor, bias: Tensor | None) -> Any:
-    """Give a plain layer copies of these weights; the layer may stand on the meta device, so that it costs nothing."""
-    layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
-    return layer
+def filled(plain: PlainLayer, layer: Any, m: int, weight: Tensor) -> PlainLayer:
+    """Give a plain layer copies of this weight and of a layer's bias ``m``; it is frozen, or in training, if that is.
+
+    The plain layer may stand on the meta device, so that it costs nothing.
+    """
+    plain.weight = nn.Parameter(weight.detach().clone(), layer.weight.requires_grad)
+    if layer.bias is not None:
+        plain.bias = nn.Parameter(layer.bias[m].detach().clone(), layer.bias.requires_grad)
+    return plain.train(layer.training)
+
+
+def made(make_net: MakeNet) -> nn.Module:
+    """Return what ``make_net`` makes; raise `TypeError` unless it is a function that returns a network."""
+    if isinstance(make_net, nn.Module):
+        raise TypeError(f"make_net must be a function that returns a fresh network, got a {type(make_net).__name__}")
+    network = make_net()
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"make_net must return an nn.Module, got {type(network).__name__}")
+    return network
 
 
 def split_rows(rows: Tensor, members: int) -> Tensor:
     """View member-major rows ``(members * batch, ...)`` as ``(members, batch, ...)``."""
     if rows.shape[0] % members:
         raise ValueError(f"rows must be divisible by members, got {rows.shape[0]} rows and {members} members")
-    return rows.unflatten(0, (members, rows.shape[0] // members))
+    return torch.unflatten(rows, 0, (members, rows.shape[0] // members))
 
 
 def member_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -223,7 +241,7 @@ def shared_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         (members * batch, ..., out), member-major.
     """
     y = F.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())  # (batch, ..., members * out)
-    return y.unflatten(-1, weight.shape[:2]).movedim(-2, 0).flatten(0, 1)
+    return torch.unflatten(y, -1, weight.shape[:2]).movedim(-2, 0).flatten(0, 1)
 
 
 def member_conv2d(rows: Tensor, weight: Tensor, bias: Tensor | None, **geometry: Any) -> Tensor:
@@ -250,7 +268,7 @@ def member_conv2d(rows: Tensor, weight: Tensor, bias: Tensor | None, **geometry:
     groups = geometry.pop("groups", 1) * members
     wide = x.transpose(0, 1).flatten(1, 2)  # (batch, members * in, height, width)
     y = F.conv2d(wide, weight.flatten(0, 1), None if bias is None else bias.flatten(), groups=groups, **geometry)
-    return y.unflatten(1, (members, out)).transpose(0, 1).flatten(0, 1)
+    return torch.unflatten(y, 1, (members, out)).transpose(0, 1).flatten(0, 1)
 
 
 def shared_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, **geometry: Any) -> Tensor:
@@ -262,4 +280,4 @@ def shared_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, **geometry: An
     if geometry.get("groups", 1) > 1:
         return member_conv2d(x.expand(weight.shape[0], *x.shape).flatten(0, 1), weight, bias, **geometry)
     y = F.conv2d(x, weight.flatten(0, 1), None if bias is None else bias.flatten(), **geometry)
-    return y.unflatten(1, weight.shape[:2]).transpose(0, 1).flatten(0, 1)
+    return torch.unflatten(y, 1, weight.shape[:2]).transpose(0, 1).flatten(0, 1)

@@ -5,8 +5,8 @@ r"""BatchEnsemble: members share one weight matrix, and each scales its rows and
 Wen, Tran and Ba (2020), "BatchEnsemble: an alternative approach to efficient ensemble and lifelong learning",
 arXiv:2002.06715. PyTorch's weight is ``(out, in)``, so r scales inputs and s outputs; the bias comes after s.
 
-Two formulas give the same result. *Fold* builds the M matrices and multiplies once, batched; *scale* multiplies the rows
-by r, makes one plain product, and multiplies by s. Folding touches M weights per weight, scaling M activations per
+Two formulas give the same result. *Fold* builds the M matrices and multiplies once, batched; *scale* multiplies the
+rows by r, makes one plain product, and multiplies by s. Folding touches M weights per weight, scaling M activations per
 activation, so the layers fold when ``activations >= 4 * weights`` for each member, the rule that was measured fastest.
 """
 
@@ -25,6 +25,7 @@ from effens.ensembles.base import (
     RowEnsemble,
     filled,
     has_hooks,
+    made,
     member_conv2d,
     member_linear,
     shared_conv2d,
@@ -36,13 +37,13 @@ from effens.ensembles.base import (
 class BatchEnsemble(RowEnsemble):
     """A network whose linear and convolutional layers are shared by all members but for rank-1 factors.
 
-    Every exact `nn.Linear` and `nn.Conv2d` of the network, at any depth, is replaced by its BatchEnsemble layer with the
-    same weight; all other layers are shared, normalization included. The layers must be called through their `forward`.
+    Every exact `nn.Linear` and `nn.Conv2d` of the network, at any depth, is replaced by its BatchEnsemble layer with
+    the same weight; all other layers are shared, normalization included. Layers must be called through their `forward`.
 
     Args:
         make_net: () -> nn.Module, a fresh network.
         members: how many members.
-        skip: names of modules that stay shared, with all that is inside them.
+        skip: names of modules that stay shared, with all that is inside them; or one name.
         split: False: every member sees every example (tiled). True: each batch is divided among the members, as in the
             paper: a step costs what a single network's does, and each member sees ``1 / members`` of the examples.
         init: how r and s start: ``"signs"`` (random +1 and -1), ``"normal"`` (mean 1, standard deviation 0.5) or
@@ -67,14 +68,14 @@ class BatchEnsemble(RowEnsemble):
         make_net: MakeNet,
         members: int = 5,
         *,
-        skip: Sequence[str] = (),
+        skip: str | Sequence[str] = (),
         split: bool = False,
         init: str = "signs",
         fast_rate: float = 0.5,
     ) -> None:
         if members < 1:
             raise ValueError(f"members must be >= 1, got {members}")
-        super().__init__(convert(make_net(), members, skip, init), members)
+        super().__init__(convert(made(make_net), members, skip, init), members)
         self.split = split
         self.fast_rate = fast_rate
 
@@ -95,7 +96,8 @@ class BatchEnsemble(RowEnsemble):
         if not self.split:
             return batch_size
         if batch_size < self.members:
-            raise ValueError(f"a batch that is split needs batch_size >= members, got {batch_size} and {self.members}")
+            rule = "split needs one example or more for each member, in the data and in a batch"
+            raise ValueError(f"{rule}, got {batch_size} for {self.members} members")
         return batch_size // self.members
 
     def parameter_groups(self, rate: float, weight_decay: float) -> list[dict[str, Any]]:
@@ -119,7 +121,7 @@ class BatchEnsemble(RowEnsemble):
 
 
 class RankOneLayer(MemberLayer):
-    """What the two BatchEnsemble layers share: weight, r ``(members, in)``, s ``(members, out)``, bias ``(members, out)``."""
+    """What both BatchEnsemble layers have: weight, r ``(members, in)``, s and bias ``(members, out)``."""
 
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -191,7 +193,7 @@ class BatchEnsembleLinear(RankOneLayer):
         """Map ``(batch, ..., in)``, the same for all members, to ``(members * batch, ..., out)``."""
         if self.folds(2 * x.shape[:-1].numel() * sum(self.weight.shape)):  # x is read once: folding pays sooner
             return shared_linear(x, self.weights(), self.bias)
-        return self(x.expand(self.members, *x.shape).flatten(0, 1))
+        return self.forward(x.expand(self.members, *x.shape).flatten(0, 1))
 
     def weights(self) -> Tensor:
         """Return every member's weight, ``(members, out, in)``."""
@@ -200,8 +202,7 @@ class BatchEnsembleLinear(RankOneLayer):
     def member(self, m: int) -> nn.Linear:
         """Return member ``m`` as a plain `nn.Linear`, its factors folded into the weight."""
         plain = nn.Linear(self.r.shape[1], self.s.shape[1], bias=self.bias is not None, device="meta")
-        weight = self.weight * self.r[m] * self.s[m][:, None]
-        return filled(plain, weight, None if self.bias is None else self.bias[m]).train(self.training)
+        return filled(plain, self, m, self.weight * self.r[m] * self.s[m][:, None])
 
     def extra_repr(self) -> str:
         """Describe the layer as `nn.Linear` does."""
@@ -289,7 +290,7 @@ class BatchEnsembleConv2d(RankOneLayer):
         height, width = self.weight.shape[2:]
         inputs, out, bias = self.r.shape[1], self.s.shape[1], self.bias is not None
         plain = nn.Conv2d(inputs, out, (height, width), bias=bias, device="meta", **self.geometry)
-        return filled(plain, self.weights()[m], None if self.bias is None else self.bias[m]).train(self.training)
+        return filled(plain, self, m, self.weights()[m])
 
     def extra_repr(self) -> str:
         """Describe the layer as `nn.Conv2d` does."""
@@ -309,8 +310,8 @@ def across(factors: Tensor, x: Tensor, axis: int = -1) -> Tensor:
 
 def scaled(y: Tensor, s: Tensor, bias: Tensor | None, axis: int = -1) -> Tensor:
     """Return ``y * s + bias`` for y (members, batch, ...) and s, bias (members, size) along ``axis``."""
-    s = across(s, y, axis)
-    return y * s if bias is None else torch.addcmul(across(bias, y, axis), y, s)
+    s = across(s, y, axis).to(y.dtype)  # under autocast y is shorter than s, and stays so, as a plain layer's result
+    return y * s if bias is None else torch.addcmul(across(bias, y, axis).to(y.dtype), y, s)
 
 
 def start(init: str, members: int, size: int) -> Tensor:
@@ -324,8 +325,9 @@ def start(init: str, members: int, size: int) -> Tensor:
     raise ValueError(f"init must be 'signs', 'normal' or 'ones', got {init!r}")
 
 
-def convert(network: nn.Module, members: int, skip: Sequence[str], init: str) -> nn.Module:
+def convert(network: nn.Module, members: int, skip: str | Sequence[str], init: str) -> nn.Module:
     """Replace, in place, every exact `nn.Linear` and `nn.Conv2d` that is not skipped. Tied weights stay tied."""
+    skip = (skip,) if isinstance(skip, str) else skip
     modules = dict(network.named_modules(remove_duplicate=False))
     if unknown := [name for name in skip if name not in modules]:
         raise ValueError(
@@ -338,7 +340,8 @@ def convert(network: nn.Module, members: int, skip: Sequence[str], init: str) ->
         if module in skipped:
             return module
         if reason := refusal(module):
-            raise ValueError(f"BatchEnsemble cannot take {name!r}, {reason}: leave it shared with skip=({name!r},)")
+            remedy = f": leave it shared with skip=({name!r},)" if name else ""
+            raise ValueError(f"BatchEnsemble cannot take {name or 'the network'!r}, {reason}{remedy}")
         if type(module) is nn.Linear:
             layer: RankOneLayer = BatchEnsembleLinear.from_linear(module, members, init=init)
         elif type(module) is nn.Conv2d:

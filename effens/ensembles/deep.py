@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from effens.ensembles.base import (
     Ensemble,
@@ -21,6 +22,7 @@ from effens.ensembles.base import (
     RowEnsemble,
     filled,
     has_hooks,
+    made,
     member_conv2d,
     member_linear,
     shared_conv2d,
@@ -32,9 +34,9 @@ from effens.ensembles.base import (
 class DeepEnsemble(RowEnsemble):
     """Independent networks, trained and asked as one batched computation where their layers allow it.
 
-    Layers that stand in (nested) `nn.Sequential`s are stacked: `nn.Linear` becomes one batched matrix product, `nn.Conv2d`
-    a grouped convolution where that pays, activations, pooling and dropout take all members' rows at once. Every other
-    module, a network with a `forward` of its own included, is looped over: exact, and as fast as M networks.
+    Layers that stand in (nested) `nn.Sequential`s are stacked: `nn.Linear` becomes one batched matrix product,
+    `nn.Conv2d` a grouped convolution where that pays, activations, pooling and dropout take all members' rows at once.
+    Every other module, a network with a `forward` of its own included, is looped over: exact, as fast as M networks.
 
     Args:
         make_net: () -> nn.Module, a fresh network at each call.
@@ -56,7 +58,7 @@ class DeepEnsemble(RowEnsemble):
     def __init__(self, make_net: MakeNet, members: int = 5) -> None:
         if members < 1:
             raise ValueError(f"members must be >= 1, got {members}")
-        networks = [make_net() for _ in range(members)]
+        networks = [made(make_net) for _ in range(members)]
         check_fresh(networks)
         super().__init__(stack(networks), members)
 
@@ -135,7 +137,7 @@ class StackedLinear(MemberLayer):
         """Return a copy of member ``m``'s `nn.Linear`."""
         out_features, in_features = self.weight.shape[1:]
         layer = nn.Linear(in_features, out_features, bias=self.bias is not None, device="meta")
-        return filled(layer, self.weight[m], None if self.bias is None else self.bias[m]).train(self.training)
+        return filled(layer, self, m, self.weight[m])
 
 
 class StackedConv2d(MemberLayer):
@@ -163,29 +165,43 @@ class StackedConv2d(MemberLayer):
         _, out, inner, height, width = self.weight.shape
         inputs, bias = inner * self.geometry["groups"], self.bias is not None
         layer = nn.Conv2d(inputs, out, (height, width), bias=bias, device="meta", **self.geometry)
-        return filled(layer, self.weight[m], None if self.bias is None else self.bias[m]).train(self.training)
+        return filled(layer, self, m, self.weight[m])
 
 
 class LoopedLayer(MemberLayer):
-    """M modules of any kind, each called on its own rows: the exact way for whatever cannot be stacked."""
+    """M modules of any kind, each called on its own rows: the exact way for whatever cannot be stacked.
+
+    Modules may change their rows in place, and may return other things than tensors to the modules that follow.
+    """
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()
         self.members = len(layers)
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, rows: Tensor) -> Tensor:
+    def forward(self, rows: Any) -> Any:
         """Give member m's rows to module m."""
-        parts = split_rows(rows, self.members).unbind()
-        return torch.cat([layer(part) for layer, part in zip(self.layers, parts, strict=True)])
+        if not isinstance(rows, Apart):
+            sizes = [split_rows(rows, self.members).shape[1]] * self.members
+            rows = torch.unsafe_split_with_sizes(rows, sizes)  # unlike `unbind`'s, its parts may be changed in place
+        return joined([layer(part) for layer, part in zip(self.layers, rows, strict=True)])
 
-    def forward_shared(self, x: Tensor) -> Tensor:
-        """Give the same ``x`` to every module."""
-        return torch.cat([layer(x) for layer in self.layers])
+    def forward_shared(self, x: Tensor) -> Any:
+        """Give the same ``x`` to every module, each a copy of its own."""
+        return joined([layer(x.clone()) for layer in self.layers])
 
     def member(self, m: int) -> nn.Module:
         """Return a copy of module ``m``."""
         return copy.deepcopy(self.layers[m])
+
+
+class Apart(list[Any]):
+    """What M modules returned, one after the other, where that is no tensor: a recurrent module's tuples, say."""
+
+
+def joined(outputs: list[Any]) -> Any:
+    """Join tensors, one a member, to member-major rows; keep anything else apart."""
+    return torch.cat(outputs) if all(isinstance(output, Tensor) for output in outputs) else Apart(outputs)
 
 
 # Layers without weights that treat each row by itself, whatever rows stand beside it.
@@ -214,7 +230,7 @@ def stack(networks: Sequence[nn.Module]) -> nn.Module:
     if not alike(networks):
         return LoopedLayer(networks)
     if type(first) is nn.Sequential:
-        columns = zip(*(network.named_children() for network in networks), strict=True)
+        columns = zip(*(network._modules.items() for network in networks), strict=True)  # a layer may stand there twice
         return nn.Sequential(OrderedDict((column[0][0], stack([child for _, child in column])) for column in columns))
     if type(first) in ROWWISE or (type(first) is nn.Flatten and first.start_dim >= 1):
         return first
@@ -249,12 +265,16 @@ def stacked_biases(layers: Sequence[nn.Linear] | Sequence[nn.Conv2d]) -> nn.Para
 
 def check_fresh(networks: Sequence[nn.Module]) -> None:
     """Raise `ValueError` unless the networks share no weights and have weights of the same names and shapes."""
+    if lazy := [layer for network in networks for layer in network.modules() if isinstance(layer, LazyModuleMixin)]:
+        raise ValueError(f"the network's weights must exist: call it once on a batch in make_net, got {lazy[0]}")
     shapes = [{name: tuple(p.shape) for name, p in network.state_dict().items()} for network in networks]
-    for m, network in enumerate(networks[1:], start=1):
-        if {id(p) for p in network.parameters()} & {id(p) for p in networks[0].parameters()}:
+    seen: dict[nn.Parameter, int] = {}
+    for m, network in enumerate(networks):
+        if again := [seen[p] for p in network.parameters() if p in seen]:
             raise ValueError(
-                f"make_net must return a fresh network at each call, got call 0's weights again at call {m}"
+                f"make_net must return a fresh network at each call, got call {again[0]}'s weights again at call {m}"
             )
+        seen.update(dict.fromkeys(network.parameters(), m))
         if shapes[m] != shapes[0]:
             raise ValueError(
                 f"make_net must return the same architecture at each call, got {shapes[0]} then {shapes[m]}"
