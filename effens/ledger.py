@@ -656,6 +656,23 @@ def cost_table(task: str) -> str:
     return "\n".join(lines)
 
 
+def layer_table() -> str:
+    """Return a table of one layer's latency, as multiples of one plain layer: rows of width and batch."""
+    path = BANK / "layers.json"
+    if not path.exists():
+        raise FileNotFoundError(f"the ledger must hold the costs of layers, got none: {COMMAND}")
+    times = {
+        (row["width"], row["batch"], row["method"]): row["seconds"] for row in json.loads(path.read_text())["rows"]
+    }
+    ensembles = ("deep ensemble", "BatchEnsemble")
+    lines = [f"{'width':>6}{'batch':>7}{'one layer':>13}" + "".join(f"{name:>16}" for name in ensembles)]
+    for width, batch in dict.fromkeys(key[:2] for key in times):
+        one = times[width, batch, "single"]
+        cells = "".join(f"{times[width, batch, name] / one:15.1f}x" for name in ensembles)
+        lines.append(f"{width:6}{batch:7}{1e6 * one:10.0f} µs{cells}")
+    return "\n".join(lines)
+
+
 def card(task: str, name: str) -> str:
     """Return one line: what a method costs against one network, and what it brings."""
     cost = relative_costs(task, name)
