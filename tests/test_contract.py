@@ -68,8 +68,8 @@ METHODS = {
 }
 
 
-@pytest.fixture(params=METHODS.values(), ids=METHODS.keys())
-def method(request):
+@pytest.fixture(params=METHODS.values(), ids=list(METHODS))
+def method(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
@@ -89,37 +89,37 @@ def trained(method: Method) -> effens.Ensemble:
     return copy.deepcopy(trained_once(method))
 
 
-def test_answers_with_all_members(method):
+def test_answers_with_all_members(method: Method) -> None:
     x, _ = method.data()
     assert trained(method)(x).shape == (MEMBERS, len(x), 3)
 
 
-def test_one_batch_each_equals_the_shared_batch(method):
+def test_one_batch_each_equals_the_shared_batch(method: Method) -> None:
     ensemble, (x, _) = trained(method), method.data()
     if ensemble.streams < ensemble.members:
         pytest.skip("trains one network")
     assert relative(ensemble.forward_members(torch.stack([x] * MEMBERS)), ensemble(x)) < 1e-12
 
 
-def test_streams_must_be_there(method):
+def test_streams_must_be_there(method: Method) -> None:
     ensemble, (x, _) = build(method), method.data()
     with pytest.raises(ValueError, match=r"xs must be \(streams, batch, ...\)"):
         ensemble.forward_members(torch.stack([x] * (ensemble.streams + 1)))
 
 
-def test_members_must_be_positive(method):
+def test_members_must_be_positive(method: Method) -> None:
     with pytest.raises(ValueError, match=r"must .* got (0|none)"):
         build(method, members=0)
 
 
-def test_many_members(method):
+def test_many_members(method: Method) -> None:
     x, y = (torch.cat([tensor] * 6) for tensor in method.data())
     ensemble = build(method, members=64)
     effens.fit(ensemble, (x, y), epochs=1, batch_size=66, device="cpu")
     assert ensemble(x).shape == (64, len(x), 3)
 
 
-def test_member_is_a_plain_copy(method):
+def test_member_is_a_plain_copy(method: Method) -> None:
     ensemble, (x, _) = trained(method), method.data()
     before = ensemble(x)
     for m in range(MEMBERS):
@@ -133,12 +133,12 @@ def test_member_is_a_plain_copy(method):
     assert torch.equal(ensemble(x), before)
 
 
-def test_member_has_the_names_of_the_network(method):
+def test_member_has_the_names_of_the_network(method: Method) -> None:
     expected = {name: tensor.shape for name, tensor in method.net().state_dict().items()}
     assert {name: tensor.shape for name, tensor in trained(method).member(1).state_dict().items()} == expected
 
 
-def test_member_can_be_trained_further(method):
+def test_member_can_be_trained_further(method: Method) -> None:
     ensemble = trained(method)
     with torch.no_grad():
         network = ensemble.member(0)
@@ -146,12 +146,12 @@ def test_member_can_be_trained_further(method):
 
 
 @pytest.mark.parametrize("m", [-1, MEMBERS])
-def test_member_must_be_there(method, m):
+def test_member_must_be_there(method: Method, m: int) -> None:
     with pytest.raises(IndexError, match=f"member must be in 0 ... 2, got {m}"):
         trained(method).member(m)
 
 
-def test_order(method):
+def test_order(method: Method) -> None:
     ensemble = build(method)
     index = ensemble.order(22, generator=generator(1))
     assert index.shape[0] == ensemble.streams
@@ -163,7 +163,7 @@ def test_order(method):
     assert not torch.equal(ensemble.order(22, generator=generator(2)), index)
 
 
-def test_schedule(method):
+def test_schedule(method: Method) -> None:
     ensemble, steps = build(method), 1000
     rates = [ensemble.schedule(step, steps) for step in range(steps)]
     assert rates[0] == 1
@@ -171,7 +171,7 @@ def test_schedule(method):
     assert rates[-1] < 1e-3 or not method.ends_low
 
 
-def test_parameter_groups_hold_every_trainable_weight_once(method):
+def test_parameter_groups_hold_every_trainable_weight_once(method: Method) -> None:
     ensemble = build(method)
     next(ensemble.parameters()).requires_grad_(False)
     held = [id(parameter) for group in ensemble.parameter_groups(0.1, 0.2) for parameter in group["params"]]
@@ -180,7 +180,7 @@ def test_parameter_groups_hold_every_trainable_weight_once(method):
     assert all({"lr", "weight_decay"} <= group.keys() for group in ensemble.parameter_groups(0.1, 0.2))
 
 
-def test_fit_is_reproducible_and_leaves_eval_mode(method):
+def test_fit_is_reproducible_and_leaves_eval_mode(method: Method) -> None:
     first, second, other = trained(method), build(method), build(method)
     x, y = method.data()
     effens.fit(second, (x, y), **FIT)
@@ -190,7 +190,7 @@ def test_fit_is_reproducible_and_leaves_eval_mode(method):
     assert not torch.equal(first(x), other(x))
 
 
-def test_fit_leaves_the_global_random_state(method):
+def test_fit_leaves_the_global_random_state(method: Method) -> None:
     ensemble = build(method)
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -198,7 +198,7 @@ def test_fit_leaves_the_global_random_state(method):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_fit_does_not_depend_on_the_global_random_state(method):
+def test_fit_does_not_depend_on_the_global_random_state(method: Method) -> None:
     histories = []
     for seed in (5, 6):
         ensemble = build(method)
@@ -207,18 +207,18 @@ def test_fit_does_not_depend_on_the_global_random_state(method):
     assert torch.equal(histories[0].losses, histories[1].losses)
 
 
-def test_fit_writes_nothing_when_it_is_quick(method, capfd):
+def test_fit_writes_nothing_when_it_is_quick(method: Method, capfd: pytest.CaptureFixture[str]) -> None:
     effens.fit(build(method), method.data(), progress=True, **FIT)
     assert capfd.readouterr() == ("", "")
 
 
-def test_fit_learns(method):
+def test_fit_learns(method: Method) -> None:
     ensemble, (x, y) = build(method), method.data()
     effens.fit(ensemble, (x, y), epochs=150, batch_size=22, rate=2e-2, device="cpu")
     assert float((effens.predict(ensemble, x).mean(0).argmax(1) == y).double().mean()) > 0.9
 
 
-def test_predict_is_the_softmax_in_chunks_or_not(method):
+def test_predict_is_the_softmax_in_chunks_or_not(method: Method) -> None:
     ensemble, (x, _) = trained(method), method.data()
     expected = ensemble(x).softmax(-1)
     for chunk in (1, 7, len(x), 1000):
@@ -227,12 +227,12 @@ def test_predict_is_the_softmax_in_chunks_or_not(method):
         assert not probs.requires_grad
 
 
-def test_predict_of_no_rows_is_empty(method):
+def test_predict_of_no_rows_is_empty(method: Method) -> None:
     ensemble, (x, _) = trained(method), method.data()
     assert effens.predict(ensemble, x[:0]).shape == (MEMBERS, 0, 3)
 
 
-def test_predict_restores_every_module_s_mode(method):
+def test_predict_restores_every_module_s_mode(method: Method) -> None:
     ensemble, (x, _) = trained(method), method.data()
     ensemble.train()
     list(ensemble.modules())[-1].eval()
@@ -244,7 +244,7 @@ def test_predict_restores_every_module_s_mode(method):
     assert [module.training for module in ensemble.modules()] == modes
 
 
-def test_predict_takes_evaluation_mode_and_changes_nothing(method):
+def test_predict_takes_evaluation_mode_and_changes_nothing(method: Method) -> None:
     ensemble, (x, _) = trained(method), method.data()
     ensemble.train()
     state = copy.deepcopy(ensemble.state_dict())
@@ -252,7 +252,7 @@ def test_predict_takes_evaluation_mode_and_changes_nothing(method):
     assert all(torch.equal(tensor, state[name]) for name, tensor in ensemble.state_dict().items())
 
 
-def test_state_dict_holds_everything(method, tmp_path):
+def test_state_dict_holds_everything(method: Method, tmp_path: Path) -> None:
     ensemble, (x, _) = trained(method), method.data()
     fresh = build(method, seed=1)
     assert not torch.equal(fresh.eval()(x), ensemble(x))
@@ -264,7 +264,7 @@ def test_state_dict_holds_everything(method, tmp_path):
     assert torch.equal(again.eval()(x), ensemble(x))
 
 
-def test_to_reaches_everything(method):
+def test_to_reaches_everything(method: Method) -> None:
     ensemble, (x, _) = trained(method), method.data()
     expected = ensemble(x)
     single = ensemble.float()
@@ -274,7 +274,7 @@ def test_to_reaches_everything(method):
     assert single.member(0)(x.float()).dtype == torch.float32
 
 
-def test_trains_under_autocast(method):
+def test_trains_under_autocast(method: Method) -> None:
     ensemble, (x, _) = build(method).float().train(), method.data()
     with torch.autocast("cpu", torch.bfloat16):
         outputs = ensemble.forward_members(torch.stack([x.float()] * ensemble.streams))
@@ -283,7 +283,7 @@ def test_trains_under_autocast(method):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in ensemble.parameters() if p.requires_grad)
 
 
-def test_one_member_trains_to_the_plain_network(method):
+def test_one_member_trains_to_the_plain_network(method: Method) -> None:
     if not method.plain:
         pytest.skip("one member is not the plain network")
     x, y = method.data()
@@ -298,21 +298,21 @@ def test_one_member_trains_to_the_plain_network(method):
         assert torch.allclose(tensor, network.state_dict()[name], rtol=1e-10, atol=1e-12), name
 
 
-def test_a_dataset_is_as_good_as_its_tensors(method):
+def test_a_dataset_is_as_good_as_its_tensors(method: Method) -> None:
     x, _ = method.data()
     as_tensors, as_dataset = trained(method), build(method)
     effens.fit(as_dataset, TensorDataset(*method.data()), **FIT)
     assert torch.equal(as_tensors(x), as_dataset(x))
 
 
-def test_a_loader_is_used_as_it_is_given(method):
+def test_a_loader_is_used_as_it_is_given(method: Method) -> None:
     x, y = method.data()
     seen: list[Tensor] = []
 
     class Spy(TensorDataset):
         def __getitem__(self, i: Any) -> Any:
             seen.append(torch.tensor(i))
-            return super().__getitem__(i)
+            return x[i], y[i]
 
     ensemble = build(method)
     history = effens.fit(ensemble, DataLoader(Spy(x, y), batch_size=5), epochs=1, batch_size=999, device="cpu")
@@ -320,7 +320,7 @@ def test_a_loader_is_used_as_it_is_given(method):
     assert [int(i) for i in seen[:22]] == list(range(22))
 
 
-def test_data_left_over_from_inference_mode(method):
+def test_data_left_over_from_inference_mode(method: Method) -> None:
     with torch.inference_mode():
         x, y = (tensor.clone() for tensor in method.data())
     ensemble, expected = build(method), trained(method)
@@ -330,7 +330,7 @@ def test_data_left_over_from_inference_mode(method):
     effens.fit(ensemble, (x, y), **FIT)
 
 
-def test_importing_does_nothing():
+def test_importing_does_nothing() -> None:
     code = """if True:
         import random, sys, numpy, torch
         states = random.getstate(), repr(numpy.random.get_state()), torch.get_rng_state()

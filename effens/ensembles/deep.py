@@ -8,7 +8,7 @@ ensembles", arXiv:1612.01474. There is no bagging: every member sees every examp
 
 import copy
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ class DeepEnsemble(RowEnsemble):
         super().__init__(stack(networks), members)
 
     @classmethod
-    def of(cls, networks: Sequence[nn.Module]) -> Ensemble:
+    def of(cls, networks: Iterable[nn.Module]) -> Ensemble:
         """Put any networks or ensembles side by side, as an equal mixture of all their members.
 
         Plain networks may differ from each other, and can be trained further. Ensembles (of SWAGs, say: MultiSWAG) are
@@ -74,10 +74,13 @@ class DeepEnsemble(RowEnsemble):
 
         Raises:
             ValueError: there are none, or plain networks are mixed with ensembles.
+            TypeError: there is anything else among them.
         """
         networks = list(networks)
         if not networks:
             raise ValueError("networks must hold at least one network, got none")
+        if strange := [network for network in networks if not isinstance(network, nn.Module)]:
+            raise TypeError(f"networks must be nn.Modules, got {type(strange[0]).__name__}")
         ensembles = [network for network in networks if isinstance(network, Ensemble)]
         if len(ensembles) == len(networks):
             return Mixture(ensembles)
