@@ -1,0 +1,519 @@
+"""BatchEnsemble: layers against explicit matrices, conversion of networks, and the mistakes people make."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from scenarios import cnn, generator, images, mlp, normed, relative, residual, vectors
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import effens
+from effens import BatchEnsemble, BatchEnsembleConv2d, BatchEnsembleLinear
+from effens.ensembles.batch import RankOneLayer
+
+MEMBERS = 3
+
+
+def linear(**options: Any) -> BatchEnsembleLinear:
+    return BatchEnsembleLinear(6, 5, MEMBERS, init="normal", **options).double()
+
+
+def convolution(**options: Any) -> BatchEnsembleConv2d:
+    return BatchEnsembleConv2d(4, 6, 3, MEMBERS, init="normal", **options).double()
+
+
+def explicit_linear(layer: BatchEnsembleLinear, m: int, x: Tensor) -> Tensor:
+    """Member m as a dense layer: W_m = W * outer(s_m, r_m), then its bias."""
+    weight = layer.weight * torch.outer(layer.s[m], layer.r[m])
+    return x @ weight.T + (0 if layer.bias is None else layer.bias[m])
+
+
+def explicit_convolution(layer: BatchEnsembleConv2d, m: int, x: Tensor) -> Tensor:
+    """Member m's inputs scaled, a plain convolution, its outputs scaled, then its bias."""
+    y = F.conv2d(x * layer.r[m][:, None, None], layer.weight, **layer.geometry) * layer.s[m][:, None, None]
+    return y + (0 if layer.bias is None else layer.bias[m][:, None, None])
+
+
+def compare(layer: Any, explicit: Callable[[Any, int, Tensor], Tensor], xs: Tensor, shared: bool = False) -> None:
+    """Hold outputs, and gradients of x and of all weights, against explicit members on xs (members, batch, ...)."""
+    layer = copy.deepcopy(layer)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.normal_()
+    xs.requires_grad_()
+    parts = [xs[0]] * MEMBERS if shared else list(xs)
+    expected = torch.cat([explicit(layer, m, part) for m, part in enumerate(parts)])
+    outputs = layer.forward_shared(xs[0]) if shared else layer(xs.flatten(0, 1))
+    assert relative(outputs, expected) < 1e-12
+    upstream = torch.randn_like(expected)
+    wanted = [xs, *layer.parameters()]
+    mine, its = (torch.autograd.grad(y, wanted, upstream, retain_graph=True) for y in (outputs, expected))
+    for a, b in zip(mine, its, strict=True):
+        assert relative(a, b) < 1e-12
+
+
+@pytest.fixture
+def formulas(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Note, call by call, whether a layer folds."""
+    noted: list[bool] = []
+    folds = RankOneLayer.folds
+
+    def noting(layer: Any, activations: int) -> bool:
+        noted.append(folds(layer, activations))
+        return noted[-1]
+
+    monkeypatch.setattr(RankOneLayer, "folds", noting)
+    return noted
+
+
+# batch * (in + out) >= 4 * in * out: with 6 -> 5, from a batch of 11 on; shared by all members, from 6 on.
+@pytest.mark.parametrize(("batch", "fold"), [(1, False), (10, False), (11, True), (40, True)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_is_explicit_matrices(batch: int, fold: bool, bias: bool, formulas: list[bool]) -> None:
+    compare(linear(bias=bias), explicit_linear, torch.randn(MEMBERS, batch, 6, dtype=torch.float64))
+    assert formulas == [fold]
+
+
+@pytest.mark.parametrize(("batch", "fold"), [(1, False), (5, False), (6, True), (40, True)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_shared_linear_is_explicit_matrices(batch: int, fold: bool, bias: bool, formulas: list[bool]) -> None:
+    compare(linear(bias=bias), explicit_linear, torch.randn(MEMBERS, batch, 6, dtype=torch.float64), shared=True)
+    assert formulas[0] == fold
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (5, 4), (2, 3, 4)])
+@pytest.mark.parametrize("shared", [True, False])
+def test_tokens_are_rows(shape: tuple[int, ...], shared: bool) -> None:
+    compare(linear(), explicit_linear, torch.randn(MEMBERS, *shape, 6, dtype=torch.float64), shared)
+
+
+GEOMETRIES: list[dict[str, Any]] = [
+    {},
+    {"bias": False},
+    {"stride": 2, "padding": 1},
+    {"padding": "same", "dilation": 2},
+    {"groups": 2},
+    {"groups": 2, "stride": (1, 2), "bias": False},
+]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize(("batch", "side", "fold"), [(1, 5, False), (9, 9, True)])
+def test_convolution_is_explicit_kernels(
+    geometry: dict[str, Any], batch: int, side: int, fold: bool, formulas: list[bool]
+) -> None:
+    xs = torch.randn(MEMBERS, batch, 4, side, side, dtype=torch.float64)
+    compare(convolution(**geometry), explicit_convolution, xs)
+    assert formulas == [fold]
+    compare(convolution(**geometry), explicit_convolution, xs.detach(), shared=True)
+
+
+def test_convolution_with_one_channel_per_group() -> None:
+    layer = BatchEnsembleConv2d(4, 8, 3, MEMBERS, groups=4, init="normal").double()
+    compare(layer, explicit_convolution, torch.randn(MEMBERS, 7, 4, 9, 9, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("make", [linear, convolution])
+@pytest.mark.parametrize("options", [{}, {"bias": False}], ids=str)
+def test_members_are_plain_layers(make: Callable[..., Any], options: dict[str, Any]) -> None:
+    layer = make(**options)
+    rows = torch.randn(MEMBERS, 2, *((6,) if make is linear else (4, 7, 7)), dtype=torch.float64)
+    outputs = layer(rows.flatten(0, 1)).unflatten(0, (MEMBERS, 2))
+    for m in range(MEMBERS):
+        assert type(layer.member(m)) is (nn.Linear if make is linear else nn.Conv2d)
+        assert relative(layer.member(m)(rows[m]), outputs[m]) < 1e-12
+    with torch.no_grad():
+        assert all(parameter.requires_grad for parameter in layer.member(0).parameters())
+
+
+@pytest.mark.parametrize("make", [linear, convolution])
+def test_no_rows(make: Callable[..., Any]) -> None:
+    layer = make()
+    x = torch.zeros(0, *((6,) if make is linear else (4, 7, 7)), dtype=torch.float64)
+    assert layer(x).shape == layer.forward_shared(x).shape == (0, *((5,) if make is linear else (6, 5, 5)))
+
+
+def test_rows_must_be_divisible() -> None:
+    for batch in (4, 100):
+        with pytest.raises(ValueError, match=f"rows must be divisible by members, got {batch} rows and 3 members"):
+            linear()(torch.zeros(batch, 6).double())
+        with pytest.raises(ValueError, match=f"rows must be divisible by members, got {batch} rows and 3 members"):
+            convolution()(torch.zeros(batch, 4, 9, 9).double())
+
+
+def test_layers_refuse_what_they_cannot_do() -> None:
+    with pytest.raises(ValueError, match="members must be >= 1, got 0"):
+        BatchEnsembleLinear(3, 2, members=0)
+    with pytest.raises(ValueError, match="init must be 'signs', 'normal' or 'ones', got 'zeros'"):
+        BatchEnsembleLinear(3, 2, init="zeros")
+    with pytest.raises(ValueError, match="padding_mode must be 'zeros', got 'reflect'"):
+        BatchEnsembleConv2d(3, 2, 3, padding_mode="reflect")
+
+
+def test_starts() -> None:
+    torch.manual_seed(0)
+    signs, normal = (BatchEnsembleLinear(100, 200, 50, init=init) for init in ("signs", "normal"))
+    for factors in (signs.r, signs.s):
+        assert set(factors.unique().tolist()) == {-1.0, 1.0}
+        assert abs(float(factors.detach().mean())) < 0.05
+    for factors in (normal.r, normal.s):
+        assert abs(float(factors.detach().mean()) - 1) < 0.03
+        assert abs(float(factors.detach().std()) - 0.5) < 0.03
+    assert bool((BatchEnsembleLinear(3, 2, init="ones").r == 1).all())
+
+
+def test_signs_keep_the_size_of_what_a_layer_gives() -> None:
+    """W_m has the plain layer's initialization: signs change no magnitude."""
+    layer = BatchEnsembleLinear(6, 5, MEMBERS)
+    for m in range(MEMBERS):
+        assert torch.equal(layer.member(m).weight.abs(), layer.weight.abs())
+
+
+def test_stacked_layers_keep_one_pass_per_member() -> None:
+    """The seed of many faulty implementations: two layers that each add an axis give (M, M, batch, out)."""
+    rows = nn.Sequential(linear(), BatchEnsembleLinear(5, 2, MEMBERS).double())(torch.zeros(3 * 7, 6).double())
+    assert rows.shape == (3 * 7, 2)
+
+
+class TestEnsemble:
+    @pytest.mark.parametrize("make_net", [mlp, residual, cnn, normed])
+    def test_is_explicit_members(self, make_net: Callable[[], nn.Module]) -> None:
+        data = vectors if make_net in (mlp, residual) else images
+        ensemble = BatchEnsemble(make_net, MEMBERS, init="normal").eval()
+        for n in (2, 200):
+            x, _ = data(n)
+            assert relative(ensemble(x), torch.stack([ensemble.member(m)(x) for m in range(MEMBERS)])) < 1e-12
+        xs = data(MEMBERS * 4)[0].unflatten(0, (MEMBERS, 4))
+        expected = torch.stack([ensemble.member(m)(part) for m, part in enumerate(xs)])
+        assert relative(ensemble.forward_members(xs), expected) < 1e-12
+
+    @pytest.mark.parametrize("init", ["signs", "normal"])
+    def test_members_start_apart(self, init: str) -> None:
+        assert len(BatchEnsemble(mlp, 4, init=init)(vectors()[0]).flatten(1).unique(dim=0)) == 4
+
+    def test_reduces_to_the_mean_over_members(self) -> None:
+        """The gradient of the shared weight is the mean of the members', not M times as large."""
+        ensemble, (x, y) = BatchEnsemble(mlp, MEMBERS), vectors()
+        shared = next(p for name, p in ensemble.named_parameters() if name.endswith("weight"))
+        outputs = ensemble(x)
+        ensemble.reduce(effens.Categorical().nll(outputs, y)).backward(retain_graph=True)
+        each = [
+            torch.autograd.grad(F.cross_entropy(outputs[m], y), shared, retain_graph=True)[0] for m in range(MEMBERS)
+        ]
+        assert shared.grad is not None
+        assert relative(shared.grad, torch.stack(each).mean(0)) < 1e-12
+
+    def test_fast_weights_have_a_rate_of_their_own_and_no_decay(self) -> None:
+        ensemble = BatchEnsemble(mlp, MEMBERS, fast_rate=0.25)
+        names = {id(parameter): name for name, parameter in ensemble.named_parameters()}
+        slow, fast = ensemble.parameter_groups(0.1, 0.3)
+        assert (slow["lr"], slow["weight_decay"]) == (0.1, 0.3)
+        assert (fast["lr"], fast["weight_decay"]) == (0.025, 0.0)
+        assert {names[id(p)].rsplit(".", 1)[1] for p in fast["params"]} == {"r", "s"}
+        assert {names[id(p)].rsplit(".", 1)[1] for p in slow["params"]} == {"weight", "bias"}
+
+    def test_decay_and_rate_reach_the_optimizer(self) -> None:
+        """With a loss whose gradient is zero, only decay moves the weights: r and s stay."""
+        ensemble, (x, y) = BatchEnsemble(mlp, MEMBERS), vectors()
+        before = copy.deepcopy(ensemble.state_dict())
+
+        class Nothing(effens.Categorical):
+            def nll(self, outputs: Tensor, y: Tensor) -> Tensor:
+                return 0 * super().nll(outputs, y)
+
+        effens.fit(
+            ensemble,
+            (x, y),
+            epochs=1,
+            batch_size=len(x),
+            rate=0.1,
+            weight_decay=0.3,
+            likelihood=Nothing(),
+            device="cpu",
+        )
+        for name, tensor in ensemble.state_dict().items():
+            factor = 1.0 if name.endswith((".r", ".s")) else 1 - 0.1 * 0.3
+            assert relative(tensor, factor * before[name]) < 1e-12
+
+    def test_only_fast_weights_can_be_trained(self) -> None:
+        ensemble = BatchEnsemble(lambda: mlp().requires_grad_(False), MEMBERS)
+        before = copy.deepcopy(ensemble.state_dict())
+        effens.fit(ensemble, vectors(), epochs=2, device="cpu", weight_decay=0.1)
+        changed = {
+            name.rsplit(".", 1)[1] for name, t in ensemble.state_dict().items() if not torch.equal(t, before[name])
+        }
+        assert changed == {"r", "s"}
+
+
+class TestOrder:
+    def test_tiled(self) -> None:
+        order = BatchEnsemble(mlp, 4).order(10, generator=generator())
+        assert order.shape == (4, 10)
+        assert len(order.unique(dim=0)) == 1
+        assert order[0].sort().values.tolist() == list(range(10))
+        assert BatchEnsemble(mlp, 4).examples(10) == 10
+
+    def test_split(self) -> None:
+        ensemble = BatchEnsemble(mlp, 4, split=True)
+        order = ensemble.order(11, generator=generator())
+        assert order.shape == (4, 2)
+        assert len(order.unique()) == 8  # disjoint; 3 of 11 are left out
+        assert ensemble.examples(11) == 2
+        assert set(torch.cat([ensemble.order(11, generator=generator(i)) for i in range(9)]).flatten().tolist()) == set(
+            range(11)
+        )
+
+    def test_a_split_step_costs_what_a_plain_one_does(self) -> None:
+        seen: list[int] = []
+        ensemble, (x, y) = BatchEnsemble(mlp, 4, split=True), vectors(35)
+        ensemble.network.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+        history = effens.fit(ensemble, (x, y), epochs=1, batch_size=18, device="cpu")
+        assert seen == [16, 16]  # 4 members, 4 examples each; 35 // 4 = 8 for each member in 2 steps
+        assert history.losses.shape == (2, 4)
+
+    @pytest.mark.parametrize(("n", "batch_size"), [(22, 3), (3, 128)])
+    def test_too_few_to_split(self, n: int, batch_size: int) -> None:
+        with pytest.raises(ValueError, match="one example or more for each member.*got 3 for 4 members"):
+            effens.fit(BatchEnsemble(mlp, 4, split=True), vectors(n), batch_size=batch_size, device="cpu")
+
+    def test_a_loader_whose_batches_are_too_small_to_split(self) -> None:
+        data = torch.utils.data.TensorDataset(*vectors(11))
+        ensemble = BatchEnsemble(mlp, 4, split=True)
+        loader = torch.utils.data.DataLoader(data, batch_size=8)
+        assert effens.fit(ensemble, loader, epochs=2, device="cpu").steps == 2  # the last 3 are left out
+        with pytest.raises(ValueError, match="at least one example for each member"):
+            effens.fit(ensemble, torch.utils.data.DataLoader(data, batch_size=2), device="cpu")
+
+
+class TestMistakes:
+    """What goes wrong in practice, each shown."""
+
+    @pytest.mark.parametrize("split", [False, True])
+    def test_ones_stay_identical_on_a_tiled_batch(self, split: bool) -> None:
+        ensemble, (x, y) = BatchEnsemble(mlp, 4, init="ones", split=split), vectors()
+        effens.fit(ensemble, (x, y), epochs=25, batch_size=8, rate=0.01, device="cpu")
+        apart = float((ensemble(x) - ensemble(x)[:1]).detach().abs().max())
+        assert apart > 1e-3 if split else apart < 1e-10
+
+    def test_dropout_breaks_the_tie_of_ones(self) -> None:
+        ensemble, (x, y) = BatchEnsemble(partial(mlp, dropout=0.2), 4, init="ones"), vectors()
+        effens.fit(ensemble, (x, y), epochs=5, batch_size=8, rate=0.01, device="cpu")
+        assert float((ensemble(x) - ensemble(x)[:1]).detach().abs().max()) > 1e-3
+
+    def test_a_bias_before_s_is_another_model(self) -> None:
+        layer = linear()
+        x = torch.randn(1, 6).double()
+        assert layer.bias is not None
+        wrong = F.linear(x * layer.r[0], layer.weight, layer.bias[0]) * layer.s[0]
+        assert relative(layer(x.repeat(MEMBERS, 1))[:1], wrong) > 0.01
+
+
+class Twice(nn.Module):
+    """One module in two places, under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.again = self.first
+        self.head = nn.Sequential(nn.Linear(4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        head: Tensor = self.head(self.again(self.first(x).tanh()).tanh())
+        return head
+
+
+class Language(nn.Module):
+    """An embedding and a head with the same weight, and two layers that share another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.inner, self.outer, self.head = (
+            *(nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 4)),
+            nn.Linear(4, 7, bias=False),
+        )
+        self.head.weight = self.embedding.weight
+        self.outer.weight, self.outer.bias = self.inner.weight, self.inner.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        head: Tensor = self.head(self.outer(self.inner(self.embedding(x)).tanh())).mean(1)
+        return head
+
+
+def spectral() -> nn.Module:
+    return nn.Sequential(nn.utils.spectral_norm(nn.Linear(4, 3)))
+
+
+def hooked() -> nn.Module:
+    network = nn.Sequential(nn.Linear(4, 3))
+    network[0].register_forward_hook(lambda module, args, output: 2 * output)
+    return network
+
+
+class TestConversion:
+    def test_at_any_depth(self) -> None:
+        network = nn.Sequential(nn.Sequential(nn.ModuleDict({"a": nn.Linear(4, 4)})["a"], residual()), nn.Linear(3, 3))
+        ensemble = BatchEnsemble(lambda: network, 2)
+        kinds = [type(module) for module in ensemble.modules()]
+        assert kinds.count(BatchEnsembleLinear) == 4
+        assert nn.Linear not in kinds
+
+    def test_the_whole_network_is_a_layer(self) -> None:
+        assert type(BatchEnsemble(lambda: nn.Linear(4, 3), 2).network) is BatchEnsembleLinear
+        assert BatchEnsemble(lambda: nn.Conv2d(1, 3, 3), 2)(torch.zeros(5, 1, 9, 9)).shape == (2, 5, 3, 7, 7)
+
+    def test_weights_are_taken_over(self) -> None:
+        network = mlp()
+        plain = copy.deepcopy(network)
+        ensemble = BatchEnsemble(lambda: network, 2, init="ones")
+        x, _ = vectors()
+        assert relative(ensemble(x), plain(x).expand(2, -1, -1)) < 1e-12
+        assert ensemble(x).dtype == torch.float64
+
+    @pytest.mark.parametrize("skip", ["head", ("head",), ["head.0"]])
+    def test_skipped_modules_stay_shared(self, skip: Any) -> None:
+        ensemble = BatchEnsemble(Twice, 2, skip=skip)
+        assert type(ensemble.get_submodule("network.head.0")) is nn.Linear
+        assert type(ensemble.get_submodule("network.first")) is BatchEnsembleLinear
+
+    def test_a_module_in_two_places_stays_one(self) -> None:
+        ensemble = BatchEnsemble(Twice, 2).double()
+        first, again = (ensemble.get_submodule(f"network.{name}") for name in ("first", "again"))
+        assert first is again
+        x, _ = vectors()
+        assert relative(ensemble(x), torch.stack([ensemble.member(m)(x) for m in range(2)])) < 1e-12
+        member = ensemble.member(0)
+        assert member.get_submodule("first") is member.get_submodule("again")
+
+    def test_an_activation_in_two_places(self) -> None:
+        activation = nn.Tanh()
+        network = nn.Sequential(nn.Linear(4, 4), activation, nn.Linear(4, 4), activation).double()
+        plain = copy.deepcopy(network)
+        x, _ = vectors()
+        assert relative(BatchEnsemble(lambda: network, 1, init="ones")(x)[0], plain(x)) < 1e-12
+
+    def test_tied_weights_stay_tied(self) -> None:
+        ensemble = BatchEnsemble(Language, 2)
+        modules = {name: ensemble.get_submodule(f"network.{name}") for name in ("embedding", "inner", "outer", "head")}
+        assert modules["head"].weight is modules["embedding"].weight
+        assert modules["outer"].weight is modules["inner"].weight
+        assert modules["outer"].bias is modules["inner"].bias
+        assert modules["outer"].r is not modules["inner"].r
+        x = torch.randint(0, 7, (5, 6))
+        ensemble(x).sum().backward()
+        ensemble.double()
+        assert modules["head"].weight is modules["embedding"].weight
+        assert relative(ensemble(x), torch.stack([ensemble.member(m)(x) for m in range(2)])) < 1e-12
+
+    @pytest.mark.parametrize(
+        ("make_net", "message"),
+        [
+            (lambda: nn.Sequential(nn.MultiheadAttention(4, 2)), "'0', MultiheadAttention, an attention module"),
+            (lambda: nn.TransformerEncoderLayer(4, 2), "'the network', TransformerEncoderLayer, an attention module"),
+            (lambda: nn.Transformer(4, 2, 1, 1, 8, batch_first=True), r"'encoder.layers.0', TransformerEncoderLayer"),
+            (lambda: nn.Sequential(nn.LSTM(4, 3)), "'0', LSTM, a recurrent module"),
+            (lambda: nn.ModuleDict({"cell": nn.GRUCell(4, 3)}), "'cell', GRUCell, a recurrent module"),
+            (lambda: nn.Sequential(nn.LazyLinear(3)), "'0', LazyLinear, a lazy module"),
+            (
+                lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))),
+                "'0', a parametrized Linear, whose weight is computed anew",
+            ),
+            (spectral, "'0', Linear with hooks"),
+            (hooked, "'0', Linear with hooks"),
+            (
+                lambda: nn.Sequential(nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular")),
+                "'0', Conv2d with padding_mode 'circular', where only 'zeros' is supported",
+            ),
+        ],
+    )
+    def test_refused_by_name_unless_skipped(self, make_net: Callable[[], nn.Module], message: str) -> None:
+        with pytest.raises(ValueError, match=f"BatchEnsemble cannot take {message}"):
+            BatchEnsemble(make_net, 2)
+        name = message.split("'")[1]
+        if name != "the network":
+            with pytest.raises(ValueError, match=r"leave it shared with skip=\('" + name):
+                BatchEnsemble(make_net, 2)
+            ensemble = BatchEnsemble(lambda: nn.ModuleDict({"odd": make_net(), "head": nn.Linear(4, 3)}), 2, skip="odd")
+            assert type(ensemble.get_submodule("network.head")) is BatchEnsembleLinear
+
+    def test_subclasses_are_left_alone(self) -> None:
+        class Special(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x).square()
+
+        ensemble = BatchEnsemble(lambda: nn.Sequential(nn.Linear(4, 4), Special(4, 3)), 2)
+        assert type(ensemble.get_submodule("network.1")) is Special
+
+    def test_nothing_to_convert(self) -> None:
+        with pytest.raises(ValueError, match=r"must have an nn.Linear or nn.Conv2d to convert, got Sequential"):
+            BatchEnsemble(lambda: nn.Sequential(nn.ReLU()), 2)
+        with pytest.raises(ValueError, match="to convert"):
+            BatchEnsemble(lambda: nn.Sequential(nn.Linear(4, 3)), 2, skip="0")
+
+    def test_unknown_skip(self) -> None:
+        with pytest.raises(ValueError, match=r"skip must name modules of the network, got \['tail'\], have \['first'"):
+            BatchEnsemble(Twice, 2, skip=("tail", "head"))
+
+    def test_no_members(self) -> None:
+        with pytest.raises(ValueError, match="members must be >= 1, got 0"):
+            BatchEnsemble(mlp, 0)
+
+    def test_a_network_for_make_net(self) -> None:
+        with pytest.raises(TypeError, match="function that returns a fresh network, got a Sequential"):
+            BatchEnsemble(mlp(), 2)
+
+    def test_batch_norm_sees_the_rows_of_all_members(self) -> None:
+        ensemble, (x, _) = BatchEnsemble(normed, 2), images()
+        norm = ensemble.get_submodule("network.1")
+        rows = ensemble.get_submodule("network.0")(torch.cat([x, x]))
+        ensemble.train()(x)
+        assert relative(norm.get_buffer("running_mean"), 0.1 * rows.mean((0, 2, 3))) < 1e-12
+
+
+class Wide(nn.Module):
+    """A wide residual block: two normalizations, two convolutions, and a third where the shape changes."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.BatchNorm2d(inputs), nn.BatchNorm2d(outputs)])
+        self.first = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.second = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else nn.Identity()
+
+
+def wide_resnet() -> nn.Module:
+    """The layers of WRN-28-10 for CIFAR-10, on a device that stores nothing."""
+    with torch.device("meta"):
+        widths = [16, 160, 320, 640]
+        blocks = [
+            Wide(before if i == 0 else after, after, 1 if i or after == 160 else 2)
+            for before, after in pairwise(widths)
+            for i in range(4)
+        ]
+        stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        return nn.Sequential(stem, *blocks, nn.BatchNorm2d(640), nn.Linear(640, 10))
+
+
+def count(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def test_parameters_of_the_published_network() -> None:
+    """Wen et al. (2020): WRN-28-10 with 4 members has 36,557,548 parameters, where one has 36,479,194."""
+    with torch.device("meta"):
+        ensemble = BatchEnsemble(wide_resnet, 4)
+    assert (count(wide_resnet()), count(ensemble)) == (36_479_194, 36_557_548)
+
+
+@pytest.mark.parametrize("make_net", [mlp, cnn, residual])
+def test_members_cost_their_factors_and_biases(make_net: Callable[[], nn.Module]) -> None:
+    plain = [module for module in make_net().modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    factors = sum(layer.weight.shape[0] + layer.weight.shape[1] for layer in plain)
+    biases = sum(layer.bias.numel() for layer in plain if layer.bias is not None)
+    for members in (1, 4, 9):
+        extra = count(BatchEnsemble(make_net, members)) - count(make_net())
+        assert extra == members * factors + (members - 1) * biases
