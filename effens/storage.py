@@ -4,9 +4,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
-from torch import nn
+from torch import Tensor, nn
 
 FORMAT = "effens 1"
 
@@ -17,7 +18,12 @@ def save(ensemble: nn.Module, path: str | os.PathLike[str]) -> None:
     Args:
         ensemble: any ensemble, or any network.
         path: where to; by custom ``*.safetensors``. A file that is there is replaced once the new one is complete.
+
+    Raises:
+        TypeError: the state holds more than tensors (a module has an extra state).
     """
+    if others := [name for name, value in ensemble.state_dict().items() if not isinstance(value, Tensor)]:
+        raise TypeError(f"the state must hold nothing but tensors, got {others}")
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in ensemble.state_dict().items()}
     write_whole(Path(path), to_bytes(tensors, metadata={"format": FORMAT, **kind(ensemble)}))
 
@@ -31,11 +37,12 @@ def load(ensemble: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file was cut or was not written by `save`, or holds another kind of ensemble, other names or shapes.
+        ValueError: the file was cut or was not written by `save`, or holds another kind of ensemble, other names, other
+            shapes, or numbers of another kind (real ones for integers).
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"path must be a file that effens.save wrote, got {path.name}, which is not there")
+        raise FileNotFoundError(f"path must be a file that effens.save wrote, got {path.name}, which is no file")
     try:
         with safe_open(path, framework="pt") as file:
             found = file.metadata() or {}
@@ -56,6 +63,8 @@ def load(ensemble: nn.Module, path: str | os.PathLike[str]) -> None:
         if tensor.shape != tensors[name].shape:
             shapes = tuple(tensor.shape), tuple(tensors[name].shape)
             raise ValueError(f"{path.name}: {name} must have shape {shapes[0]}, got {shapes[1]}")
+        if not torch.can_cast(tensors[name].dtype, tensor.dtype):
+            raise ValueError(f"{path.name}: {name} must fit {tensor.dtype}, got {tensors[name].dtype}")
     ensemble.load_state_dict(tensors)
 
 
