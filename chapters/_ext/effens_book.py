@@ -1,0 +1,79 @@
+"""What the book's pages need beyond Jupyter Book: formulas without a network, light pages, a name for each control."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from sphinx.application import Sphinx
+from sphinx.ext.mathjax import html_visit_displaymath, html_visit_math
+
+# The last line lets a formula that is wider than a phone be scrolled by keyboard.
+RENDER_MATH = r"""
+addEventListener("DOMContentLoaded", () => {
+  document.querySelectorAll(".math").forEach(formula => renderMathInElement(formula, {throwOnError: false, delimiters: [
+    {left: "\\(", right: "\\)", display: false}, {left: "\\[", right: "\\]", display: true},
+    ...["align", "align*", "equation", "equation*", "gather", "gather*"].map(name =>
+      ({left: `\\begin{${name}}`, right: `\\end{${name}}`, display: true}))]}));
+  document.querySelectorAll(".katex-display").forEach(f => { if (f.scrollWidth > f.clientWidth) f.tabIndex = 0; });
+});
+"""
+# What a screen reader would read wrongly: roles that do not fit, names that hide the visible text, a part without one.
+ACCESSIBLE = (
+    ('role="doc-biblioentry"', 'role="listitem"'),
+    ('<summary aria-label="Toggle hidden content">', "<summary>"),
+    (r'(search-button-field [^>]*) aria-label="Search"', r"\1"),
+    (r'(<i class="theme-switch [^>]*) title="[^"]*"', r"\1"),
+    (r'(<div id="pst-primary-sidebar")', r'\1 role="complementary" aria-label="The book"'),
+)
+ICON = re.compile(r'"?([\w-]+)"?:\[\d+,\d+,(\[[^\]]*\]),"[^"]*","[^"]*"\],?')
+
+
+def add_math(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Load KaTeX, from the book's own copy, on the pages that hold a formula."""
+    if app.env.domaindata["math"]["has_equations"].get(page):
+        app.add_css_file("katex/katex.min.css")
+        app.add_js_file("katex/katex.min.js", defer="")
+        app.add_js_file("katex/auto-render.min.js", defer="")
+        app.add_js_file(None, body=RENDER_MATH)
+
+
+def drop_thebe(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Leave out the theme's thebe scripts: declared twice, a syntax error on every page, and no page uses them."""
+    scripts = context["script_files"]
+    context["script_files"] = [s for s in scripts if "thebe" not in f"{s}{getattr(s, 'attributes', '')}".lower()]
+
+
+def make_accessible(app: Sphinx, error: Exception | None) -> None:
+    """Mend, in the finished pages, what the theme and its extensions get wrong for those who do not see the page."""
+    for page in Path(app.outdir).rglob("*.html"):
+        text = page.read_text("utf-8")
+        for wrong, right in ACCESSIBLE:
+            text = re.sub(wrong, right, text)
+        page.write_text(text, "utf-8")
+
+
+def keep_used_icons(app: Sphinx, error: Exception | None) -> None:
+    """Cut the theme's icon script (1.5 MB, 2,000 icons) down to the icons that some page or script names."""
+    script = Path(app.outdir, "_static/scripts/fontawesome.js")
+    if error or not script.exists():
+        return
+    pages = [*Path(app.outdir).rglob("*.html"), *(p for p in script.parent.glob("*.js") if p != script)]
+    used = {name for page in pages for name in re.findall(r"\bfa-([a-z0-9-]+)", page.read_text("utf-8"))}
+
+    def keep(icon: re.Match[str]) -> str:
+        names = {icon[1], *re.findall(r'"([\w-]+)"', icon[2])}
+        return icon[0] if names & used else ""
+
+    script.write_text(ICON.sub(keep, script.read_text("utf-8")), "utf-8")
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Register the above with Sphinx."""
+    app.add_html_math_renderer("katex", (html_visit_math, None), (html_visit_displaymath, None))
+    app.connect("html-page-context", add_math)
+    app.connect("html-page-context", drop_thebe, priority=900)
+    app.connect("build-finished", make_accessible)
+    app.connect("build-finished", keep_used_icons)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

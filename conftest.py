@@ -1,0 +1,28 @@
+"""How the tests run the chapters: the same environment as their stored outputs, text compared and pictures not."""
+
+import os
+from collections.abc import Generator
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from nbval.plugin import IPyNbCell, IPyNbFile
+from rerun import ENVIRONMENT
+
+ROOT = Path(__file__).parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.nbval_sanitize_with = str(ROOT / "tests/nbval_sanitize.cfg")
+
+
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    if isinstance(collector, IPyNbFile):
+        collector.skip_compare += ("image/svg+xml", "stderr")  # nbval itself skips png, jpeg and widgets
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None]:
+    """A chapter's kernel starts in its first cell's setup; tests marked `gpu` must still see the GPU."""
+    with patch.dict(os.environ, ENVIRONMENT if isinstance(item, IPyNbCell) else {}):
+        yield

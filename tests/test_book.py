@@ -1,0 +1,290 @@
+"""The book: what a chapter must hold, and proof that the comparison of its outputs catches a wrong number."""
+
+import base64
+import copy
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import nbformat
+import pytest
+from nbval.plugin import IPyNbCell, IPyNbFile
+from rerun import ROOT, chapters, colab, settings, without_text
+
+CHAPTERS = chapters()
+PICTURE = re.compile(r"data:image/[^\"')\s]+")
+# A number that a re-run may change: one with a unit of time. Written apart from the sanitizer, to check it.
+TIMED = re.compile(r"\d[\d.]*(e[+-]?\d+)?\s?(ns|ms|µs|us|s|sec|min)\b")
+README_TEST = "python -m pip install -r requirements.txt && pytest"
+README_BOOK = "python -m pip install -r requirements.txt && jupyter-book build ."
+
+
+@pytest.fixture(params=CHAPTERS, ids=lambda chapter: chapter.stem)
+def chapter(request: pytest.FixtureRequest) -> Path:
+    return Path(request.param)
+
+
+@pytest.fixture
+def notebook(chapter: Path) -> Any:
+    return nbformat.read(chapter, as_version=4)
+
+
+@pytest.fixture
+def code(notebook: Any) -> list[Any]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def tags(cell: Any) -> set[str]:
+    return set(cell.metadata.get("tags", []))
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every text inside a notebook, its stored pictures left out."""
+    if isinstance(value, str):
+        yield PICTURE.sub("", value)
+    elif isinstance(value, list):
+        for item in value:
+            yield from strings(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if key not in ("image/png", "image/jpeg"):
+                yield from strings(item)
+
+
+# What a chapter must hold
+
+
+def test_every_chapter_of_the_table_of_contents_exists():
+    names = re.findall(r"(?:root|file): (\S+)", (ROOT / "_toc.yml").read_text("utf-8"))
+    assert [name for name in names if not list(ROOT.glob(f"{name}.*"))] == []
+    assert len(CHAPTERS) == len(list((ROOT / "chapters").glob("*.ipynb"))), "a chapter is missing from _toc.yml"
+
+
+def test_all_cells_ran_in_order(code):
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+
+
+def test_errors_are_only_stored_where_they_are_the_point(code):
+    failed = [cell.id for cell in code if any(output.output_type == "error" for output in cell.outputs)]
+    assert failed == [cell.id for cell in code if "raises-exception" in tags(cell)]
+
+
+def test_no_cell_ends_in_a_semicolon(code):
+    # nbval runs cells without history, and IPython then shows the value that the semicolon should have hidden.
+    assert [cell.id for cell in code if cell.source.rstrip().endswith(";")] == []
+
+
+def test_warnings_and_progress_bars_are_not_stored(code):
+    assert [cell.id for cell in code for output in cell.outputs if output.get("name") == "stderr"] == []
+
+
+def test_pictures_say_what_they_show(code):
+    for cell in code:
+        if any("image/png" in output.get("data", {}) for output in cell.outputs):
+            alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
+            assert len(alt.split()) >= 5, f"cell {cell.id} must have a sentence in mystnb.image.alt, got {alt!r}"
+            assert not re.search(r"\.(png|svg|jpe?g)\b", alt)
+    for picture in re.findall(r"<img[^>]*>", " ".join(strings([cell.outputs for cell in code]))):
+        assert re.search(r'alt="[^"]*\w+ \w+', picture), picture
+
+
+def test_nothing_of_the_machine_is_stored(notebook):
+    text = "\n".join(strings(notebook))
+    assert re.findall(r"(?<![\w.:/])/(?:home|root|tmp|usr|var|mnt|opt|work|Users|private)/\S*", text) == []
+    assert re.findall(r"[A-Z]:\\\\?Users\S*", text) == []
+    assert re.findall(r"\d{4}-\d\d-\d\dT\d\d:\d\d", text) == [], "a time of day"
+    assert re.findall(r"\b0x[0-9a-f]{8,}", text) == [], "an address"
+
+
+def test_metadata_is_the_same_everywhere(notebook):
+    assert notebook.metadata == {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    assert {key for cell in notebook.cells for key in cell.metadata} <= {"tags", "mystnb"}
+
+
+def test_pictures_do_not_tell_what_drew_them(code):
+    for cell in code:
+        for output in cell.outputs:
+            if "image/png" in output.get("data", {}):
+                picture = base64.b64decode(output.data["image/png"])
+                assert without_text(picture) == picture, cell.id
+
+
+def test_cell_ids_are_stable_and_unique(notebook):
+    ids = [cell.id for cell in notebook.cells]
+    assert len(set(ids)) == len(ids)
+    assert [name for name in ids if not re.fullmatch(r"[a-z0-9][a-z0-9-]{2,39}", name)] == []
+
+
+def test_cells_are_short(code):
+    lines = sorted(sum(bool(line.strip()) for line in cell.source.splitlines()) for cell in code)
+    assert statistics.median(lines) <= 5
+    assert lines[int(0.9 * (len(lines) - 1))] <= 12
+    assert lines[-1] <= 30
+
+
+def test_the_first_cell_opens_colab_and_says_the_time(chapter, notebook):
+    assert f"[![Open in Colab](_static/colab.svg)]({colab(chapter)})" in notebook.cells[0].source
+    seconds = re.search(r"(\d+) seconds on two CPU cores", notebook.cells[0].source)
+    assert seconds
+    assert int(seconds[1]) <= 50
+
+
+def test_exercises_have_folded_solutions(chapter, notebook):
+    start = [cell.source.startswith("## Exercises") for cell in notebook.cells].index(True)
+    solutions = [cell for cell in notebook.cells[start:] if "hide-cell" in tags(cell)]
+    exercises = re.findall(r"^\*\*\d+\.\*\*", "\n".join(cell.source for cell in notebook.cells[start:]), re.M)
+    assert len(solutions) >= len(exercises) >= 1
+
+
+def test_no_picture_or_script_comes_from_elsewhere(notebook):
+    text = "\n".join(strings(notebook))
+    assert re.findall(r"!\[[^\]]*\]\(\s*(?:https?:)?//[^)]*", text) == []
+    assert re.findall(r"""<(?:img|script|iframe|link|source)[^>]*(?:src|href)=["']?(?:https?:)?//[^>]*""", text) == []
+
+
+def test_the_address_of_the_book_is_the_one_in_its_settings():
+    owner, name = settings()["repository"]["url"].split("/")[-2:]
+    files = [ROOT / "README.md", ROOT / "CITATION.cff", ROOT / "pyproject.toml", *CHAPTERS]
+    for file in files + list((ROOT / "chapters").glob("*.md")):
+        owners = re.findall(rf"github(?:\.com)?/([\w.-]+)/{name}\b", file.read_text("utf-8"))
+        assert set(owners) <= {owner}, file
+
+
+def test_the_readme_has_the_two_commands():
+    lines = (ROOT / "README.md").read_text("utf-8").splitlines()
+    assert README_TEST in lines
+    assert README_BOOK in lines
+    assert README_TEST in (ROOT / ".ci/run").read_text("utf-8").splitlines()
+
+
+# The comparison of stored outputs
+
+
+def cells_of(chapter: Path, session: pytest.Session) -> list[IPyNbCell]:
+    """A chapter's code cells as `pytest` collects them, sanitizer and skipped kinds of output included."""
+    file = IPyNbFile.from_parent(session, path=chapter)
+    session.config.hook.pytest_collectstart(collector=file)
+    file.setup_sanitize_files()
+    return list(file.collect())
+
+
+def compared(cells: list[IPyNbCell]) -> list[IPyNbCell]:
+    return [cell for cell in cells if cell.options["check"] and not cell.options["skip"]]
+
+
+def numbers(text: str) -> list[int]:
+    """Where the numbers of a text stand, by their last digit, times and pictures left out."""
+    masked = [range(*match.span()) for pattern in (PICTURE, TIMED) for match in pattern.finditer(text)]
+    ends = [match.end() - 1 for match in re.finditer(r"\d+(?:\.\d+)?", text)]
+    return [at for at in ends if not any(at in span for span in masked)]
+
+
+def changed(text: str, at: int) -> str:
+    return text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :]
+
+
+def slots(outputs: list[Any]) -> list[tuple[dict[str, Any], str]]:
+    """The compared texts of a cell's outputs, as (holder, key)."""
+    streams = [(output, "text") for output in outputs if output.get("name") == "stdout"]
+    kinds = ("text/plain", "text/html", "text/markdown", "text/latex")
+    return streams + [(data, kind) for o in outputs for data in [o.get("data", {})] for kind in kinds if kind in data]
+
+
+def test_at_most_one_cell_in_five_is_exempt(chapter, request):
+    cells = cells_of(chapter, request.session)
+    assert len(compared(cells)) >= 0.8 * len(cells)
+
+
+def test_any_number_changed_in_a_stored_output_is_noticed(chapter, request):
+    printed = 0
+    for cell in compared(cells_of(chapter, request.session)):
+        stored = cell.cell.outputs
+        assert cell.compare_outputs(copy.deepcopy(stored), copy.deepcopy(stored))
+        for i, (holder, key) in enumerate(slots(stored)):
+            for at in numbers(holder[key]):
+                wrong = copy.deepcopy(stored)
+                other, _ = slots(wrong)[i]
+                other[key] = changed(other[key], at)
+                assert not cell.compare_outputs(copy.deepcopy(stored), wrong), holder[key][max(0, at - 40) : at + 20]
+                printed += key == "text"
+    assert printed >= 10, "a chapter must print numbers that are compared"
+
+
+@pytest.mark.parametrize(
+    ("stored", "new", "same"),
+    [
+        ("took 3.25 s", "took 4.1 s", True),
+        ("1e-5 s in 12ms", "2e-05 s in 9ms", True),
+        ("<Net at 0x7f3a5c0012d0>", "<Net at 0x7f00000012d0>", True),
+        ("lower in 5 of 5", "lower in 4 of 5", False),
+        ("nll 0.41", "nll 0.42", False),
+        ("5 members, 10 samples", "5 members, 11 samples", False),
+        ("3 standard deviations", "2 standard deviations", False),
+        ("1.1x the price", "1.2x the price", False),
+        ("True", "False", False),
+    ],
+)
+def test_the_sanitizer_masks_times_and_addresses_only(stored, new, same, request):
+    cell = cells_of(CHAPTERS[0], request.session)[0]
+    assert (cell.sanitize(stored) == cell.sanitize(new)) == same
+
+
+# Chapters run again, each in a folder that holds nothing else
+
+
+def run_alone(chapter: Path, notebook: Any, folder: Path, **environment: str) -> dict[int, bool]:
+    """Whether each code cell passed when pytest ran this notebook, by its number; absent: it was skipped."""
+    (folder / "tests").mkdir()
+    (folder / "chapters").mkdir()
+    for name in ("pyproject.toml", "conftest.py", "tests/rerun.py", "tests/nbval_sanitize.cfg"):
+        shutil.copy(ROOT / name, folder / name)
+    (folder / "chapters" / chapter.name).write_text(json.dumps(notebook), "utf-8")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "chapters", "-p", "no:cacheprovider", "--junitxml=report.xml"],
+        cwd=folder,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode in (0, 1), run.stdout + run.stderr
+    print(run.stdout)  # shown if the test fails
+    cases = ElementTree.parse(folder / "report.xml").iter("testcase")
+    return {int(c.attrib["name"].split()[-1]): c.find("failure") is None for c in cases if c.find("skipped") is None}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "environment",
+    [{"OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "2"}, {"ATEN_CPU_CAPABILITY": "default"}],
+    ids=lambda environment: "=".join(*environment.items()),
+)
+def test_alone_in_an_empty_folder_a_chapter_gives_its_stored_outputs(chapter, notebook, tmp_path, environment):
+    passed = run_alone(chapter, notebook, tmp_path, **environment)
+    assert passed
+    assert [cell for cell, fine in passed.items() if not fine] == []
+
+
+@pytest.mark.slow
+def test_a_chapter_with_wrong_numbers_fails_just_there(chapter, notebook, tmp_path, request):
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    wrong = set()
+    for cell in compared(cells_of(chapter, request.session)):
+        for holder, key in slots(code[cell.cell_num].outputs):
+            if places := numbers(holder[key]):
+                holder[key] = changed(holder[key], places[-1])
+                wrong.add(cell.cell_num)
+    passed = run_alone(chapter, notebook, tmp_path)
+    assert wrong
+    assert {cell for cell, fine in passed.items() if not fine} == wrong
