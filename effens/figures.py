@@ -236,6 +236,6 @@ def _array(values: Any) -> np.ndarray:
 
 def _line(values: Any, name: str) -> np.ndarray:
     line = _array(values)
-    if line.ndim != 1:
-        raise ValueError(f"{name} must have one axis, got shape {line.shape}")
+    if line.ndim != 1 or not line.size:
+        raise ValueError(f"{name} must have one axis and at least one value, got shape {line.shape}")
     return line

@@ -188,22 +188,29 @@ def _rendered(figure: Figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
-# Colors are the page's own, so that light and dark pages both stay legible.
-_STYLE = """<style>
-.effens-player { margin: 0 0 1rem; color: inherit; }
-.effens-player img { display: block; width: 100%; height: auto; }
-.effens-player [hidden] { display: none !important; }
-.effens-player .controls { display: flex; align-items: center; gap: 0.75rem; margin-top: 0.5rem; }
-.effens-player button { min-width: 5em; min-height: 2.4em; padding: 0 0.75em; font: inherit; color: inherit;
-  background: transparent; border: 1px solid currentColor; border-radius: 0.3em; cursor: pointer; }
-.effens-player label { display: flex; flex: 1; align-items: center; gap: 0.5rem; min-width: 0; margin: 0; }
-.effens-player input { flex: 1; min-width: 0; height: 2.4em; margin: 0; accent-color: #0072b2; cursor: pointer; }
-.effens-player :is(button, input):focus-visible { outline: 2px solid currentColor; outline-offset: 2px; }
-.effens-player output { display: block; line-height: 1.5; }
-@media print { .effens-player .controls { display: none; } }
+# Colors are the page's own, so that light and dark pages both stay legible. The book's theme would put a light panel
+# behind any HTML output of a dark page.
+_DARK = """html[data-theme="dark"] .bd-content div.cell_output .text_html:has(div.effens-player, form.effens-bet) {
+  padding: 0; color: inherit; background: none; }
+html[data-theme="dark"] .bd-content div.cell_output .effens-player img { padding: 0; }"""
+
+_STYLE = f"""<style>
+{_DARK}
+.effens-player {{ margin: 0 0 1rem; color: inherit; }}
+.effens-player img {{ display: block; width: 100%; height: auto; }}
+.effens-player [hidden] {{ display: none !important; }}
+.effens-player .controls {{ display: flex; align-items: center; gap: 0.75rem; margin-top: 0.5rem; }}
+.effens-player button {{ min-width: 5em; min-height: 2.4em; padding: 0 0.75em; font: inherit; color: inherit;
+  background: transparent; border: 1px solid currentColor; border-radius: 0.3em; cursor: pointer; }}
+.effens-player label {{ display: flex; flex: 1; align-items: center; gap: 0.5rem; min-width: 0; margin: 0; }}
+.effens-player input {{ flex: 1; min-width: 0; height: 2.4em; margin: 0; accent-color: #0072b2; cursor: pointer; }}
+.effens-player :is(button, input):focus-visible {{ outline: 2px solid currentColor; outline-offset: 2px; }}
+.effens-player output {{ display: block; line-height: 1.5; }}
+@media print {{ .effens-player .controls {{ display: none; }} }}
 </style>"""
 
-_CONTROLS = """<div class="controls" hidden>
+# hidden="hidden": JupyterLab drops attributes without a value from notebooks that it does not trust.
+_CONTROLS = """<div class="controls" hidden="hidden">
 <button type="button">Play</button>
 <label>{label}
 <input type="range" min="0" max="{last}" step="1" value="0" aria-valuetext="{words}" autocomplete="off"></label>
@@ -254,12 +261,13 @@ document.querySelectorAll(".effens-player").forEach(function (root) {
 });
 </script>"""
 
-_BET_STYLE = """<style>
-.effens-bet { margin: 0 0 1rem; color: inherit; }
-.effens-bet fieldset { margin: 0; padding: 0.5rem 1rem; border: 1px solid currentColor; border-radius: 0.3em; }
-.effens-bet legend { float: none; width: auto; margin: 0; padding: 0 0.3em; font: inherit; font-weight: bold; }
-.effens-bet label { display: block; padding: 0.25em 0; cursor: pointer; }
-.effens-bet input { accent-color: #0072b2; }
-.effens-bet details { margin-top: 0.5rem; }
-.effens-bet summary { cursor: pointer; }
+_BET_STYLE = f"""<style>
+{_DARK}
+.effens-bet {{ margin: 0 0 1rem; color: inherit; }}
+.effens-bet fieldset {{ margin: 0; padding: 0.5rem 1rem; border: 1px solid currentColor; border-radius: 0.3em; }}
+.effens-bet legend {{ float: none; width: auto; margin: 0; padding: 0 0.3em; font: inherit; font-weight: bold; }}
+.effens-bet label {{ display: block; padding: 0.25em 0; cursor: pointer; }}
+.effens-bet input {{ accent-color: #0072b2; }}
+.effens-bet details {{ margin-top: 0.5rem; }}
+.effens-bet summary {{ cursor: pointer; }}
 </style>"""

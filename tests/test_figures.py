@@ -90,8 +90,10 @@ def test_torch_tensors_draw_the_same_as_arrays() -> None:
 
 
 def test_band_refuses_the_wrong_rank() -> None:
-    with pytest.raises(ValueError, match=r"mean must have one axis, got shape \(1, 5\)"):
+    with pytest.raises(ValueError, match=r"mean must have one axis and at least one value, got shape \(1, 5\)"):
         figures.regression_band(X, MEAN[None], STD)
+    with pytest.raises(ValueError, match=r"ms must have one axis and at least one value, got shape \(0,\)"):
+        figures.curve_in_m([], [], label="single")
 
 
 @pytest.mark.parametrize("members", [1, 4])

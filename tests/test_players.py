@@ -94,7 +94,7 @@ def test_controls_are_real_labeled_and_hidden_until_a_script_runs(made: HTML) ->
     assert page.all("output")[0][0]["aria-live"] == "polite"
     assert page.all("output")[0][1] == "members 1"
     assert [attrs for attrs, _ in page.all("div") if attrs["class"] == "controls"] == [
-        {"class": "controls", "hidden": None}
+        {"class": "controls", "hidden": "hidden"}
     ]
 
 
