@@ -59,7 +59,8 @@ class Categorical(Likelihood):
         """Raise `ValueError` unless all labels are integers that name a class."""
         if y.is_floating_point():
             raise ValueError(f"labels must be integers, got {y.dtype}")
-        if y.numel() and not 0 <= (low := int(y.min())) <= (high := int(y.max())) < outputs.shape[-1]:
+        low, high = (int(y.min()), int(y.max())) if y.numel() else (0, 0)
+        if low < 0 or high >= outputs.shape[-1]:
             raise ValueError(f"labels must be in 0 ... {outputs.shape[-1] - 1}, got {low} ... {high}")
 
     def predict(self, outputs: Tensor) -> Tensor:

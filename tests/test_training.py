@@ -1,0 +1,388 @@
+"""The training loop: what is reported, what is refused, and that it does what the obvious loop does."""
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scenarios import generator, indices, mlp, plain_loop, relative, vectors
+from scipy import stats
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+import effens
+from effens.training import seeded
+
+
+class Recorder(effens.DeepEnsemble):
+    """A deep ensemble that writes down what the training loop asks and gives."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.batches: list[Tensor] = []
+        self.collected: list[tuple[int, int]] = []
+        self.finished: list[Tensor] = []
+
+    def forward_members(self, xs: Tensor) -> Tensor:
+        self.batches.append(xs.clone())
+        return super().forward_members(xs)
+
+    def collect(self, step: int, steps: int) -> None:
+        self.collected.append((step, steps))
+
+    def finish(self, batches: Iterable[Tensor]) -> None:
+        assert not self.training
+        self.finished = list(batches)
+
+
+class WithinBatch(Recorder):
+    """The same, with an order within each batch."""
+
+    order_within_batch = True
+
+
+def numbered(n: int = 22) -> tuple[Tensor, Tensor]:
+    """Inputs that are their own index."""
+    return torch.arange(n, dtype=torch.float64)[:, None].repeat(1, 4), torch.zeros(n, dtype=torch.int64)
+
+
+class TestHistory:
+    def test_losses_rates_and_steps(self) -> None:
+        ensemble, (x, y) = effens.DeepEnsemble(mlp, 3), vectors(22)
+        with torch.no_grad():
+            first = indices(ensemble, 22, 8, 1)[0]
+            expected = effens.Categorical().nll(ensemble.forward_members(x[first]), y[first]).mean(1)
+        history = effens.fit(ensemble, (x, y), epochs=3, batch_size=8, rate=0.01, device="cpu")
+        assert history.steps == 9  # the last batch of an epoch holds 6, and counts
+        assert history.losses.shape == (9, 3)
+        assert torch.allclose(history.losses[0], expected)
+        cosine = [0.01 * 0.5 * (1 + math.cos(math.pi * step / 9)) for step in range(9)]
+        assert torch.allclose(history.rates, torch.tensor(cosine))
+        assert not history.losses.requires_grad
+        assert 0 < history.seconds < 60
+
+    def test_says_the_last_loss(self) -> None:
+        history = effens.History(torch.tensor([[3.0, 3.0], [1.0, 2.0]]), torch.zeros(2), 1.26)
+        assert repr(history) == "History(steps=2, last loss=1.5, seconds=1.3)"
+
+
+class TestLoop:
+    @pytest.mark.parametrize(
+        "optimizer",
+        [
+            torch.optim.AdamW,
+            torch.optim.Adam,
+            torch.optim.SGD,
+            partial(torch.optim.SGD, momentum=0.9),
+            torch.optim.RMSprop,
+        ],
+    )
+    def test_optimizers(self, optimizer: Any) -> None:
+        network, (x, y) = mlp(), vectors(22)
+        ensemble = effens.DeepEnsemble.of([network])
+        plain = ensemble.member(0)
+        options: dict[str, Any] = {"rate": 0.02, "weight_decay": 0.1, "optimizer": optimizer}
+        effens.fit(ensemble, (x, y), epochs=2, batch_size=8, device="cpu", **options)
+        plain_loop(plain, x, y, [index[0] for index in indices(ensemble, 22, 8, 2)], **options)
+        assert relative(network(x), plain(x)) < 1e-9
+
+    def test_every_group_follows_the_schedule(self) -> None:
+        rates: list[list[float]] = []
+
+        class Spy(torch.optim.SGD):
+            def step(self, closure: Any = None) -> Any:
+                rates.append([group["lr"] for group in self.param_groups])
+                return super().step(closure)
+
+        ensemble = effens.BatchEnsemble(mlp, 3, fast_rate=0.25)
+        effens.fit(ensemble, vectors(22), epochs=2, batch_size=11, rate=0.1, optimizer=Spy, device="cpu")
+        expected = [[0.1 * ensemble.schedule(step, 4), 0.025 * ensemble.schedule(step, 4)] for step in range(4)]
+        assert np.allclose(rates, expected)
+
+    def test_each_member_sees_every_example_once_an_epoch(self) -> None:
+        ensemble = Recorder(mlp, 3)
+        effens.fit(ensemble, numbered(22), epochs=2, batch_size=8, device="cpu")
+        assert [batch.shape[1] for batch in ensemble.batches] == [8, 8, 6] * 2
+        for epoch in (ensemble.batches[:3], ensemble.batches[3:]):
+            for seen in torch.cat(epoch, dim=1)[..., 0]:
+                assert seen.sort().values.tolist() == list(range(22))
+        first, second = (torch.cat(epoch, dim=1) for epoch in (ensemble.batches[:3], ensemble.batches[3:]))
+        assert not torch.equal(first, second)  # shuffled anew
+
+    def test_order_within_a_batch(self) -> None:
+        ensemble = WithinBatch(mlp, 3)
+        effens.fit(ensemble, numbered(22), epochs=1, batch_size=8, device="cpu")
+        assert [batch.shape[1] for batch in ensemble.batches] == [8, 8, 6]
+        for batch in ensemble.batches:
+            rows = batch[..., 0]
+            assert len(rows.unique(dim=0)) == 3
+            assert len(rows.sort(1).values.unique(dim=0)) == 1  # the same examples, in orders of their own
+        seen = torch.cat([batch[0, :, 0] for batch in ensemble.batches])
+        assert seen.sort().values.tolist() == list(range(22))
+
+    def test_hooks_are_called(self) -> None:
+        for data in (
+            numbered(22),
+            TensorDataset(*numbered(22)),
+            DataLoader(TensorDataset(*numbered(22)), batch_size=8),
+        ):
+            ensemble = Recorder(mlp, 2)
+            effens.fit(ensemble, data, epochs=2, batch_size=8, device="cpu")
+            assert ensemble.collected == [(step, 6) for step in range(6)]
+            assert torch.cat(ensemble.finished)[:, 0].tolist() == list(range(22))
+            assert [len(batch) for batch in ensemble.finished] == [8, 8, 6]
+
+    def test_a_loader_s_batches_are_permuted_within(self) -> None:
+        ensemble = Recorder(mlp, 3)
+        effens.fit(ensemble, DataLoader(TensorDataset(*numbered(22)), batch_size=5), epochs=1, device="cpu")
+        for i, batch in enumerate(ensemble.batches):
+            expected = [float(j) for j in range(5 * i, min(5 * i + 5, 22))]
+            assert all(row.sort().values.tolist() == expected for row in batch[..., 0])
+        assert len(ensemble.batches[0][..., 0].unique(dim=0)) == 3
+
+    def test_a_loader_that_shuffles_is_reproducible(self) -> None:
+        seen = []
+        for seed in (3, 3, 4):
+            ensemble = Recorder(mlp, 2)
+            data = DataLoader(TensorDataset(*numbered(22)), batch_size=5, shuffle=True)
+            effens.fit(ensemble, data, epochs=1, device="cpu", seed=seed)
+            seen.append(ensemble.batches[0])
+        assert torch.equal(seen[0], seen[1])
+        assert not torch.equal(seen[0], seen[2])
+
+    def test_a_dataset_of_arrays_and_numbers(self) -> None:
+        class Pairs(Dataset[Any]):
+            def __len__(self) -> int:
+                return 7
+
+            def __getitem__(self, i: int) -> tuple[Any, int]:
+                return np.full(4, i, dtype=np.float64), i % 3
+
+        ensemble = Recorder(mlp, 2)
+        effens.fit(ensemble, Pairs(), epochs=1, batch_size=4, device="cpu")
+        assert torch.cat(ensemble.batches, dim=1)[0, :, 0].sort().values.tolist() == list(range(7))
+
+    def test_dropout_follows_the_seed(self) -> None:
+        losses = []
+        for seed, noise in ((1, 10), (1, 11), (2, 10)):
+            torch.manual_seed(0)
+            ensemble = effens.DeepEnsemble(partial(mlp, dropout=0.5), 2)
+            torch.manual_seed(noise)
+            losses.append(effens.fit(ensemble, vectors(22), epochs=2, device="cpu", seed=seed).losses)
+        assert torch.equal(losses[0], losses[1])
+        assert not torch.equal(losses[0], losses[2])
+
+    def test_random_state_is_left_when_training_fails(self) -> None:
+        torch.manual_seed(0)
+        before = torch.get_rng_state()
+        with pytest.raises(FloatingPointError):
+            effens.fit(effens.DeepEnsemble.of([mlp()]), (vectors()[0] * math.nan, vectors()[1]), device="cpu")
+        torch.manual_seed(0)
+        assert torch.equal(before, torch.get_rng_state())
+
+    def test_training_on_a_cpu_seeds_no_other_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeded the GPUs"))
+        with seeded(3, torch.device("cpu")):
+            assert torch.equal(torch.rand(3), torch.rand(3, generator=generator(3)))
+
+    def test_training_goes_on_where_it_stopped(self) -> None:
+        ensemble, data = effens.DeepEnsemble(mlp, 2), vectors(100)
+        first = effens.fit(ensemble, data, epochs=20, rate=0.01, device="cpu")
+        second = effens.fit(ensemble, data, epochs=20, rate=0.01, device="cpu")
+        assert bool((second.losses[0] < first.losses[0]).all())
+
+    @pytest.mark.slow
+    def test_a_bar_is_shown_after_two_seconds(self, capfd: pytest.CaptureFixture[str]) -> None:
+        class Slow(Recorder):
+            def collect(self, step: int, steps: int) -> None:
+                time.sleep(0.4)
+
+        effens.fit(Slow(mlp, 1), vectors(22), epochs=3, batch_size=8, device="cpu", progress=False)
+        assert capfd.readouterr() == ("", "")
+        effens.fit(Slow(mlp, 1), vectors(22), epochs=3, batch_size=8, device="cpu")
+        assert "step" in capfd.readouterr().err
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(("name", "value"), [("epochs", 0), ("batch_size", 0), ("epochs", -1)])
+    def test_sizes(self, name: str, value: int) -> None:
+        options: dict[str, Any] = {name: value}
+        with pytest.raises(ValueError, match=f"{name} must be >= 1, got {value}"):
+            effens.fit(effens.DeepEnsemble(mlp, 2), vectors(), device="cpu", **options)
+
+    @pytest.mark.parametrize(
+        ("y", "message"),
+        [
+            (torch.tensor([0, 1, 2, 3]), r"labels must be in 0 ... 2, got 0 ... 3"),
+            (torch.tensor([0, 1, -1, 2]), r"labels must be in 0 ... 2, got -1 ... 2"),
+            (torch.tensor([0, 1, -100, 2]), r"labels must be in 0 ... 2, got -100 ... 2"),
+            (torch.tensor([0.0, 1, 2, 2]), r"labels must be integers, got torch.float32"),
+            (torch.tensor([[0], [1], [2], [2]]), r"targets must have shape \(4,\), one per example, got \(2, 4, 1\)"),
+            (torch.eye(4, 3).long(), r"targets must have shape \(4,\), one per example, got \(2, 4, 3\)"),
+            (torch.tensor([0, 1, 2]), r"x and y must have the same length, got 4 and 3"),
+        ],
+    )
+    @pytest.mark.parametrize("kind", [lambda x, y: (x, y), lambda x, y: TensorDataset(x, y)])
+    def test_labels(self, y: Tensor, message: str, kind: Any) -> None:
+        x = torch.randn(4, 4).double()
+        if len(x) != len(y) and not isinstance(kind(x, x), tuple):
+            pytest.skip("no such dataset can be made")
+        with pytest.raises(ValueError, match=message):
+            effens.fit(effens.DeepEnsemble(mlp, 2), kind(x, y), device="cpu")
+
+    def test_labels_of_examples_that_come_late(self) -> None:
+        """Tensors are looked at once, whole: a bad label in the last batch is found before the first step."""
+        x, y = vectors(50)
+        y[-1] = 3
+        ensemble = effens.DeepEnsemble(mlp, 2)
+        before = [parameter.clone() for parameter in ensemble.parameters()]
+        with pytest.raises(ValueError, match=r"labels must be in 0 ... 2"):
+            effens.fit(ensemble, (x, y), batch_size=2, device="cpu")
+        assert all(torch.equal(a, b) for a, b in zip(before, ensemble.parameters(), strict=True))
+
+    @pytest.mark.parametrize("likelihood", [effens.Gaussian(), effens.StudentT()])
+    def test_regression_targets(self, likelihood: effens.Likelihood) -> None:
+        x = torch.randn(6, 4)
+        for y, message in (
+            (torch.randn(6, 1), r"targets must have shape \(6,\), one per example, got \(2, 6, 1\)"),
+            (torch.tensor([0, 1, math.nan, 0, math.inf, 1]), "targets must be finite, got 2 that are not"),
+        ):
+            ensemble = effens.DeepEnsemble(lambda: nn.Linear(4, likelihood.outputs or 0), 2)
+            with pytest.raises(ValueError, match=message):
+                effens.fit(ensemble, (x, y), likelihood=likelihood, device="cpu")
+        with pytest.raises(ValueError, match=f"needs {likelihood.outputs} outputs, got 5"):
+            effens.fit(
+                effens.DeepEnsemble(lambda: nn.Linear(4, 5), 2), (x, x[:, 0]), likelihood=likelihood, device="cpu"
+            )
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            (torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)),
+            TensorDataset(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)),
+            DataLoader(TensorDataset(torch.zeros(3, 4), torch.zeros(3)), batch_size=4, drop_last=True),
+        ],
+        ids=["tensors", "dataset", "loader"],
+    )
+    def test_no_data(self, data: Any) -> None:
+        with pytest.raises(ValueError, match="data must hold at least one example for each member, got none"):
+            effens.fit(effens.DeepEnsemble(mlp, 2), data, device="cpu")
+
+    @pytest.mark.parametrize(
+        ("data", "got"),
+        [
+            ((np.zeros((3, 4)), np.zeros(3)), r"\['ndarray', 'ndarray'\]"),
+            ((torch.zeros(3, 4),), r"\['Tensor'\]"),
+            (TensorDataset(torch.zeros(3, 4)), r"\['Tensor'\]"),
+            (DataLoader(TensorDataset(*[torch.zeros(3, 4)] * 3)), "'Tensor', 'Tensor', 'Tensor'"),
+        ],
+        ids=["arrays", "one tensor", "dataset of inputs", "loader of triples"],
+    )
+    def test_data_that_is_no_pairs(self, data: Any, got: str) -> None:
+        with pytest.raises(ValueError, match=rf"data must give pairs of tensors \(x, y\), got .*{got}"):
+            effens.fit(effens.DeepEnsemble(mlp, 2), data, device="cpu")
+
+    def test_data_without_a_length(self) -> None:
+        class Stream(IterableDataset[Any]):
+            def __iter__(self) -> Iterator[Any]:
+                return iter([])
+
+        stream: Any = Stream()
+        with pytest.raises(ValueError, match="data must have a length, got Stream without one"):
+            effens.fit(effens.DeepEnsemble(mlp, 2), stream, device="cpu")
+
+    def test_nothing_to_train(self) -> None:
+        frozen = effens.DeepEnsemble(lambda: mlp().requires_grad_(False), 2)
+        with pytest.raises(ValueError, match="must have weights to train, got none"):
+            effens.fit(frozen, vectors(), device="cpu")
+
+    def test_inputs_that_are_no_numbers(self) -> None:
+        x, y = vectors(16)
+        x[3, 1] = math.nan
+        with pytest.raises(
+            FloatingPointError, match=r"losses must be finite, got \[.*nan.*\] at step [01]: lower the rate"
+        ):
+            effens.fit(effens.DeepEnsemble(mlp, 2), (x, y), batch_size=8, device="cpu")
+
+    def test_divergence(self) -> None:
+        x, y = vectors()
+        with pytest.raises(FloatingPointError, match="losses must be finite"):
+            effens.fit(effens.DeepEnsemble(mlp, 2), (1e6 * x, y), rate=1e300, optimizer=torch.optim.SGD, device="cpu")
+
+    @pytest.mark.parametrize("bad", [0, 2, 7])
+    def test_the_step_that_diverged_is_named(self, bad: int) -> None:
+        class Broken(effens.Categorical):
+            steps = -1
+
+            def nll(self, outputs: Tensor, y: Tensor) -> Tensor:
+                Broken.steps += 1
+                return super().nll(outputs, y) * (math.inf if Broken.steps == bad else 1)
+
+        with pytest.raises(FloatingPointError, match=rf"got \[inf, inf\] at step {bad}"):
+            effens.fit(effens.DeepEnsemble(mlp, 2), vectors(), batch_size=8, likelihood=Broken(), device="cpu")
+
+    def test_predict(self) -> None:
+        x, _ = vectors()
+        with pytest.raises(TypeError, match=r"predict needs an ensemble .*DeepEnsemble.of.*, got Sequential"):
+            effens.predict(mlp(), x)
+        with pytest.raises(ValueError, match="chunk must be >= 1, got 0"):
+            effens.predict(effens.DeepEnsemble(mlp, 2), x, chunk=0)
+        with pytest.raises(ValueError, match="Gaussian needs 2 outputs, got 3"):
+            effens.predict(effens.DeepEnsemble(mlp, 2), x, likelihood=effens.Gaussian())
+
+
+class Constant(nn.Module):
+    """A network that says the same whatever x is: the best it can do has a closed form."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.outputs = nn.Parameter(torch.zeros(outputs, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outputs.expand(len(x), -1)
+
+
+class TestRegression:
+    def test_gaussian_learns_mean_and_variance(self) -> None:
+        y = 3 + 0.7 * torch.randn(100, generator=generator(), dtype=torch.float64)
+        ensemble = effens.DeepEnsemble(lambda: Constant(2), 2)
+        data = (torch.zeros(100, 1).double(), y)
+        history = effens.fit(
+            ensemble, data, epochs=300, batch_size=100, rate=0.3, likelihood=effens.Gaussian(), device="cpu"
+        )
+        found = effens.predict(ensemble, data[0][:1], likelihood=effens.Gaussian())
+        assert torch.allclose(found.mean, y.mean(), rtol=1e-3)
+        assert torch.allclose(found.variance, y.var(correction=0), rtol=1e-3)
+        entropy = 0.5 * math.log(2 * math.pi * math.e * float(y.var(correction=0)))  # the least loss there can be
+        assert float(history.losses[-1].mean()) == pytest.approx(entropy, abs=1e-4)
+
+    def test_student_t_learns_what_scipy_finds(self) -> None:
+        sample = stats.t.rvs(4, loc=1, scale=0.5, size=400, random_state=0)
+        data = (torch.zeros(400, 1).double(), torch.tensor(sample))
+        ensemble = effens.DeepEnsemble(lambda: Constant(3), 1)
+        effens.fit(ensemble, data, epochs=250, batch_size=400, rate=0.3, likelihood=effens.StudentT(), device="cpu")
+        found = effens.predict(ensemble, data[0][:1], likelihood=effens.StudentT())
+        df, location, scale = stats.t.fit(sample)
+        assert [found.df.item(), found.loc.item(), found.scale.item()] == pytest.approx([df, location, scale], rel=1e-2)
+
+    def test_noise_that_depends_on_x(self) -> None:
+        x = torch.tensor([-1.0, 1.0]).double().repeat(100)[:, None]
+        y = x[:, 0] + (0.3 + 0.2 * x[:, 0]) * torch.randn(200, generator=generator(), dtype=torch.float64)
+        torch.manual_seed(0)
+        ensemble = effens.DeepEnsemble(lambda: effens.nets.mlp(1, 2).double(), 3)
+        effens.fit(ensemble, (x, y), epochs=300, batch_size=200, rate=1e-2, likelihood=effens.Gaussian(), device="cpu")
+        found = effens.predict(ensemble, x[:2], likelihood=effens.Gaussian())
+        assert found.batch_shape == (3, 2)
+        groups = y.view(100, 2)
+        assert torch.allclose(found.mean, groups.mean(0), atol=0.01)
+        assert torch.allclose(found.stddev, groups.std(0, correction=0), rtol=0.02)
+        total = effens.mixture(found)
+        assert torch.allclose(total.variance, found.variance.mean(0) + found.mean.var(0, correction=0))
+
+
+def test_device_is_there() -> None:
+    assert torch.zeros(1, device=effens.device()).device.type in ("cuda", "mps", "cpu")
