@@ -128,7 +128,10 @@ def mixture(distribution: Distribution) -> MixtureSameFamily:
 
     Raises:
         TypeError: the distribution is neither normal nor Student's t.
+        ValueError: its batch shape is not ``(members, batch)``.
     """
+    if len(distribution.batch_shape) != 2:
+        raise ValueError(f"batch shape must be (members, batch), got {tuple(distribution.batch_shape)}")
     match distribution:
         case Normal():
             component: Distribution = Normal(distribution.loc.T, distribution.scale.T, validate_args=False)

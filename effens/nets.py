@@ -23,7 +23,14 @@ def mlp(
         depth: hidden layers.
         activation: () -> nn.Module, after each hidden layer.
         dropout: probability of dropping a hidden unit; 0 adds no layer.
+
+    Raises:
+        ValueError: ``depth`` is below 0, or ``width`` below 1.
     """
+    if depth < 0:
+        raise ValueError(f"depth must be >= 0, got {depth}")
+    if width < 1:
+        raise ValueError(f"width must be >= 1, got {width}")
     layers: list[nn.Module] = []
     for size in [inputs] + [width] * (depth - 1) if depth else []:
         layers += [nn.Linear(size, width), activation()]
@@ -43,7 +50,12 @@ def cnn(
 
     Two 3 x 3 convolutions, of ``channels`` and ``2 * channels``, each followed by ReLU and 2 x 2 pooling; one linear
     layer.
+
+    Raises:
+        ValueError: ``size`` is below 4, so that pooling leaves nothing.
     """
+    if size < 4:
+        raise ValueError(f"size must be >= 4, got {size}")
     side = size // 4
     return nn.Sequential(
         *(nn.Conv2d(inputs, channels, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),

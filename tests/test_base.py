@@ -1,0 +1,202 @@
+"""What every ensemble shares."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from scenarios import generator, mlp, relative, vectors
+from torch import Tensor, nn
+
+import effens
+from effens.ensembles.base import MemberLayer, RowEnsemble, chain, has_hooks, run_shared, split_rows
+
+
+class Shift(MemberLayer):
+    """Member m adds m: the simplest layer with members."""
+
+    def __init__(self, members: int) -> None:
+        super().__init__()
+        self.members = members
+        self.calls: list[str] = []
+
+    def forward(self, rows: Tensor) -> Tensor:
+        self.calls.append("rows")
+        shifts = torch.arange(self.members).repeat_interleave(len(rows) // self.members)
+        return rows + shifts.view(-1, *[1] * (rows.dim() - 1))
+
+    def forward_shared(self, x: Tensor) -> Tensor:
+        self.calls.append("shared")
+        return torch.cat([x + m for m in range(self.members)])
+
+    def member(self, m: int) -> nn.Module:
+        plain = nn.Linear(1, 1)
+        nn.init.ones_(plain.weight)
+        nn.init.constant_(plain.bias, m)
+        return plain
+
+
+class Whole(nn.Module):
+    """A network whose forward is its own."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Any:
+        return self.layer(x)
+
+
+def expected(x: Tensor, members: int) -> Tensor:
+    return torch.stack([x + m for m in range(members)])
+
+
+class TestRows:
+    @pytest.mark.parametrize(
+        ("wrap", "way"),
+        [
+            (lambda layer: layer, "shared"),
+            (lambda layer: nn.Sequential(layer, nn.Identity()), "shared"),
+            (lambda layer: nn.Sequential(nn.Identity(), nn.Flatten(), nn.Sequential(nn.Sequential(layer))), "shared"),
+            (lambda layer: nn.Sequential(nn.Hardtanh(-99, 99), layer), "rows"),
+            (lambda layer: Whole(layer), "rows"),
+            (lambda layer: nn.Sequential(Whole(layer)), "rows"),
+        ],
+    )
+    def test_the_first_layer_reads_x_once(self, wrap: Any, way: str) -> None:
+        layer, x = Shift(3), torch.randn(5, 1)
+        ensemble = RowEnsemble(wrap(layer), 3)
+        assert torch.equal(ensemble(x), expected(x, 3))
+        assert layer.calls == [way]
+        assert torch.equal(ensemble.forward_members(torch.stack([x] * 3)), expected(x, 3))
+
+    def test_a_layer_in_two_places(self) -> None:
+        layer, x = Shift(2), torch.randn(5, 1)
+        assert torch.equal(RowEnsemble(nn.Sequential(layer, nn.ReLU(), layer), 2)(x)[1], (x + 1).relu() + 1)
+
+    def test_nothing_at_all(self) -> None:
+        x = torch.randn(5, 2)
+        assert torch.equal(RowEnsemble(nn.Sequential(), 3)(x), x.expand(3, 5, 2))
+        assert torch.equal(RowEnsemble(nn.Sequential(nn.Flatten(), nn.Identity()), 3)(x), x.expand(3, 5, 2))
+
+    def test_hooks_on_a_sequence_are_called(self) -> None:
+        layer, x = Shift(2), torch.randn(5, 1)
+        network = nn.Sequential(nn.Sequential(layer))
+        network[0].register_forward_hook(lambda module, args, output: 2 * output)
+        assert torch.equal(RowEnsemble(network, 2)(x), 2 * expected(x, 2))
+
+    def test_subclasses_of_sequential_keep_their_forward(self) -> None:
+        class Double(nn.Sequential):
+            def forward(self, x: Tensor) -> Any:
+                return 2 * super().forward(x)
+
+        x = torch.randn(5, 1)
+        assert torch.equal(RowEnsemble(Double(Shift(2)), 2)(x), 2 * expected(x, 2))
+
+    def test_member_replaces_every_member_layer(self) -> None:
+        layer = Shift(2)
+        ensemble = RowEnsemble(nn.Sequential(nn.Sequential(layer), nn.ReLU(), layer), 2)
+        member = ensemble.member(1)
+        x = torch.randn(5, 1)
+        assert not any(isinstance(module, MemberLayer) for module in member.modules())
+        assert torch.equal(member(x), ensemble(x)[1])
+        assert member.get_submodule("0.0") is member.get_submodule("2")
+
+    @pytest.mark.parametrize("outputs", [lambda x: x.sum(), lambda x: x[:3], lambda x: (x, x), lambda x: x[:, 0]])
+    def test_the_network_must_return_rows(self, outputs: Any) -> None:
+        class Odd(nn.Module):
+            def forward(self, x: Tensor) -> Any:
+                return outputs(x)
+
+        ensemble = RowEnsemble(Odd(), 2)
+        for ask in (lambda: ensemble(torch.zeros(4, 3)), lambda: ensemble.forward_members(torch.zeros(2, 4, 3))):
+            with pytest.raises(ValueError, match=r"one row of outputs per example, \(8, outputs\), got"):
+                ask()
+
+    def test_one_example_s_vector_is_no_batch(self) -> None:
+        with pytest.raises(ValueError, match=r"x must be \(batch, ...\), got shape \(3,\)"):
+            RowEnsemble(nn.Identity(), 2)(torch.zeros(3))
+
+    @pytest.mark.parametrize("shape", [(3, 5, 1), (2,), (1, 5, 1)])
+    def test_streams(self, shape: tuple[int, ...]) -> None:
+        with pytest.raises(ValueError, match=r"xs must be \(streams, batch, ...\) with 2 streams, got shape"):
+            RowEnsemble(nn.Identity(), 2).forward_members(torch.zeros(shape))
+
+
+def test_rows_are_member_major() -> None:
+    rows = torch.arange(6)[:, None]
+    assert split_rows(rows, 2)[..., 0].tolist() == [[0, 1, 2], [3, 4, 5]]
+    with pytest.raises(ValueError, match="rows must be divisible by members, got 6 rows and 4 members"):
+        split_rows(rows, 4)
+
+
+def test_chain_is_the_order_of_calls() -> None:
+    a, b, c = nn.ReLU(), nn.Tanh(), Whole(nn.Sequential(nn.ReLU()))
+    assert list(chain(nn.Sequential(a, nn.Sequential(b, nn.Sequential(), a), c))) == [a, b, a, c]
+    assert list(chain(c)) == [c]
+
+
+def test_hooks_are_seen() -> None:
+    ways = ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"]
+    for way in ways:
+        module = nn.ReLU()
+        assert not has_hooks(module)
+        handle = getattr(module, f"register_{way}")(lambda *args: None)
+        assert has_hooks(module)
+        handle.remove()
+        assert not has_hooks(module)
+
+
+class TestEnsemble:
+    def test_defaults(self) -> None:
+        ensemble = effens.Ensemble(3)
+        assert (ensemble.members, ensemble.streams, ensemble.shared_batch, ensemble.examples(128)) == (3, 3, False, 128)
+        assert effens.Ensemble(3, streams=1).order(10).shape == (1, 10)
+
+    def test_what_a_method_must_bring(self) -> None:
+        ensemble, x = effens.Ensemble(3), torch.zeros(2, 1)
+        for ask in (lambda: ensemble(x), lambda: ensemble.forward_members(x), lambda: ensemble.member(0)):
+            with pytest.raises(NotImplementedError):
+                ask()
+
+    @pytest.mark.parametrize("members", [0, -2])
+    def test_members(self, members: int) -> None:
+        with pytest.raises(ValueError, match=f"members must be >= 1, got {members}"):
+            effens.Ensemble(members)
+
+    def test_order_is_a_shuffle_for_each_stream(self) -> None:
+        order = effens.Ensemble(4).order(30, generator=generator())
+        assert torch.equal(order.sort(1).values, torch.arange(30).expand(4, 30))
+        assert len(order.unique(dim=0)) == 4
+
+    def test_schedule_is_half_a_cosine(self) -> None:
+        ensemble = effens.Ensemble(1)
+        assert [ensemble.schedule(step, 4) for step in range(4)] == pytest.approx(
+            [1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]
+        )
+        assert ensemble.schedule(0, 1) == 1
+
+    def test_the_sum_over_streams_gives_each_its_own_gradient(self) -> None:
+        losses = torch.rand(3, 5, dtype=torch.float64, requires_grad=True)
+        effens.Ensemble(3).reduce(losses).backward()
+        assert losses.grad is not None
+        assert torch.equal(losses.grad, torch.full_like(losses, 1 / 5))
+
+
+def test_a_method_is_a_few_hooks() -> None:
+    """What the book shows: a method of one's own, here one whose streams all see the same order."""
+
+    class Aligned(effens.DeepEnsemble):
+        def order(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+            return super().order(n, generator=generator)[:1].expand(self.members, n)
+
+    network, (x, y) = mlp(), vectors()
+    ensemble = Aligned.of([network, effens.DeepEnsemble.of([network]).member(0)])
+    assert isinstance(ensemble, Aligned)
+    effens.fit(ensemble, (x, y), epochs=2, batch_size=8, device="cpu")
+    assert relative(ensemble(x)[1], ensemble(x)[0]) < 1e-12
+
+
+@pytest.mark.parametrize("x", [torch.zeros(4, 3), torch.zeros(0, 3)])
+def test_run_shared_repeats_x_where_it_must(x: Tensor) -> None:
+    assert torch.equal(run_shared(nn.ReLU(), x, 3), torch.cat([x] * 3))
