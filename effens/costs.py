@@ -1,6 +1,7 @@
 """What an ensemble costs on this machine: counted where counting is exact, timed where it is not."""
 
 import copy
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,14 +25,15 @@ class Costs:
 
     Attributes:
         parameters: numbers that are trained.
-        stored_bytes: all weights and buffers, as kept on disk or on the device.
+        stored_bytes: all weights and buffers, as `effens.save` writes them.
         saved_bytes: what a forward pass at batch 128 keeps for the backward pass, parameters not counted.
-        peak_bytes: the most memory allocated at once in a training step at batch 128.
+        peak_bytes: the most memory allocated at once in a training step at batch 128, gradients included, beyond the
+            weights, the optimizer's state and the batch; 0 on mps, where PyTorch cannot tell.
         train_seconds: median time of a training step at batch 128, AdamW included.
         latency_p50: seconds of one prediction at batch 1 and at batch 256, median.
         latency_p99: the same, 99th percentile.
-        flops: floating-point operations of one prediction at batch 1, of matrix products and
-            convolutions, as PyTorch counts them.
+        flops: floating-point operations of one prediction at batch 1, of matrix products and convolutions, two for
+            each multiply-add; elementwise work counts 0, and so does `torch.mv`.
         threads: CPU threads that PyTorch used.
         device: where it ran.
     """
@@ -55,7 +57,8 @@ class Costs:
                 f"training step at batch {TRAIN_BATCH}: {1e3 * self.train_seconds:.2f} ms, "
                 f"{self.saved_bytes / mega:.2f} MB kept for backward, {self.peak_bytes / mega:.2f} MB at the peak",
                 *(
-                    f"prediction at batch {size}: {1e3 * self.latency_p50[size]:.3f} ms (99%: {1e3 * self.latency_p99[size]:.3f} ms)"
+                    f"prediction at batch {size}: {1e3 * self.latency_p50[size]:.3f} ms "
+                    f"(99%: {1e3 * self.latency_p99[size]:.3f} ms)"
                     for size in BATCHES
                 ),
                 f"{self.flops:,} FLOPs an example, {self.threads} threads, {self.device}",
@@ -66,7 +69,7 @@ class Costs:
 def measure(
     ensemble: Ensemble, x: Tensor, y: Tensor, *, likelihood: Likelihood | None = None, seconds: float = 0.5
 ) -> Costs:
-    """Count and time an ensemble where it is, without changing it.
+    """Count and time an ensemble where it is, without changing it, its gradients or the global random state.
 
     Args:
         ensemble: any ensemble.
@@ -79,7 +82,8 @@ def measure(
         The counts and times.
 
     Raises:
-        ValueError: there are no examples.
+        ValueError: there are no examples, or labels are out of range.
+        RuntimeError: the ensemble has no members yet, or cannot be trained as one.
     """
     if len(x) == 0 or len(x) != len(y):
         raise ValueError(f"x and y must have the same length >= 1, got {len(x)} and {len(y)}")
@@ -87,20 +91,24 @@ def measure(
     ensemble = copy.deepcopy(ensemble)
     place = next(ensemble.parameters()).device
     x, y = x.to(place), y.to(place)
-    step = training_step(ensemble, x, y, likelihood)
-    ensemble.train()
-    train = durations(step, seconds, place)
-    peak = peak_bytes(step, place)
-    saved = saved_bytes(ensemble, x, y, likelihood)
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+        ensemble.eval()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            outputs = ensemble(x[:1])
+        likelihood.check(outputs, y)
 
-    ensemble.eval()
-    latency: dict[int, Tensor] = {}
-    with torch.inference_mode():
-        for size in BATCHES:
-            rows = x[torch.arange(size, device=place) % len(x)]
-            latency[size] = durations(partial(ensemble, rows), seconds, place)
-        with FlopCounterMode(display=False) as counter:
-            ensemble(x[:1])
+        ensemble.train()
+        step = training_step(ensemble, x, y, likelihood)
+        train = durations(step, seconds, place)
+        peak = peak_bytes(step, place)
+        saved = saved_bytes(ensemble, x, y, likelihood)
+
+        ensemble.eval()
+        latency: dict[int, Tensor] = {}
+        with torch.inference_mode():
+            for size in BATCHES:
+                rows = x[torch.arange(size, device=place) % len(x)]
+                latency[size] = durations(partial(ensemble, rows), seconds, place)
     return Costs(
         parameters=sum(p.numel() for p in ensemble.parameters() if p.requires_grad),
         stored_bytes=sum(t.numel() * t.element_size() for t in ensemble.state_dict().values()),
@@ -130,14 +138,14 @@ def loss_at_batch(ensemble: Ensemble, x: Tensor, y: Tensor, likelihood: Likeliho
 
 
 def training_step(ensemble: Ensemble, x: Tensor, y: Tensor, likelihood: Likelihood) -> Callable[[], None]:
-    """Return a function that takes one step of AdamW, with a rate of 0."""
+    """Return a function that takes one step of AdamW, with a rate of 0, and leaves no gradients."""
     loss = loss_at_batch(ensemble, x, y, likelihood)
     optimizer = make_optimizer(torch.optim.AdamW, ensemble.parameter_groups(0.0, 0.0), 0.0, 0.0)
 
     def step() -> None:
-        optimizer.zero_grad()
         loss().backward()
         optimizer.step()
+        optimizer.zero_grad()
 
     return step
 
@@ -161,13 +169,14 @@ def saved_bytes(ensemble: Ensemble, x: Tensor, y: Tensor, likelihood: Likelihood
 
 
 def peak_bytes(step: Callable[[], None], place: torch.device) -> int:
-    """Return the most memory that a training step has allocated at once, beyond what was there before it."""
+    """Return the most memory that a step has allocated at once, beyond what was there before it."""
     if place.type == "cuda":
         torch.cuda.synchronize(place)
         before = torch.cuda.memory_allocated(place)
         torch.cuda.reset_peak_memory_stats(place)
         step()
         return torch.cuda.max_memory_allocated(place) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would print that it starts and stops
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     assert profiler.profiler is not None
@@ -182,6 +191,8 @@ def durations(run: Callable[[], object], seconds: float, place: torch.device) ->
     def now() -> float:
         if place.type == "cuda":
             torch.cuda.synchronize(place)
+        elif place.type == "mps":
+            torch.mps.synchronize()
         return time.perf_counter()
 
     for _ in range(3):
