@@ -62,31 +62,31 @@ def strings(value: Any) -> Iterator[str]:
 # What a chapter must hold
 
 
-def test_every_chapter_of_the_table_of_contents_exists():
+def test_every_chapter_of_the_table_of_contents_exists() -> None:
     names = re.findall(r"(?:root|file): (\S+)", (ROOT / "_toc.yml").read_text("utf-8"))
     assert [name for name in names if not list(ROOT.glob(f"{name}.*"))] == []
     assert len(CHAPTERS) == len(list((ROOT / "chapters").glob("*.ipynb"))), "a chapter is missing from _toc.yml"
 
 
-def test_all_cells_ran_in_order(code):
+def test_all_cells_ran_in_order(code: list[Any]) -> None:
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
 
 
-def test_errors_are_only_stored_where_they_are_the_point(code):
+def test_errors_are_only_stored_where_they_are_the_point(code: list[Any]) -> None:
     failed = [cell.id for cell in code if any(output.output_type == "error" for output in cell.outputs)]
     assert failed == [cell.id for cell in code if "raises-exception" in tags(cell)]
 
 
-def test_no_cell_ends_in_a_semicolon(code):
+def test_no_cell_ends_in_a_semicolon(code: list[Any]) -> None:
     # nbval runs cells without history, and IPython then shows the value that the semicolon should have hidden.
     assert [cell.id for cell in code if cell.source.rstrip().endswith(";")] == []
 
 
-def test_warnings_and_progress_bars_are_not_stored(code):
+def test_warnings_and_progress_bars_are_not_stored(code: list[Any]) -> None:
     assert [cell.id for cell in code for output in cell.outputs if output.get("name") == "stderr"] == []
 
 
-def test_pictures_say_what_they_show(code):
+def test_pictures_say_what_they_show(code: list[Any]) -> None:
     for cell in code:
         if any("image/png" in output.get("data", {}) for output in cell.outputs):
             alt = cell.metadata.get("mystnb", {}).get("image", {}).get("alt", "")
@@ -96,7 +96,7 @@ def test_pictures_say_what_they_show(code):
         assert re.search(r'alt="[^"]*\w+ \w+', picture), picture
 
 
-def test_nothing_of_the_machine_is_stored(notebook):
+def test_nothing_of_the_machine_is_stored(notebook: Any) -> None:
     text = "\n".join(strings(notebook))
     assert re.findall(r"(?<![\w.:/])/(?:home|root|tmp|usr|var|mnt|opt|work|Users|private)/\S*", text) == []
     assert re.findall(r"[A-Z]:\\\\?Users\S*", text) == []
@@ -104,7 +104,7 @@ def test_nothing_of_the_machine_is_stored(notebook):
     assert re.findall(r"\b0x[0-9a-f]{8,}", text) == [], "an address"
 
 
-def test_metadata_is_the_same_everywhere(notebook):
+def test_metadata_is_the_same_everywhere(notebook: Any) -> None:
     assert notebook.metadata == {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
@@ -112,7 +112,7 @@ def test_metadata_is_the_same_everywhere(notebook):
     assert {key for cell in notebook.cells for key in cell.metadata} <= {"tags", "mystnb"}
 
 
-def test_pictures_do_not_tell_what_drew_them(code):
+def test_pictures_do_not_tell_what_drew_them(code: list[Any]) -> None:
     for cell in code:
         for output in cell.outputs:
             if "image/png" in output.get("data", {}):
@@ -120,40 +120,40 @@ def test_pictures_do_not_tell_what_drew_them(code):
                 assert without_text(picture) == picture, cell.id
 
 
-def test_cell_ids_are_stable_and_unique(notebook):
+def test_cell_ids_are_stable_and_unique(notebook: Any) -> None:
     ids = [cell.id for cell in notebook.cells]
     assert len(set(ids)) == len(ids)
     assert [name for name in ids if not re.fullmatch(r"[a-z0-9][a-z0-9-]{2,39}", name)] == []
 
 
-def test_cells_are_short(code):
+def test_cells_are_short(code: list[Any]) -> None:
     lines = sorted(sum(bool(line.strip()) for line in cell.source.splitlines()) for cell in code)
     assert statistics.median(lines) <= 5
     assert lines[int(0.9 * (len(lines) - 1))] <= 12
     assert lines[-1] <= 30
 
 
-def test_the_first_cell_opens_colab_and_says_the_time(chapter, notebook):
+def test_the_first_cell_opens_colab_and_says_the_time(chapter: Path, notebook: Any) -> None:
     assert f"[![Open in Colab](_static/colab.svg)]({colab(chapter)})" in notebook.cells[0].source
     seconds = re.search(r"(\d+) seconds on two CPU cores", notebook.cells[0].source)
     assert seconds
     assert int(seconds[1]) <= 50
 
 
-def test_exercises_have_folded_solutions(chapter, notebook):
+def test_exercises_have_folded_solutions(chapter: Path, notebook: Any) -> None:
     start = [cell.source.startswith("## Exercises") for cell in notebook.cells].index(True)
     solutions = [cell for cell in notebook.cells[start:] if "hide-cell" in tags(cell)]
     exercises = re.findall(r"^\*\*\d+\.\*\*", "\n".join(cell.source for cell in notebook.cells[start:]), re.M)
     assert len(solutions) >= len(exercises) >= 1
 
 
-def test_no_picture_or_script_comes_from_elsewhere(notebook):
+def test_no_picture_or_script_comes_from_elsewhere(notebook: Any) -> None:
     text = "\n".join(strings(notebook))
     assert re.findall(r"!\[[^\]]*\]\(\s*(?:https?:)?//[^)]*", text) == []
     assert re.findall(r"""<(?:img|script|iframe|link|source)[^>]*(?:src|href)=["']?(?:https?:)?//[^>]*""", text) == []
 
 
-def test_the_address_of_the_book_is_the_one_in_its_settings():
+def test_the_address_of_the_book_is_the_one_in_its_settings() -> None:
     owner, name = settings()["repository"]["url"].split("/")[-2:]
     files = [ROOT / "README.md", ROOT / "CITATION.cff", ROOT / "pyproject.toml", *CHAPTERS]
     for file in files + list((ROOT / "chapters").glob("*.md")):
@@ -161,7 +161,7 @@ def test_the_address_of_the_book_is_the_one_in_its_settings():
         assert set(owners) <= {owner}, file
 
 
-def test_the_readme_has_the_two_commands():
+def test_the_readme_has_the_two_commands() -> None:
     lines = (ROOT / "README.md").read_text("utf-8").splitlines()
     assert README_TEST in lines
     assert README_BOOK in lines
@@ -201,12 +201,12 @@ def slots(outputs: list[Any]) -> list[tuple[dict[str, Any], str]]:
     return streams + [(data, kind) for o in outputs for data in [o.get("data", {})] for kind in kinds if kind in data]
 
 
-def test_at_most_one_cell_in_five_is_exempt(chapter, request):
+def test_at_most_one_cell_in_five_is_exempt(chapter: Path, request: pytest.FixtureRequest) -> None:
     cells = cells_of(chapter, request.session)
     assert len(compared(cells)) >= 0.8 * len(cells)
 
 
-def test_any_number_changed_in_a_stored_output_is_noticed(chapter, request):
+def test_any_number_changed_in_a_stored_output_is_noticed(chapter: Path, request: pytest.FixtureRequest) -> None:
     printed = 0
     for cell in compared(cells_of(chapter, request.session)):
         stored = cell.cell.outputs
@@ -235,7 +235,9 @@ def test_any_number_changed_in_a_stored_output_is_noticed(chapter, request):
         ("True", "False", False),
     ],
 )
-def test_the_sanitizer_masks_times_and_addresses_only(stored, new, same, request):
+def test_the_sanitizer_masks_times_and_addresses_only(
+    stored: str, new: str, same: bool, request: pytest.FixtureRequest
+) -> None:
     cell = cells_of(CHAPTERS[0], request.session)[0]
     assert (cell.sanitize(stored) == cell.sanitize(new)) == same
 
@@ -270,14 +272,18 @@ def run_alone(chapter: Path, notebook: Any, folder: Path, **environment: str) ->
     [{"OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "2"}, {"ATEN_CPU_CAPABILITY": "default"}],
     ids=lambda environment: "=".join(*environment.items()),
 )
-def test_alone_in_an_empty_folder_a_chapter_gives_its_stored_outputs(chapter, notebook, tmp_path, environment):
+def test_alone_in_an_empty_folder_a_chapter_gives_its_stored_outputs(
+    chapter: Path, notebook: Any, tmp_path: Path, environment: dict[str, str]
+) -> None:
     passed = run_alone(chapter, notebook, tmp_path, **environment)
     assert passed
     assert [cell for cell, fine in passed.items() if not fine] == []
 
 
 @pytest.mark.slow
-def test_a_chapter_with_wrong_numbers_fails_just_there(chapter, notebook, tmp_path, request):
+def test_a_chapter_with_wrong_numbers_fails_just_there(
+    chapter: Path, notebook: Any, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     wrong = set()
     for cell in compared(cells_of(chapter, request.session)):
