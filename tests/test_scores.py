@@ -185,7 +185,7 @@ def test_calibration_error_agrees_with_the_loop_over_bins(bins: int) -> None:
 
 
 def test_calibration_error_agrees_with_torchmetrics() -> None:
-    """Those are torchmetrics 1.9.0's: MulticlassCalibrationError(classes, n_bins=15, norm="l1") of the mean in float32."""
+    """Its 1.9.0 gave these: MulticlassCalibrationError(classes, n_bins=15, norm="l1") of the mean, in float32."""
     cases = [(CASES[0], 0, 0.4748868942), (CASES[1], 1, 0.3155044317), (CASES[2], 2, 0.2271796912)]
     for case, seed, expected in cases:
         probs, y = draw(*case, seed=seed)
