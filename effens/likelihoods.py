@@ -69,7 +69,7 @@ class Categorical(Likelihood):
 
     def distribution(self, outputs: Tensor) -> CategoricalDistribution:
         """Return the same as a `torch.distributions.Categorical`."""
-        return CategoricalDistribution(logits=outputs)
+        return CategoricalDistribution(logits=outputs, validate_args=False)
 
 
 @dataclass(frozen=True)
@@ -141,4 +141,6 @@ def mixture(distribution: Distribution) -> MixtureSameFamily:
         case _:
             raise TypeError(f"distribution must be Normal or StudentT, got {type(distribution).__name__}")
     weights = torch.zeros_like(distribution.loc.T)  # equal logits: equal weights
-    return MixtureSameFamily(CategoricalDistribution(logits=weights), component, validate_args=False)
+    return MixtureSameFamily(
+        CategoricalDistribution(logits=weights, validate_args=False), component, validate_args=False
+    )
