@@ -87,7 +87,9 @@ def fit(
     Raises:
         ValueError: there are no examples, labels are out of range, or targets are not one per example.
         FloatingPointError: a loss is not finite.
+        TypeError: ``ensemble`` is none, but a plain network, say.
     """
+    check_ensemble(ensemble)
     check_positive(epochs=epochs, batch_size=batch_size)
     likelihood = Categorical() if likelihood is None else likelihood
     place = place_of(device)
@@ -128,7 +130,7 @@ def fit(
 
 
 @torch.no_grad()
-def predict(ensemble: nn.Module, x: Tensor, *, likelihood: Likelihood | None = None, chunk: int = 1024) -> Any:
+def predict(ensemble: Ensemble, x: Tensor, *, likelihood: Likelihood | None = None, chunk: int = 1024) -> Any:
     """Ask every member, in eval mode, without gradients, in chunks of rows.
 
     Args:
@@ -141,9 +143,7 @@ def predict(ensemble: nn.Module, x: Tensor, *, likelihood: Likelihood | None = N
         With `Categorical` probabilities ``(members, batch, classes)``; with `Gaussian` or `StudentT` a
         `torch.distributions` object of batch shape ``(members, batch)``; either on the device of ``x``.
     """
-    if not isinstance(ensemble, Ensemble):
-        rule = "predict needs an ensemble (wrap a plain network in effens.DeepEnsemble.of([network]))"
-        raise TypeError(f"{rule}, got {type(ensemble).__name__}")
+    check_ensemble(ensemble)
     check_positive(chunk=chunk)
     likelihood = Categorical() if likelihood is None else likelihood
     modes = [(module, module.training) for module in ensemble.modules()]
@@ -262,6 +262,13 @@ def make_optimizer(
 def bar(steps: int, progress: bool) -> "tqdm[Any]":
     """Return a progress bar that shows up after two seconds."""
     return tqdm(total=steps, desc="fit", unit="step", delay=2, leave=False, disable=not progress)
+
+
+def check_ensemble(ensemble: nn.Module) -> None:
+    """Raise `TypeError` unless this is an ensemble."""
+    if not isinstance(ensemble, Ensemble):
+        rule = "ensemble must be an Ensemble (one network: effens.DeepEnsemble.of([network]))"
+        raise TypeError(f"{rule}, got {type(ensemble).__name__}")
 
 
 def check_positive(**values: int) -> None:

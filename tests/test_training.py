@@ -325,10 +325,14 @@ class TestMistakes:
         with pytest.raises(FloatingPointError, match=rf"got \[inf, inf\] at step {bad}"):
             effens.fit(effens.DeepEnsemble(mlp, 2), vectors(), batch_size=8, likelihood=Broken(), device="cpu")
 
+    def test_a_plain_network(self) -> None:
+        network: Any = mlp()
+        for ask in (lambda: effens.predict(network, vectors()[0]), lambda: effens.fit(network, vectors())):
+            with pytest.raises(TypeError, match=r"must be an Ensemble .*DeepEnsemble.of.*, got Sequential"):
+                ask()
+
     def test_predict(self) -> None:
         x, _ = vectors()
-        with pytest.raises(TypeError, match=r"predict needs an ensemble .*DeepEnsemble.of.*, got Sequential"):
-            effens.predict(mlp(), x)
         with pytest.raises(ValueError, match="chunk must be >= 1, got 0"):
             effens.predict(effens.DeepEnsemble(mlp, 2), x, chunk=0)
         with pytest.raises(ValueError, match="Gaussian needs 2 outputs, got 3"):
