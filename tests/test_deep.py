@@ -205,6 +205,39 @@ def test_outputs_and_gradients_are_the_loop_s(make_net: Any, data: Any) -> None:
             assert torch.allclose(mine, gradient, rtol=1e-10, atol=1e-13), name
 
 
+def images_net() -> nn.Module:
+    """Convolutions, normalization that is looped over, a layer that changes its input in place, a linear layer."""
+    layers = [nn.ReLU(inplace=True), nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3, bias=False)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 3)).double()
+
+
+@pytest.mark.parametrize("batch", [127, 128], ids=["together", "apart"])
+def test_images_run_together_and_apart_alike(batch: int) -> None:
+    """127 images of 8 x 8 are below the 8,192 numbers from which members run one after the other, 128 are not."""
+    torch.manual_seed(0)
+    ensemble = effens.DeepEnsemble(images_net, members=3)
+    networks = [ensemble.member(m) for m in range(3)]
+    xs = torch.randn(3, batch, 1, 8, 8, dtype=torch.float64)
+    assert ensemble.runs_apart(xs[0]) == (batch == 128)
+
+    outputs = ensemble.forward_members(xs.clone())
+    looped = torch.stack([network(x.clone()) for network, x in zip(networks, xs, strict=True)])
+    torch.testing.assert_close(outputs, looped)
+    outputs.square().sum().backward()
+    looped.square().sum().backward()
+    for m, network in enumerate(networks):
+        for (name, mine), (_, alone) in zip(ensemble.member(m).named_buffers(), network.named_buffers(), strict=True):
+            torch.testing.assert_close(mine, alone, msg=name)
+    convolution: Any = ensemble.get_submodule("network.1")
+    gradients = [network.get_parameter("1.weight").grad for network in networks]
+    torch.testing.assert_close(convolution.weight.grad, torch.stack([g for g in gradients if g is not None]))
+
+    x = xs[0].clone()
+    ensemble.eval()
+    torch.testing.assert_close(ensemble(x), torch.stack([network.eval()(xs[0].clone()) for network in networks]))
+    assert x.equal(xs[0]), "the input was changed"
+
+
 @pytest.mark.parametrize(("make_net", "data"), PROBLEMS)
 def test_a_shared_batch_goes_to_every_network(make_net: Any, data: Any) -> None:
     ensemble, networks = together(make_net)

@@ -8,11 +8,13 @@ ensembles", arXiv:1612.01474. There is no bagging: every member sees every examp
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from effens.ensembles.base import (
@@ -20,6 +22,7 @@ from effens.ensembles.base import (
     MakeNet,
     MemberLayer,
     RowEnsemble,
+    chain,
     filled,
     has_hooks,
     made,
@@ -35,7 +38,8 @@ class DeepEnsemble(RowEnsemble):
     """Independent networks, trained and asked as one batched computation where their layers allow it.
 
     Layers that stand in (nested) `nn.Sequential`s are stacked: `nn.Linear` becomes one batched matrix product,
-    `nn.Conv2d` a grouped convolution where that pays, activations, pooling and dropout take all members' rows at once.
+    `nn.Conv2d` a grouped convolution, activations, pooling and dropout take all members' rows at once. Where batching
+    images does not pay, on a CPU with many of them, the members run one after the other with the same stacked weights.
     Every other module, a network with a `forward` of its own included, is looped over: exact, as fast as M networks.
 
     Args:
@@ -92,6 +96,39 @@ class DeepEnsemble(RowEnsemble):
         RowEnsemble.__init__(ensemble, LoopedLayer(networks), len(networks))
         return ensemble
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Answer with every member: ``(batch, ...)`` to ``(members, batch, outputs)``."""
+        if self.runs_apart(x):
+            return self.run_apart([x.clone() for _ in range(self.members)])  # a first layer may change it in place
+        return super().forward(x)
+
+    def forward_members(self, xs: Tensor) -> Tensor:
+        """Give each member its own batch: ``(members, batch, ...)`` to ``(members, batch, outputs)``."""
+        if self.runs_apart(self.check_streams(xs)[0]):
+            rows = torch.unsafe_split_with_sizes(xs.flatten(0, 1), [xs.shape[1]] * self.members)  # see LoopedLayer
+            return self.run_apart(rows)
+        return super().forward_members(xs)
+
+    def runs_apart(self, x: Tensor) -> bool:
+        """Say whether to run the members one after the other: on a CPU, with convolutions, from 8,192 numbers each.
+
+        There the calls that batching saves were measured to cost less than rearranging images for it, and one
+        member's numbers stay in the cache.
+        """
+        large = x.device.type == "cpu" and x.numel() >= 8192
+        return large and any(isinstance(layer, StackedConv2d) for layer in chain(self.network))
+
+    def run_apart(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Run each member by itself through the whole network, with the stacked weights."""
+        layers = list(chain(self.network))
+        members = [layer.apart() if isinstance(layer, StackedLayer) else [layer] * self.members for layer in layers]
+        outputs = []
+        for x, *path in zip(inputs, *members, strict=True):
+            for layer in path:
+                x = layer(x)
+            outputs.append(x)
+        return self._answers(joined(outputs), len(inputs[0]))
+
 
 class Mixture(Ensemble):
     """Ensembles side by side: the members of the first, then those of the second, and so on."""
@@ -119,7 +156,15 @@ class Mixture(Ensemble):
         raise AssertionError("unreachable")
 
 
-class StackedLinear(MemberLayer):
+class StackedLayer(MemberLayer):
+    """A layer that can also be run member by member."""
+
+    def apart(self) -> list[Callable[[Tensor], Any]]:
+        """Return what the layer does to each member's rows."""
+        raise NotImplementedError
+
+
+class StackedLinear(StackedLayer):
     """M `nn.Linear` as one: weight ``(members, out, in)``, bias ``(members, out)``."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
@@ -127,6 +172,10 @@ class StackedLinear(MemberLayer):
         self.members = len(layers)
         self.weight = stacked([layer.weight for layer in layers])
         self.bias = stacked_biases(layers)
+
+    def apart(self) -> list[Callable[[Tensor], Any]]:
+        """Return each member's own map."""
+        return [partial(F.linear, weight=weight, bias=bias) for weight, bias in slices(self)]
 
     def forward(self, rows: Tensor) -> Tensor:
         """Map ``(members * batch, ..., in)`` to ``(members * batch, ..., out)``."""
@@ -143,7 +192,7 @@ class StackedLinear(MemberLayer):
         return filled(layer, self, m, self.weight[m])
 
 
-class StackedConv2d(MemberLayer):
+class StackedConv2d(StackedLayer):
     """M `nn.Conv2d` as one: weight ``(members, out, in / groups, height, width)``, bias ``(members, out)``."""
 
     def __init__(self, layers: Sequence[nn.Conv2d]) -> None:
@@ -154,6 +203,10 @@ class StackedConv2d(MemberLayer):
         self.bias = stacked_biases(layers)
         names = ("stride", "padding", "dilation", "groups")
         self.geometry: dict[str, Any] = {name: getattr(first, name) for name in names}
+
+    def apart(self) -> list[Callable[[Tensor], Any]]:
+        """Return each member's own convolution."""
+        return [partial(F.conv2d, weight=weight, bias=bias, **self.geometry) for weight, bias in slices(self)]
 
     def forward(self, rows: Tensor) -> Tensor:
         """Map ``(members * batch, in, height, width)`` to ``(members * batch, out, height', width')``."""
@@ -171,7 +224,7 @@ class StackedConv2d(MemberLayer):
         return filled(layer, self, m, self.weight[m])
 
 
-class LoopedLayer(MemberLayer):
+class LoopedLayer(StackedLayer):
     """M modules of any kind, each called on its own rows: the exact way for whatever cannot be stacked.
 
     Modules may change their rows in place, and may return other things than tensors to the modules that follow.
@@ -181,6 +234,10 @@ class LoopedLayer(MemberLayer):
         super().__init__()
         self.members = len(layers)
         self.layers = nn.ModuleList(layers)
+
+    def apart(self) -> list[Callable[[Tensor], Any]]:
+        """Return the modules."""
+        return list(self.layers)
 
     def forward(self, rows: Any) -> Any:
         """Give member m's rows to module m."""
@@ -242,6 +299,12 @@ def stack(networks: Sequence[nn.Module]) -> nn.Module:
     if type(first) is nn.Conv2d and first.padding_mode == "zeros":
         return StackedConv2d([layer for layer in networks if isinstance(layer, nn.Conv2d)])
     return LoopedLayer(networks)
+
+
+def slices(layer: "StackedLinear | StackedConv2d") -> list[tuple[Tensor, Tensor | None]]:
+    """Return each member's weight and bias, unbound at once: each slice alone would have a gradient of full size."""
+    biases = [None] * layer.members if layer.bias is None else layer.bias.unbind()
+    return list(zip(layer.weight.unbind(), biases, strict=True))
 
 
 def alike(networks: Sequence[nn.Module]) -> bool:
