@@ -12,7 +12,7 @@ from sphinx.ext.mathjax import html_visit_displaymath, html_visit_math
 # The last line lets a formula that is wider than a phone be scrolled by keyboard.
 RENDER_MATH = r"""
 addEventListener("DOMContentLoaded", () => {
-  document.querySelectorAll(".math").forEach(formula => renderMathInElement(formula, {throwOnError: false, delimiters: [
+  document.querySelectorAll(".math").forEach(formula => renderMathInElement(formula, {delimiters: [
     {left: "\\(", right: "\\)", display: false}, {left: "\\[", right: "\\]", display: true},
     ...["align", "align*", "equation", "equation*", "gather", "gather*"].map(name =>
       ({left: `\\begin{${name}}`, right: `\\end{${name}}`, display: true}))]}));
