@@ -517,3 +517,37 @@ def test_members_cost_their_factors_and_biases(make_net: Callable[[], nn.Module]
     for members in (1, 4, 9):
         extra = count(BatchEnsemble(make_net, members)) - count(make_net())
         assert extra == members * factors + (members - 1) * biases
+
+
+@pytest.mark.parametrize("batch", [127, 128], ids=["together", "apart"])
+def test_images_run_together_and_apart_alike(batch: int) -> None:
+    """127 images of 8 x 8 are below the 8,192 numbers from which members run one after the other, 128 are not."""
+    torch.manual_seed(0)
+    ensemble = effens.BatchEnsemble(cnn, members=3, init="normal").double()
+    networks = [ensemble.member(m) for m in range(3)]
+    xs = torch.randn(3, batch, 1, 8, 8, dtype=torch.float64)
+    assert ensemble.runs_apart(xs[0]) == (batch == 128)
+
+    outputs = ensemble.forward_members(xs)
+    torch.testing.assert_close(outputs, torch.stack([network(x) for network, x in zip(networks, xs, strict=True)]))
+    torch.testing.assert_close(ensemble(xs[0]), torch.stack([network(xs[0]) for network in networks]))
+
+    weight, r = ensemble.get_parameter("network.3.weight"), ensemble.get_parameter("network.3.r")
+    s = ensemble.get_parameter("network.3.s")
+    found = torch.autograd.grad(outputs.square().sum(), [weight, r, s])
+    alone = [network.get_parameter("3.weight") for network in networks]  # (out, in, 3, 3) each
+    losses = sum(network(x).square().sum() for network, x in zip(networks, xs, strict=True))
+    gradients = torch.stack(torch.autograd.grad(losses, alone))  # of each member's own weight
+    factors = s[:, :, None] * r[:, None]  # (members, out, in)
+    by_chain_rule = [
+        torch.einsum("moikl,moi->oikl", gradients, factors),
+        torch.einsum("moikl,oikl,mo->mi", gradients, weight, s),
+        torch.einsum("moikl,oikl,mi->mo", gradients, weight, r),
+    ]
+    torch.testing.assert_close(found, tuple(by_chain_rule))
+
+
+def test_members_that_share_a_normalization_run_together() -> None:
+    """In training its statistics are those of all members' rows."""
+    make_net = lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3))  # noqa: E731
+    assert not effens.BatchEnsemble(make_net, members=2).runs_apart(torch.randn(128, 1, 8, 8))

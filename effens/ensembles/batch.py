@@ -11,6 +11,7 @@ activation, so the layers fold when ``activations >= 4 * weights`` for each memb
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from effens.ensembles.base import (
     member_linear,
     shared_conv2d,
     shared_linear,
+    slices,
     split_rows,
 )
 
@@ -195,6 +197,16 @@ class BatchEnsembleLinear(RankOneLayer):
             return shared_linear(x, self.weights(), self.bias)
         return self.forward(x.expand(self.members, *x.shape).flatten(0, 1))
 
+    def apart(self) -> list[Callable[[Tensor], Any]]:
+        """Return each member's own map, which scales: it builds no matrix of its own."""
+        biases = [None] * self.members if self.bias is None else self.bias.unbind()
+        factors = zip(self.r.unbind(), self.s.unbind(), biases, strict=True)
+        return [partial(self._scaled, r=r, s=s, bias=bias) for r, s, bias in factors]
+
+    def _scaled(self, x: Tensor, r: Tensor, s: Tensor, bias: Tensor | None) -> Tensor:
+        y = F.linear(x * r, self.weight) * s
+        return y if bias is None else y + bias
+
     def weights(self) -> Tensor:
         """Return every member's weight, ``(members, out, in)``."""
         return self.weight * self.r[:, None] * self.s[:, :, None]
@@ -235,6 +247,8 @@ class BatchEnsembleConv2d(RankOneLayer):
         >>> BatchEnsembleConv2d(1, 8, 3, members=4, padding=1)(torch.randn(4 * 10, 1, 14, 14)).shape
         torch.Size([40, 8, 14, 14])
     """
+
+    convolves = True
 
     def __init__(
         self,
@@ -277,6 +291,11 @@ class BatchEnsembleConv2d(RankOneLayer):
     def forward_shared(self, x: Tensor) -> Tensor:
         """Map ``(batch, in, height, width)``, the same for all members, to ``(members * batch, out, ...)``."""
         return shared_conv2d(x, self.weights(), self.bias, **self.geometry)
+
+    def apart(self) -> list[Callable[[Tensor], Any]]:
+        """Return each member's own convolution, which folds: kernels are small beside images."""
+        parts = slices(self.weights(), self.bias)
+        return [partial(F.conv2d, weight=weight, bias=bias, **self.geometry) for weight, bias in parts]
 
     def weights(self) -> Tensor:
         """Return every member's kernels, ``(members, out, in / groups, height, width)``."""

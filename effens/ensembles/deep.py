@@ -18,19 +18,22 @@ from torch.nn import functional as F
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from effens.ensembles.base import (
+    Apart,
     Ensemble,
     MakeNet,
     MemberLayer,
     RowEnsemble,
-    chain,
     filled,
     has_hooks,
+    is_rowwise,
+    joined,
     made,
     member_conv2d,
     member_linear,
+    row_parts,
     shared_conv2d,
     shared_linear,
-    split_rows,
+    slices,
 )
 
 
@@ -96,39 +99,6 @@ class DeepEnsemble(RowEnsemble):
         RowEnsemble.__init__(ensemble, LoopedLayer(networks), len(networks))
         return ensemble
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Answer with every member: ``(batch, ...)`` to ``(members, batch, outputs)``."""
-        if self.runs_apart(x):
-            return self.run_apart([x.clone() for _ in range(self.members)])  # a first layer may change it in place
-        return super().forward(x)
-
-    def forward_members(self, xs: Tensor) -> Tensor:
-        """Give each member its own batch: ``(members, batch, ...)`` to ``(members, batch, outputs)``."""
-        if self.runs_apart(self.check_streams(xs)[0]):
-            rows = torch.unsafe_split_with_sizes(xs.flatten(0, 1), [xs.shape[1]] * self.members)  # see LoopedLayer
-            return self.run_apart(rows)
-        return super().forward_members(xs)
-
-    def runs_apart(self, x: Tensor) -> bool:
-        """Say whether to run the members one after the other: on a CPU, with convolutions, from 8,192 numbers each.
-
-        There the calls that batching saves were measured to cost less than rearranging images for it, and one
-        member's numbers stay in the cache.
-        """
-        large = x.device.type == "cpu" and x.numel() >= 8192
-        return large and any(isinstance(layer, StackedConv2d) for layer in chain(self.network))
-
-    def run_apart(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Run each member by itself through the whole network, with the stacked weights."""
-        layers = list(chain(self.network))
-        members = [layer.apart() if isinstance(layer, StackedLayer) else [layer] * self.members for layer in layers]
-        outputs = []
-        for x, *path in zip(inputs, *members, strict=True):
-            for layer in path:
-                x = layer(x)
-            outputs.append(x)
-        return self._answers(joined(outputs), len(inputs[0]))
-
 
 class Mixture(Ensemble):
     """Ensembles side by side: the members of the first, then those of the second, and so on."""
@@ -156,15 +126,7 @@ class Mixture(Ensemble):
         raise AssertionError("unreachable")
 
 
-class StackedLayer(MemberLayer):
-    """A layer that can also be run member by member."""
-
-    def apart(self) -> list[Callable[[Tensor], Any]]:
-        """Return what the layer does to each member's rows."""
-        raise NotImplementedError
-
-
-class StackedLinear(StackedLayer):
+class StackedLinear(MemberLayer):
     """M `nn.Linear` as one: weight ``(members, out, in)``, bias ``(members, out)``."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
@@ -175,7 +137,7 @@ class StackedLinear(StackedLayer):
 
     def apart(self) -> list[Callable[[Tensor], Any]]:
         """Return each member's own map."""
-        return [partial(F.linear, weight=weight, bias=bias) for weight, bias in slices(self)]
+        return [partial(F.linear, weight=weight, bias=bias) for weight, bias in slices(self.weight, self.bias)]
 
     def forward(self, rows: Tensor) -> Tensor:
         """Map ``(members * batch, ..., in)`` to ``(members * batch, ..., out)``."""
@@ -191,9 +153,16 @@ class StackedLinear(StackedLayer):
         layer = nn.Linear(in_features, out_features, bias=self.bias is not None, device="meta")
         return filled(layer, self, m, self.weight[m])
 
+    def extra_repr(self) -> str:
+        """Describe the layer as `nn.Linear` does."""
+        members, out_features, in_features = self.weight.shape
+        return f"{in_features}, {out_features}, members={members}, bias={self.bias is not None}"
 
-class StackedConv2d(StackedLayer):
+
+class StackedConv2d(MemberLayer):
     """M `nn.Conv2d` as one: weight ``(members, out, in / groups, height, width)``, bias ``(members, out)``."""
+
+    convolves = True
 
     def __init__(self, layers: Sequence[nn.Conv2d]) -> None:
         super().__init__()
@@ -206,7 +175,10 @@ class StackedConv2d(StackedLayer):
 
     def apart(self) -> list[Callable[[Tensor], Any]]:
         """Return each member's own convolution."""
-        return [partial(F.conv2d, weight=weight, bias=bias, **self.geometry) for weight, bias in slices(self)]
+        return [
+            partial(F.conv2d, weight=weight, bias=bias, **self.geometry)
+            for weight, bias in slices(self.weight, self.bias)
+        ]
 
     def forward(self, rows: Tensor) -> Tensor:
         """Map ``(members * batch, in, height, width)`` to ``(members * batch, out, height', width')``."""
@@ -223,8 +195,14 @@ class StackedConv2d(StackedLayer):
         layer = nn.Conv2d(inputs, out, (height, width), bias=bias, device="meta", **self.geometry)
         return filled(layer, self, m, self.weight[m])
 
+    def extra_repr(self) -> str:
+        """Describe the layer as `nn.Conv2d` does."""
+        members, out, inner, *kernel = self.weight.shape
+        inputs = inner * self.geometry["groups"]
+        return f"{inputs}, {out}, kernel_size={tuple(kernel)}, members={members}, bias={self.bias is not None}"
 
-class LoopedLayer(StackedLayer):
+
+class LoopedLayer(MemberLayer):
     """M modules of any kind, each called on its own rows: the exact way for whatever cannot be stacked.
 
     Modules may change their rows in place, and may return other things than tensors to the modules that follow.
@@ -242,8 +220,7 @@ class LoopedLayer(StackedLayer):
     def forward(self, rows: Any) -> Any:
         """Give member m's rows to module m."""
         if not isinstance(rows, Apart):
-            sizes = [split_rows(rows, self.members).shape[1]] * self.members
-            rows = torch.unsafe_split_with_sizes(rows, sizes)  # unlike `unbind`'s, its parts may be changed in place
+            rows = row_parts(rows, self.members)
         return joined([layer(part) for layer, part in zip(self.layers, rows, strict=True)])
 
     def forward_shared(self, x: Tensor) -> Any:
@@ -255,35 +232,6 @@ class LoopedLayer(StackedLayer):
         return copy.deepcopy(self.layers[m])
 
 
-class Apart(list[Any]):
-    """What M modules returned, one after the other, where that is no tensor: a recurrent module's tuples, say."""
-
-
-def joined(outputs: list[Any]) -> Any:
-    """Join tensors, one a member, to member-major rows; keep anything else apart."""
-    return torch.cat(outputs) if all(isinstance(output, Tensor) for output in outputs) else Apart(outputs)
-
-
-# Layers without weights that treat each row by itself, whatever rows stand beside it.
-ROWWISE = (
-    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout),
-    *(
-        nn.ReLU,
-        nn.LeakyReLU,
-        nn.ELU,
-        nn.SELU,
-        nn.GELU,
-        nn.SiLU,
-        nn.Mish,
-        nn.Tanh,
-        nn.Sigmoid,
-        nn.Softplus,
-        nn.Hardswish,
-    ),
-    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d, nn.Upsample),
-)
-
-
 def stack(networks: Sequence[nn.Module]) -> nn.Module:
     """Make one network of M, taking them over: stacked where their layers allow it, looped over elsewhere."""
     first = networks[0]
@@ -292,19 +240,13 @@ def stack(networks: Sequence[nn.Module]) -> nn.Module:
     if type(first) is nn.Sequential:
         columns = zip(*(network._modules.items() for network in networks), strict=True)  # a layer may stand there twice
         return nn.Sequential(OrderedDict((column[0][0], stack([child for _, child in column])) for column in columns))
-    if type(first) in ROWWISE or (type(first) is nn.Flatten and first.start_dim >= 1):
+    if is_rowwise(first):
         return first
     if type(first) is nn.Linear:
         return StackedLinear([layer for layer in networks if isinstance(layer, nn.Linear)])
     if type(first) is nn.Conv2d and first.padding_mode == "zeros":
         return StackedConv2d([layer for layer in networks if isinstance(layer, nn.Conv2d)])
     return LoopedLayer(networks)
-
-
-def slices(layer: "StackedLinear | StackedConv2d") -> list[tuple[Tensor, Tensor | None]]:
-    """Return each member's weight and bias, unbound at once: each slice alone would have a gradient of full size."""
-    biases = [None] * layer.members if layer.bias is None else layer.bias.unbind()
-    return list(zip(layer.weight.unbind(), biases, strict=True))
 
 
 def alike(networks: Sequence[nn.Module]) -> bool:
