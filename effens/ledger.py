@@ -43,7 +43,7 @@ from effens.training import fit, predict
 
 Sets = dict[str, tuple[Tensor, Tensor | None]]
 Settings = dict[str, float]
-BANK = Path(__file__).with_name("bank")
+BANK = Path(__file__).with_name("bank")  # looked up at each call, so that runs can be kept elsewhere
 COMMAND = "run python -m effens.ledger"
 
 # ---- Frozen before any tuning: tasks, splits, the primary metric, the search and the margin. ----
@@ -236,10 +236,12 @@ def equal_flops_width(name: str) -> int:
     def flops(width: int) -> int:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             task.make(width)(x)
-        return counter.get_total_flops()
+        total: int = counter.get_total_flops()
+        return total
 
-    target = task.members * flops(task.width)
-    return next(width for width in range(task.width, 100 * task.width) if flops(width) >= target)
+    with torch.random.fork_rng(devices=[]):  # else the first network trained would start elsewhere than later ones
+        target = task.members * flops(task.width)
+        return next(width for width in range(task.width, 100 * task.width) if flops(width) >= target)
 
 
 # ---- Running: one file a run, so that a killed ledger goes on where it was. ----
@@ -269,17 +271,24 @@ def train_one(task: Task, name: str, settings: Settings, seed: int) -> tuple[Ens
     return ensemble, sets
 
 
-def tune(task: Task, name: str, bank: Path) -> Settings:
-    """Return the settings with the lowest validation score; trials that were run before are read, not run."""
+def tune(task: Task, name: str) -> Settings:
+    """Return the settings with the lowest validation score; trials that were run before are read, not run.
+
+    Raises:
+        FloatingPointError: all trials diverged.
+    """
     name = METHODS[name].like or name
     settings = trial_settings(name)
-    results = [trial(task, name, i, settings[i], bank) for i in range(TRIALS)]
+    results = [trial(task, name, i, settings[i]) for i in range(TRIALS)]
+    if min(results) == math.inf:
+        rule = f"at least one trial of {name} on {task.name} must not diverge"
+        raise FloatingPointError(f"{rule}, got {TRIALS} of {TRIALS} that did")
     return settings[min(range(TRIALS), key=results.__getitem__)]
 
 
-def trial(task: Task, name: str, i: int, settings: Settings, bank: Path) -> float:
+def trial(task: Task, name: str, i: int, settings: Settings) -> float:
     """Return one trial's mean validation score; infinite where training diverged."""
-    path = folder(bank, task.name, name) / f"trial-{i}.json"
+    path = folder(task.name, name) / f"trial-{i}.json"
     if not path.exists():
         values = [validation_score(task, name, settings, seed) for seed in TUNING_SEEDS]
         kept = [value if math.isfinite(value) else None for value in values]
@@ -289,62 +298,80 @@ def trial(task: Task, name: str, i: int, settings: Settings, bank: Path) -> floa
 
 
 def validation_score(task: Task, name: str, settings: Settings, seed: int) -> float:
-    """Train, and score on validation data."""
+    """Train, and score on validation data; infinite where a loss, or a prediction, is not finite."""
     try:
         ensemble, sets = train_one(task, name, settings, seed)
+        x, y = sets["val"]
+        prediction = predict(ensemble, x, likelihood=task.likelihood)
+        packed(prediction)  # fails on what the bank could not keep
     except FloatingPointError:
         return math.inf
-    x, y = sets["val"]
     assert y is not None
-    return -mixed(log_likelihoods(predict(ensemble, x, likelihood=task.likelihood), y)).mean().item()
+    return -mixed(log_likelihoods(prediction, y)).mean().item()
 
 
-def run(task: Task, name: str, seed: int, bank: Path = BANK) -> None:
+def run(task: Task, name: str, seed: int) -> None:
     """Train one method with one seed and keep what its members say about every set, unless that is kept already."""
-    path = folder(bank, task.name, name) / f"{seed}.npz"
+    path = folder(task.name, name) / f"{seed}.npz"
     if path.exists():
         return
-    settings = tune(task, name, bank)
+    settings = tune(task, name)
     ensemble, sets = train_one(task, name, settings, seed)
-    arrays = {}
+    facts = {"task": task.name, "method": name, "seed": seed, "settings": settings, **provenance()}
+    arrays: dict[str, Any] = {"facts": np.array(json.dumps(facts))}
     for key, (x, _) in sets.items():
         if key == "test" or (key != "train" and METHODS[name].like is None):
             arrays[key] = packed(predict(ensemble, x, likelihood=task.likelihood))
-    facts = {"task": task.name, "method": name, "seed": seed, "settings": settings, **provenance()}
     content = io.BytesIO()
-    np.savez_compressed(content, facts=np.array(json.dumps(facts)), **arrays)
+    np.savez_compressed(content, **arrays)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, content.getvalue())
+    record.cache_clear()  # a run that was deleted and made again is read again
+    seed_scores.cache_clear()
 
 
-def run_costs(task: Task, name: str, bank: Path = BANK) -> None:
-    """Measure what an untrained ensemble of each method costs, unless that is kept already."""
-    path = folder(bank, task.name, name) / "costs.json"
-    if path.exists() or METHODS[name].like is not None:
+def run_costs(task: Task, names: Iterable[str]) -> None:
+    """Measure what each method's ensemble costs, unless that is kept already; together, so that they compare.
+
+    They are measured in turns, and each time is the median of five: one long look at each would compare different
+    moments of the machine.
+    """
+    names = [name for name in names if METHODS[name].like is None]
+    paths = {name: folder(task.name, name) / "costs.json" for name in names}
+    if all(path.exists() for path in paths.values()):
         return
     one = Task(**{**vars(task), "epochs": 1, "pool": task.members})
-    ensemble, sets = train_one(one, name, tune(task, name, bank), 0)
-    x, y = sets["train"]
+    ensembles = {name: train_one(one, name, tune(task, name), 0)[0] for name in names}
+    x, y = task.load(0)["train"]
     assert y is not None
-    write_json(path, {**asdict(measure(ensemble, x, y, likelihood=task.likelihood, seconds=2.0)), **provenance()})
+    looks: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for _ in range(5):
+        for name, ensemble in ensembles.items():
+            looks[name].append(asdict(measure(ensemble, x, y, likelihood=task.likelihood, seconds=0.4)))
+    for name, found in looks.items():
+        middle = dict(found[0])
+        middle["train_seconds"] = float(np.median([look["train_seconds"] for look in found]))
+        for key in ("latency_p50", "latency_p99"):
+            middle[key] = {size: float(np.median([look[key][size] for look in found])) for size in found[0][key]}
+        write_json(paths[name], {**middle, **provenance()})
 
 
-LAYERS = {"widths": (64, 256, 1024, 4096), "batches": (1, 16, 256), "members": 4}
+LAYERS: dict[str, Any] = {"widths": (64, 256, 1024, 4096), "batches": (1, 16, 256), "members": 4}
 
 
-def run_layer_costs(bank: Path = BANK) -> None:
+def run_layer_costs() -> None:
     """Time one linear layer, M of them, and BatchEnsemble's, over widths and batches, unless that is kept already."""
-    path = bank / "layers.json"
+    path = BANK / "layers.json"
     if path.exists():
         return
     members = LAYERS["members"]
-    assert isinstance(members, int)
     rows = []
     for width in LAYERS["widths"]:
+        make = partial(nn.Linear, width, width)
         layers = {
-            "single": DeepEnsemble(lambda width=width: nn.Linear(width, width), 1),
-            "deep ensemble": DeepEnsemble(lambda width=width: nn.Linear(width, width), members),
-            "BatchEnsemble": BatchEnsemble(lambda width=width: nn.Linear(width, width), members),
+            "single": DeepEnsemble(make, 1),
+            "deep ensemble": DeepEnsemble(make, members),
+            "BatchEnsemble": BatchEnsemble(make, members),
         }
         for batch in LAYERS["batches"]:
             x = torch.randn(batch, width)
@@ -372,9 +399,9 @@ def provenance() -> dict[str, str]:
     return {"torch": torch.__version__, "python": platform.python_version(), "device": "cpu", "date": today}
 
 
-def folder(bank: Path, task: str, name: str) -> Path:
+def folder(task: str, name: str) -> Path:
     """Return where a method's runs are kept."""
-    return bank / task / name.replace(" ", "-")
+    return BANK / task / name.replace(" ", "-")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -384,23 +411,31 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def packed(prediction: Tensor | Normal) -> NDArray[np.float16]:
-    """Return half precision: log probabilities (members, n, classes), or mean and std (members, n, 2)."""
+    """Return half precision: log probabilities (members, n, classes), or mean and std (members, n, 2).
+
+    Raises:
+        FloatingPointError: the weights overflowed, so that a prediction is not finite.
+    """
     if isinstance(prediction, Normal):
-        return torch.stack([prediction.loc, prediction.scale], -1).half().numpy()
-    return prediction.clamp_min(1e-30).log().half().numpy()  # the log keeps what is near 0 and near 1
+        numbers = torch.stack([prediction.loc, prediction.scale], -1).half()
+    else:
+        numbers = prediction.clamp_min(1e-30).log().half()  # the log keeps what is near 0 and near 1
+    if lost := int((~numbers.isfinite()).sum()):
+        raise FloatingPointError(f"predictions must be finite in half precision, got {lost} numbers that are not")
+    return numbers.numpy()
 
 
 # ---- Reading. ----
 
 
 @cache
-def record(task: str, name: str, seed: int, bank: Path = BANK) -> tuple[dict[str, Any], dict[str, Tensor | Normal]]:
+def record(task: str, name: str, seed: int) -> tuple[dict[str, Any], dict[str, Tensor | Normal]]:
     """Return what is kept of a run: facts about it, and predictions by set.
 
     Raises:
         FileNotFoundError: the run is not in the bank.
     """
-    path = folder(bank, task, name) / f"{seed}.npz"
+    path = folder(task, name) / f"{seed}.npz"
     if not path.exists():
         raise FileNotFoundError(f"the ledger must hold {task}, {name}, seed {seed}, got no such run: {COMMAND}")
     with np.load(path, allow_pickle=False) as file:
@@ -412,7 +447,7 @@ def record(task: str, name: str, seed: int, bank: Path = BANK) -> tuple[dict[str
 
 
 def predictions(task: str, name: str, seed: int, split: str = "test") -> Any:
-    """Return every member's prediction: probabilities (members, n, classes), or a Normal of batch shape (members, n)."""
+    """Return every member's prediction: probabilities (members, n, classes), or a Normal (members, n)."""
     return record(task, name, seed)[1][split]
 
 
@@ -430,7 +465,8 @@ def pool(task: str, split: str = "test", seed: int = 0) -> Any:
 def log_likelihoods(prediction: Tensor | Normal, y: Tensor) -> Tensor:
     """Return each member's log likelihood of each target, (members, n), float64."""
     if isinstance(prediction, Normal):
-        return Normal(prediction.loc.double(), prediction.scale.double()).log_prob(y)
+        logs: Tensor = Normal(prediction.loc.double(), prediction.scale.double()).log_prob(y)
+        return logs
     return scores.of_labels(prediction, y).log()
 
 
@@ -442,8 +478,8 @@ def mixed(logs: Tensor) -> Tensor:
 def score(prediction: Tensor | Normal, y: Tensor) -> dict[str, float]:
     """Return the scores of a prediction of the members.
 
-    In nats: nll, member_nll, diversity_gain. In percent: accuracy, ece, disagreement, coverage of the 95% band. In units
-    of y: crps, width of that band, spread of the members' means.
+    In nats: nll, member_nll, diversity_gain. In percent: accuracy, ece, disagreement, coverage of the 95% band. In
+    units of y: crps, width of that band, spread of the members' means.
     """
     logs = log_likelihoods(prediction, y)
     result = {"nll": -mixed(logs).mean(), "member_nll": -logs.mean()}
@@ -468,8 +504,7 @@ BASELINES = {"single, temperature": "single"}  # derived from another method's p
 @cache
 def seed_scores(task: str, name: str, seed: int, split: str) -> dict[str, float]:
     """Return the scores of one seed; of a pool, the mean over its disjoint groups of ``members``."""
-    y = TASKS[task].load(seed)[split][1]
-    assert y is not None
+    y = targets(task, seed, split)
     prediction = predictions(task, BASELINES.get(name, name), seed, split)
     if name in BASELINES:
         prediction = tempered(task, seed, prediction)
@@ -477,23 +512,41 @@ def seed_scores(task: str, name: str, seed: int, split: str) -> dict[str, float]
     return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
 
 
+def targets(task: str, seed: int, split: str) -> Tensor:
+    """Return the right answers of a set, (n,); raise `ValueError` if there are none."""
+    y = TASKS[task].load(seed)[split][1]
+    if y is None:
+        raise ValueError(f"scores need a set with right answers, got {split}, which has none")
+    return y
+
+
 def groups(prediction: Any, members: int) -> list[Any]:
-    """Divide a pool into disjoint groups of ``members``; anything smaller is one group."""
+    """Divide a pool into disjoint groups of ``members``, and drop a remainder; a pool that is smaller is one group."""
+    size = pool_size(prediction)
+    parts = torch.arange(size).split(members)[: max(1, size // members)]
+    return [members_of(prediction, part) for part in parts]
+
+
+def pool_size(prediction: Any) -> int:
+    """Return how many members a prediction has."""
+    return len(prediction.loc if isinstance(prediction, Normal) else prediction)
+
+
+def members_of(prediction: Any, index: Tensor) -> Any:
+    """Return the prediction of some of the members."""
     if isinstance(prediction, Normal):
-        pairs = zip(prediction.loc.split(members), prediction.scale.split(members), strict=True)
-        return [Normal(loc, scale, validate_args=False) for loc, scale in pairs]
-    return list(prediction.split(members))
+        return Normal(prediction.loc[index], prediction.scale[index], validate_args=False)
+    return prediction[index]
 
 
 def tempered(task: str, seed: int, prediction: Tensor | Normal) -> Tensor | Normal:
     """Return the single network's prediction, its confidence set on validation data by one number."""
-    x_y = TASKS[task].load(seed)["val"]
-    assert x_y[1] is not None
+    y = targets(task, seed, "val")
     val = predictions(task, "single", seed, "val")
     if isinstance(prediction, Normal):  # the scale of the standard deviation that fits best, in closed form
-        factor = ((x_y[1] - val.loc) / val.scale).square().mean().sqrt()
+        factor = ((y - val.loc) / val.scale).square().mean().sqrt()
         return Normal(prediction.loc, prediction.scale * factor, validate_args=False)
-    return scores.temper(prediction, scores.temperature(val, x_y[1]))
+    return scores.temper(prediction, scores.temperature(val, y))
 
 
 def values(task: str, name: str, metric: str = PRIMARY, split: str = "test") -> Tensor:
@@ -544,7 +597,8 @@ class Comparison:
     verdict: str
 
     def __str__(self) -> str:
-        return f"{self.difference.mean:+.3f} ± {self.difference.half:.3f}, lower in {self.wins} of {self.seeds}: {self.verdict}"
+        mean, half = self.difference.mean, self.difference.half
+        return f"{mean:+.3f} ± {half:.3f}, lower in {self.wins} of {self.seeds}: {self.verdict}"
 
 
 def compare(
@@ -567,30 +621,35 @@ def curve(task: str, members: Iterable[int], metric: str = PRIMARY, split: str =
     """Return a score of random subsets of the pool, (sizes, subsets): how a deep ensemble depends on its members.
 
     Subsets of a pool overlap, so their spread says what luck in the choice of networks does, and is no interval.
+
+    Raises:
+        ValueError: a size is below 1, or above the pool's.
     """
-    found = pool(task, split)
-    y = TASKS[task].load(0)[split][1]
-    assert y is not None
+    found, y = pool(task, split), targets(task, 0, split)
     generator = torch.Generator().manual_seed(0)
-    size = len(found.loc) if isinstance(found, Normal) else len(found)
+    size = pool_size(found)
     logs = log_likelihoods(found, y)
+    quick: dict[str, Callable[[Tensor], Tensor]] = {
+        "nll": lambda part: -mixed(part).mean(),
+        "member_nll": lambda part: -part.mean(),
+        "diversity_gain": lambda part: mixed(part).mean() - part.mean(),
+    }
     rows = []
     for m in members:
-        chosen = [torch.randperm(size, generator=generator)[:m] for _ in range(subsets)]
-        if metric in ("nll", "member_nll", "diversity_gain"):
-            parts = [(-mixed(logs[index]).mean(), -logs[index].mean()) for index in chosen]
-            pick = {"nll": lambda p: p[0], "member_nll": lambda p: p[1], "diversity_gain": lambda p: p[1] - p[0]}[
-                metric
-            ]
-            rows.append(torch.stack([pick(part) for part in parts]))
+        if not 1 <= m <= size:
+            raise ValueError(f"members must be in 1 ... {size}, got {m}")
+        drawn = [torch.randperm(size, generator=generator)[:m] for _ in range(subsets)]
+        if metric in quick:
+            rows.append(torch.stack([quick[metric](logs[index]) for index in drawn]))
         else:
-            rows.append(torch.tensor([score(found[index], y)[metric] for index in chosen], dtype=torch.float64))
+            row = [score(members_of(found, index), y)[metric] for index in drawn]
+            rows.append(torch.tensor(row, dtype=torch.float64))
     return torch.stack(rows)
 
 
 def costs(task: str, name: str) -> dict[str, Any]:
     """Return what a method costs on the machine on which the ledger was made: the fields of `effens.Costs`."""
-    path = folder(BANK, task, BASELINES.get(name, name)) / "costs.json"
+    path = folder(task, BASELINES.get(name, name)) / "costs.json"
     if not path.exists():
         raise FileNotFoundError(f"the ledger must hold the costs of {task}, {name}, got none: {COMMAND}")
     facts: dict[str, Any] = json.loads(path.read_text())
@@ -617,11 +676,12 @@ def table(
     """
     parts = [(column.partition("@")[0], column.partition("@")[2] or "test") for column in columns]
     titles = [metric if split == "test" else f"{metric}@{split}" for metric, split in parts]
-    lines = [" " * 20 + "".join(f"{title:>17}" for title in titles)]
+    widths = [max(17, len(title) + 2) for title in titles]
+    lines = [" " * 20 + "".join(f"{title:>{width}}" for title, width in zip(titles, widths, strict=True))]
     for name in names() if rows is None else rows:
         intervals = [(interval(values(task, name, metric, split)), DECIMALS.get(metric, 3)) for metric, split in parts]
         cells = [f"{found.mean:.{digits}f} ± {found.half:.{digits}f}" for found, digits in intervals]
-        lines.append(f"{name:20}" + "".join(f"{cell:>17}" for cell in cells))
+        lines.append(f"{name:20}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
     return "\n".join(lines)
 
 
@@ -697,8 +757,8 @@ def main(arguments: list[str] | None = None) -> None:
                 run(task, name, seed)
                 shown.update()
     if not chosen.no_costs:
-        for task, name in pairs:
-            run_costs(task, name)
+        for task in chosen.tasks:
+            run_costs(TASKS[task], chosen.methods)
         run_layer_costs()
     if set(chosen.methods) == set(METHODS):
         for task in chosen.tasks:
