@@ -143,7 +143,7 @@ def plane(points: Mapping[str, Any], *, ax: Axes | None = None) -> Axes:
         name: ax.plot(*path.T, STYLES.get(name, "-"), marker="o", markevery=[-1], color=COLORS.get(name, "black"))
         for name, path in paths.items()
     }
-    ax.margins(0.12, 0.2)
+    ax.margins(0.3, 0.2)  # room for the labels
     ax.set(xlabel="members' loss (nats)", ylabel="diversity gain (nats)")
     (left, right), (low, high) = ax.get_xlim(), ax.get_ylim()
     for nll in MaxNLocator(7).tick_values(left - high, right - low):

@@ -69,6 +69,15 @@ def rerun(chapter: Path) -> None:
         else:
             cell.source = re.sub(r"https://colab\.research\.google\.com/github/[^)\s]*", colab(chapter), cell.source)
     nbformat.write(notebook, chapter)
+    if chapter.stem == "introduction":
+        (ROOT / "chapters/_static/cover.png").write_bytes(last_frame(notebook))
+
+
+def last_frame(notebook: Any) -> bytes:
+    """The last picture of a notebook's first player: the README shows it."""
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    pages = [output.data["text/html"] for output in outputs if "text/html" in output.get("data", {})]
+    return base64.b64decode(re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", pages[0])[-1])
 
 
 def clean(output: Any) -> Any:
