@@ -738,7 +738,7 @@ def card(task: str, name: str) -> str:
     cost = relative_costs(task, name)
     nll = [interval(values(task, row)) for row in ("single", name)]
     prices = ", ".join(f"{key} {value:.1f}x" for key, value in cost.items())
-    return f"Against one network: {prices}. NLL on test {task}: {nll[0]} for one network, {nll[1]} for this."
+    return f"Against one network: {prices}.\nNLL on test {task}: {nll[0]} for one network, {nll[1]} for this."
 
 
 def main(arguments: list[str] | None = None) -> None:
