@@ -1046,7 +1046,7 @@ def test_the_bank_is_complete_and_holds_nothing_else() -> None:
 
 def test_the_bank_is_small() -> None:
     sizes = {path.relative_to(SHIPPED).as_posix(): path.stat().st_size for path in SHIPPED.rglob("*.*")}
-    assert {name: size for name, size in sizes.items() if size >= 320_000} == {}  # logs in half precision hardly compress
+    assert {name: size for name, size in sizes.items() if size >= 320_000} == {}  # logs hardly compress
     assert sum(sizes.values()) < 12_000_000
 
 
