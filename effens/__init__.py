@@ -5,6 +5,7 @@ from effens.costs import Costs, measure
 from effens.ensembles.base import Ensemble
 from effens.ensembles.batch import BatchEnsemble, BatchEnsembleConv2d, BatchEnsembleLinear
 from effens.ensembles.deep import DeepEnsemble
+from effens.ensembles.snapshot import SnapshotEnsemble, cyclic_cosine
 from effens.likelihoods import Categorical, Gaussian, Likelihood, StudentT, mixture
 from effens.scores import (
     accuracy,
@@ -38,11 +39,13 @@ __all__ = [
     "Gaussian",
     "History",
     "Likelihood",
+    "SnapshotEnsemble",
     "StudentT",
     "accuracy",
     "auroc",
     "brier",
     "crps",
+    "cyclic_cosine",
     "data",
     "device",
     "disagreement",
