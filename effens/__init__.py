@@ -6,6 +6,7 @@ from effens.ensembles.base import Ensemble
 from effens.ensembles.batch import BatchEnsemble, BatchEnsembleConv2d, BatchEnsembleLinear
 from effens.ensembles.deep import DeepEnsemble
 from effens.ensembles.snapshot import SnapshotEnsemble, cyclic_cosine
+from effens.ensembles.swag import SWAG
 from effens.likelihoods import Categorical, Gaussian, Likelihood, StudentT, mixture
 from effens.scores import (
     accuracy,
@@ -29,6 +30,7 @@ from effens.training import History, device, fit, predict
 __version__ = "0.1.0"
 
 __all__ = [
+    "SWAG",
     "BatchEnsemble",
     "BatchEnsembleConv2d",
     "BatchEnsembleLinear",

@@ -72,6 +72,10 @@ METHODS = {
     "snapshot": Method(effens.SnapshotEnsemble),
     "snapshot, batch norm": Method(effens.SnapshotEnsemble, normed, images),
     "snapshot, triangular": Method(triangular, ends_low=False, plain=False),
+    "swag": Method(effens.SWAG, ends_low=False, plain=False),
+    "swag, convolutions": Method(effens.SWAG, cnn, images, ends_low=False, plain=False),
+    "swag, batch norm": Method(effens.SWAG, normed, images, ends_low=False, plain=False),
+    "swag, own forward": Method(effens.SWAG, residual, ends_low=False, plain=False),
 }
 
 
