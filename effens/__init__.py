@@ -5,6 +5,8 @@ from effens.costs import Costs, measure
 from effens.ensembles.base import Ensemble
 from effens.ensembles.batch import BatchEnsemble, BatchEnsembleConv2d, BatchEnsembleLinear
 from effens.ensembles.deep import DeepEnsemble
+from effens.ensembles.snapshot import SnapshotEnsemble, cyclic_cosine
+from effens.ensembles.swag import SWAG
 from effens.likelihoods import Categorical, Gaussian, Likelihood, StudentT, mixture
 from effens.scores import (
     accuracy,
@@ -28,6 +30,7 @@ from effens.training import History, device, fit, predict
 __version__ = "0.1.0"
 
 __all__ = [
+    "SWAG",
     "BatchEnsemble",
     "BatchEnsembleConv2d",
     "BatchEnsembleLinear",
@@ -38,11 +41,13 @@ __all__ = [
     "Gaussian",
     "History",
     "Likelihood",
+    "SnapshotEnsemble",
     "StudentT",
     "accuracy",
     "auroc",
     "brier",
     "crps",
+    "cyclic_cosine",
     "data",
     "device",
     "disagreement",

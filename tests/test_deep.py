@@ -1,5 +1,6 @@
 """Deep ensembles: together equals one by one, and every layer equals the loop over its members."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -265,6 +266,45 @@ def test_trained_together_is_trained_one_by_one(make_net: Any, data: Any) -> Non
             ensemble.member(m).state_dict().items(), network.state_dict().values(), strict=True
         ):
             assert torch.allclose(mine, its, rtol=1e-9, atol=1e-11), name  # weights, and batch norm's statistics
+
+
+@pytest.mark.parametrize(("make_net", "data"), PROBLEMS)
+def test_a_network_is_put_into_a_member(make_net: Any, data: Any) -> None:
+    ensemble, _ = together(make_net)
+    network, (x, _) = make_net().double(), data(7)
+    network(x.clone())  # moves the statistics of batch normalization
+    before, places = ensemble.eval()(x.clone()), {name: t.data_ptr() for name, t in ensemble.state_dict().items()}
+    ensemble.put(1, network)
+    after = ensemble(x.clone())
+    assert relative(after[1], network.eval()(x.clone())) < 1e-12
+    assert torch.equal(after[::2], before[::2])
+    assert {name: t.data_ptr() for name, t in ensemble.state_dict().items()} == places
+    for (name, mine), its in zip(ensemble.member(1).state_dict().items(), network.state_dict().values(), strict=True):
+        assert torch.equal(mine, its), name
+
+
+def test_a_network_is_put_beside_others_of_other_architectures() -> None:
+    networks = [mlp(), residual()]
+    ensemble, network, (x, _) = effens.DeepEnsemble.of(networks), residual(), vectors()
+    assert isinstance(ensemble, effens.DeepEnsemble)
+    ensemble.put(1, network)
+    assert torch.equal(ensemble(x), torch.stack([networks[0](x), network(x)]))
+    with pytest.raises(ValueError, match="must have member 0's architecture"):
+        ensemble.put(0, network)
+
+
+@pytest.mark.parametrize(
+    "network", [mlp(depth=3), effens.nets.mlp(4, 3, width=9), nn.Linear(4, 3), nn.Sequential(mlp()), normed()]
+)
+def test_only_a_network_of_its_architecture_is_put_into_a_member(network: nn.Module) -> None:
+    ensemble = effens.DeepEnsemble(mlp, 2)
+    state = copy.deepcopy(ensemble.state_dict())
+    with pytest.raises(ValueError, match="the network must have member 1's architecture"):
+        ensemble.put(1, network)
+    for m in (-1, 2):
+        with pytest.raises(IndexError, match=f"member must be in 0 ... 1, got {m}"):
+            ensemble.put(m, mlp())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in ensemble.state_dict().items())
 
 
 def test_members_have_orders_of_their_own() -> None:

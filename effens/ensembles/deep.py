@@ -99,6 +99,25 @@ class DeepEnsemble(RowEnsemble):
         RowEnsemble.__init__(ensemble, LoopedLayer(networks), len(networks))
         return ensemble
 
+    @torch.no_grad()
+    def put(self, m: int, network: nn.Module) -> None:
+        """Copy a plain network's weights and buffers into member ``m``, in place: the reverse of `member`.
+
+        Args:
+            m: which member.
+            network: a network of the member's architecture, on any device.
+
+        Raises:
+            IndexError: there is no such member.
+            ValueError: the network's weights and buffers have other names or shapes; then nothing is copied.
+        """
+        slots, tensors = member_tensors(self.network, self.check_member(m)), named_tensors(network)
+        expected, got = ({name: tuple(t.shape) for name, t in named.items()} for named in (slots, tensors))
+        if got != expected:
+            raise ValueError(f"the network must have member {m}'s architecture, {expected}, got {got}")
+        for name, slot in slots.items():
+            slot.copy_(tensors[name])
+
 
 class Mixture(Ensemble):
     """Ensembles side by side: the members of the first, then those of the second, and so on."""
@@ -247,6 +266,27 @@ def stack(networks: Sequence[nn.Module]) -> nn.Module:
     if type(first) is nn.Conv2d and first.padding_mode == "zeros":
         return StackedConv2d([layer for layer in networks if isinstance(layer, nn.Conv2d)])
     return LoopedLayer(networks)
+
+
+def member_tensors(network: nn.Module, m: int) -> dict[str, Tensor]:
+    """Return the parts of what `stack` made that are member ``m``'s, by the names they have in its plain network."""
+    if isinstance(network, LoopedLayer):
+        return named_tensors(network.layers[m])
+    if isinstance(network, StackedLinear | StackedConv2d):
+        return {name: parameter[m] for name, parameter in network.named_parameters()}
+    return {
+        f"{name}.{inner}": tensor
+        for name, layer in network.named_children()
+        for inner, tensor in member_tensors(layer, m).items()
+    }
+
+
+def named_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Return a network's weights and buffers, also those that no file keeps; a tied one under each of its names."""
+    return {
+        **dict(network.named_parameters(remove_duplicate=False)),
+        **dict(network.named_buffers(remove_duplicate=False)),
+    }
 
 
 def alike(networks: Sequence[nn.Module]) -> bool:

@@ -1,0 +1,219 @@
+r"""Snapshot ensembles: one network, whose rate falls and is raised again, with a copy at the end of each cycle.
+
+.. math:: \alpha_t = \frac{\alpha_0}{2} \left(\cos\left(\pi \frac{t - a}{b - a}\right) + 1\right), \quad a \le t < b
+
+in a cycle of the steps from a to b. Huang, Li, Pleiss, Liu, Hopcroft and Weinberger (2017), "Snapshot ensembles: train
+1, get M for free", arXiv:1704.00109. The rate moves at every step; the optimizer's moments live on through a restart.
+
+Fast Geometric Ensembling is its sibling: a pretrained network walks between a high and a low rate in short, triangular
+cycles. Garipov, Izmailov, Podoprikhin, Vetrov and Wilson (2018), "Loss surfaces, mode connectivity, and fast ensembling
+of DNNs", arXiv:1802.10026.
+"""
+
+import copy
+import math
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from effens.ensembles.base import Ensemble, MakeNet, made
+from effens.ensembles.deep import DeepEnsemble
+
+
+class SnapshotEnsemble(Ensemble):
+    """Copies of one network, batch norm's statistics included, made where its cyclic rate is lowest.
+
+    One network is trained, ``network``. Its copies, ``snapshots``, are a `DeepEnsemble`, so that all are asked as one
+    batched computation; they are never trained and stay in eval mode. Fitting again starts collecting anew. What is
+    stored is ``members + 1`` networks; to answer, ``snapshots`` suffice.
+
+    Args:
+        make_net: () -> nn.Module, a fresh network; it is called once.
+        members: how many snapshots are kept: the last ones.
+        cycles: how many cycles the rate goes through; by default one for each member.
+        schedule: ``"cosine"``: `cyclic_cosine`. ``"triangular"``: Fast Geometric Ensembling, see `triangular`.
+        pretrain: of the triangular schedule, the part of all steps after which the cycles begin.
+        rates: of the triangular schedule, the high and the low rate, as multiples of the rate. The defaults of these
+            two are the authors' for a wide residual network: from epoch 160 of 200, 0.05 and 0.01 after 0.1.
+
+    Raises:
+        ValueError: ``members`` is below 1, there are fewer cycles than members, ``schedule`` is unknown, ``pretrain``
+            is not in [0, 1), or ``rates`` are not two multiples in [0, 1], the higher first.
+
+    Shape:
+        - ``ensemble(x)``: ``(batch, ...)`` to ``(members, batch, outputs)``
+        - ``ensemble.forward_members(xs)``: ``(1, batch, ...)`` to ``(1, batch, outputs)``, of the network in training
+
+    Example:
+        >>> x, y = torch.randn(100, 3), torch.randint(0, 2, (100,))
+        >>> ensemble = SnapshotEnsemble(lambda: nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), members=4)
+        >>> history = effens.fit(ensemble, (x, y), epochs=20)
+        >>> ensemble(x[:10]).shape
+        torch.Size([4, 10, 2])
+    """
+
+    collected: Tensor
+
+    def __init__(
+        self,
+        make_net: MakeNet,
+        members: int = 5,
+        *,
+        cycles: int | None = None,
+        schedule: str = "cosine",
+        pretrain: float = 0.8,
+        rates: tuple[float, float] = (0.5, 0.1),
+    ) -> None:
+        super().__init__(members, streams=1)
+        self.cycles = members if cycles is None else cycles
+        if self.cycles < members:
+            raise ValueError(f"cycles must be >= members, got {self.cycles} cycles and {members} members")
+        if schedule not in ("cosine", "triangular"):
+            raise ValueError(f"schedule must be 'cosine' or 'triangular', got {schedule!r}")
+        if not 0 <= pretrain < 1:
+            raise ValueError(f"pretrain must be in [0, 1), got {pretrain}")
+        if len(rates) != 2 or not 1 >= rates[0] >= rates[1] >= 0:
+            raise ValueError(f"rates must be high and low with 1 >= high >= low >= 0, got {rates}")
+        self.triangular, self.pretrain, self.rates = schedule == "triangular", pretrain, rates
+        self.network = network = made(make_net)
+        self.snapshots = DeepEnsemble(lambda: copy.deepcopy(network), members).eval().requires_grad_(False)
+        self.register_buffer("collected", torch.tensor(0))
+        self.count = 0  # what `collected` holds, without asking a GPU for it
+        self.register_load_state_dict_post_hook(recount)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Answer with every snapshot: ``(batch, ...)`` to ``(members, batch, outputs)``."""
+        self.check_collected()
+        return self.snapshots.forward(x)
+
+    def forward_members(self, xs: Tensor) -> Tensor:
+        """Give the network in training its batch: ``(1, batch, ...)`` to ``(1, batch, outputs)``."""
+        outputs: Tensor = self.network(self.check_streams(xs)[0])
+        return outputs[None]
+
+    def member(self, m: int) -> nn.Module:
+        """Return a copy of snapshot ``m`` as a plain network, equal to ``ensemble(x)[m]``, that can be trained."""
+        self.check_collected()
+        network = self.snapshots.member(m)
+        for mine, trained in zip(network.parameters(), self.network.parameters(), strict=True):
+            mine.requires_grad_(trained.requires_grad)
+        return network
+
+    def schedule(self, step: int, steps: int) -> float:
+        """Return the multiplier of the rate at ``step`` (from 0) of ``steps``."""
+        if self.triangular:
+            return triangular(step, steps, self.cycles, self.pretrain, self.rates)
+        return cyclic_cosine(step, steps, self.cycles)
+
+    def collected_after(self, steps: int) -> list[int]:
+        """Return the steps (from 0) of ``steps`` after which the members are copied, where the rate is lowest."""
+        if self.triangular:
+            first = int(self.pretrain * steps)
+            ends = [first + (2 * c + 1) * (steps - first) // (2 * self.cycles - 1) for c in range(self.cycles)]
+        else:
+            ends = [(c + 1) * steps // self.cycles for c in range(self.cycles)]
+        return [end - 1 for end in ends[-self.members :]]
+
+    def collect(self, step: int, steps: int) -> None:
+        """Copy the network where a cycle's rate is lowest, into the next member; at the first step, begin anew."""
+        if step == 0:
+            self.set_count(0)
+        if step in (ends := self.collected_after(steps)):
+            self.snapshots.put(ends.index(step), self.network)
+            self.set_count(ends.index(step) + 1)
+
+    def set_count(self, count: int) -> None:
+        """Set how many members there are."""
+        self.count = count
+        self.collected.fill_(count)
+
+    def check_collected(self) -> None:
+        """Raise `RuntimeError` unless all members are there."""
+        if self.count < self.members:
+            found = f"{self.count} of {self.members} members" if self.count else "no members yet"
+            raise RuntimeError(f"{found}: call effens.fit")
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of the network; snapshots stay as they are, in eval mode."""
+        super().train(mode)
+        self.snapshots.eval()
+        return self
+
+
+def cyclic_cosine(step: int, steps: int, cycles: int) -> float:
+    """Return the multiplier of the rate: in each cycle half a cosine, from 1 to near 0.
+
+    Cycle c covers the steps from ``c * steps // cycles`` to before ``(c + 1) * steps // cycles``, so that the last ends
+    low also where ``cycles`` does not divide ``steps``. One cycle is the plain half cosine.
+
+    Args:
+        step: from 0 to ``steps - 1``.
+        steps: of the whole training.
+        cycles: how many.
+
+    Returns:
+        A multiplier in [0, 1], 1 at each cycle's first step.
+
+    Raises:
+        ValueError: ``cycles`` is below 1, there are fewer steps than cycles, or there is no such step.
+
+    Example:
+        >>> [round(cyclic_cosine(step, 8, 2), 3) for step in range(8)]
+        [1.0, 0.854, 0.5, 0.146, 1.0, 0.854, 0.5, 0.146]
+    """
+    check_step(step, steps, cycles, cycles)
+    _, first, end = part_of(step, steps, cycles)
+    return 0.5 * (1 + math.cos(math.pi * (step - first) / (end - first)))
+
+
+def triangular(step: int, steps: int, cycles: int, pretrain: float, rates: tuple[float, float]) -> float:
+    """Return the multiplier of the rate in Fast Geometric Ensembling: pretraining, then down, up, down, ..., down.
+
+    Each way from one rate to the other is straight and as long as the others (to a step); networks are collected at the
+    end of each way down. Two things differ from the paper. Pretraining is half a cosine from 1 to 0 within the same
+    budget, where the paper breaks off a longer schedule; and the number of cycles is given, not their length, so that
+    the last step is a minimum.
+
+    Args:
+        step: from 0 to ``steps - 1``.
+        steps: of the whole training, pretraining included.
+        cycles: how many minima.
+        pretrain: the part of the steps that come before the cycles.
+        rates: the high and the low multiplier.
+
+    Returns:
+        A multiplier in [0, 1].
+
+    Raises:
+        ValueError: ``cycles`` is below 1, the cycles have fewer steps than ways, or there is no such step.
+    """
+    before, ways = int(pretrain * steps), 2 * cycles - 1
+    check_step(step, steps, cycles, before + ways)
+    if step < before:
+        return cyclic_cosine(step, before, 1)
+    way, first, end = part_of(step - before, steps - before, ways)
+    passed = (step - before + 1 - first) / (end - first)  # in (0, 1]
+    high, low = rates
+    return (1 - passed) * high + passed * low if way % 2 == 0 else (1 - passed) * low + passed * high
+
+
+def part_of(step: int, steps: int, parts: int) -> tuple[int, int, int]:
+    """Return which of ``parts`` equal parts of ``steps`` holds ``step``, its first step and the step after its end."""
+    part = ((step + 1) * parts - 1) // steps
+    return part, part * steps // parts, (part + 1) * steps // parts
+
+
+def check_step(step: int, steps: int, cycles: int, least: int) -> None:
+    """Raise `ValueError` unless there is such a step, and at least ``least`` steps for the cycles."""
+    if cycles < 1:
+        raise ValueError(f"cycles must be >= 1, got {cycles}")
+    if steps < least:
+        raise ValueError(f"steps must be >= {least} for {cycles} cycles, got {steps}: train for longer")
+    if not 0 <= step < steps:
+        raise ValueError(f"step must be in 0 ... {steps - 1}, got {step}")
+
+
+def recount(ensemble: SnapshotEnsemble, _: Any) -> None:
+    """Read how many members a loaded ensemble has."""
+    ensemble.count = int(ensemble.collected)

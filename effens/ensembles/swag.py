@@ -1,0 +1,285 @@
+r"""SWAG: one network trained at a rate that stays up, and members drawn from a Gaussian fitted to its weights' path.
+
+.. math::
+    \theta = \bar\theta + \sqrt{s} \, \Bigl( \Sigma_\text{diag}^{1/2} z_1 + \tfrac{1}{\sqrt{K - 1}} D^\top z_2 \Bigr),
+    \quad z_1 \sim \mathcal{N}(0, I_P), \ z_2 \sim \mathcal{N}(0, I_K)
+
+Maddox, Garipov, Izmailov, Vetrov and Wilson (2019), "A simple baseline for Bayesian uncertainty in deep learning",
+arXiv:1902.02476. With s = 0 it is SWA: Izmailov et al. (2018), "Averaging weights leads to wider optima and better
+generalization", arXiv:1803.05407.
+"""
+
+import copy
+import math
+from collections.abc import Iterable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from effens.ensembles.base import Ensemble, MakeNet, made
+from effens.ensembles.deep import DeepEnsemble
+
+
+class SWAG(Ensemble):
+    """A Gaussian over the weights that SGD visits late in training, and samples of it as members.
+
+    The rate falls by half a cosine to ``tail_rate`` of the highest and stays there; in that tail weights are collected.
+    At the end the members are drawn, and for each its batch-norm statistics are computed anew on the training inputs
+    (with dropout off, as in prediction; otherwise as `torch.optim.swa_utils.update_bn`). Train it with SGD: the
+    Gaussian is that of SGD's noise at the tail's rate, and that rate is to be tuned. Adam's noise has another shape.
+
+    The moments are those of the weights that require gradients when the ensemble is made. Frozen weights, and buffers
+    other than batch norm's, are in every member what they are in the network when members are drawn. Members are never
+    trained and stay in eval mode. Fitting again starts anew. What is stored is K + 2 vectors of weights, the network
+    and the members; to answer, ``samples`` suffice.
+
+    Args:
+        make_net: () -> nn.Module, a fresh network; it is called once.
+        members: how many samples.
+        rank: the last K deviations are kept, K = ``rank``; 0 is the diagonal form.
+        scale: s, of the covariance. One half is the paper's for the diagonal and the low rank together; the paper's for
+            the diagonal form is 1, to be set along with ``rank=0``; 0 makes every member SWA.
+        tail: which part of the steps has a constant rate, in (0, 1].
+        tail_rate: that rate, as a fraction of the highest, in (0, 1].
+        every: steps from one collection to the next; the last is after the last step. By default such that the tail
+            has at least 2 K, and 40, if it is as long: the mean has settled before the deviations that are kept.
+        seed: of the members' draws. In a MultiSWAG, each gets its own.
+
+    Attributes:
+        mean: (parameters,), of the weights collected, in the order of ``network.parameters()``.
+        variance: (parameters,), their mean squared distance from the mean.
+        deviations: (rank, parameters), the last K weights less the mean right after they entered it; the i-th weights
+            (from 0) are in row i mod K. Rows not filled yet are 0.
+        count: how many weights were collected.
+        drawn: whether there are members.
+
+    Raises:
+        ValueError: an argument is out of range; the network has no weights that require gradients, or complex ones.
+
+    Shape:
+        - ``ensemble(x)``: ``(batch, ...)`` to ``(members, batch, outputs)``
+        - ``ensemble.forward_members(xs)``: ``(1, batch, ...)`` to ``(1, batch, outputs)``, of the network in training
+
+    Example:
+        >>> ensemble = SWAG(lambda: nn.Linear(3, 2), members=4, rank=2)
+        >>> for _ in range(5):
+        ...     ensemble.collect_from(nn.Linear(3, 2))
+        >>> ensemble.finish([])
+        >>> ensemble(torch.randn(10, 3)).shape
+        torch.Size([4, 10, 2])
+    """
+
+    mean: Tensor
+    variance: Tensor
+    deviations: Tensor
+    count: Tensor
+    drawn: Tensor
+
+    def __init__(
+        self,
+        make_net: MakeNet,
+        members: int = 30,
+        rank: int = 20,
+        scale: float = 0.5,
+        *,
+        tail: float = 0.5,
+        tail_rate: float = 0.5,
+        every: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(members, streams=1)
+        if rank < 0 or rank == 1:
+            raise ValueError(f"rank must be 0 or >= 2, for a single deviation has no spread, got {rank}")
+        if not 0 <= scale < math.inf:
+            raise ValueError(f"scale must be >= 0 and finite, got {scale}")
+        for name, fraction in {"tail": tail, "tail_rate": tail_rate}.items():
+            if not 0 < fraction <= 1:
+                raise ValueError(f"{name} must be in (0, 1], got {fraction}")
+        if every is not None and every < 1:
+            raise ValueError(f"every must be >= 1, got {every}")
+        self.rank, self.scale = rank, scale
+        self.tail, self.tail_rate, self.every, self.seed = tail, tail_rate, every, seed
+        self.network = network = made(make_net)
+        self.samples = DeepEnsemble(lambda: copy.deepcopy(network), members).eval().requires_grad_(False)
+        weights = [p.detach().flatten() for p in network.parameters() if p.requires_grad]
+        if not weights:
+            raise ValueError("the network must have weights to train, got none that require gradients")
+        flat = torch.cat(weights)
+        if flat.is_complex():
+            raise ValueError(f"the network's weights must be real, got {flat.dtype}")
+        self.shapes = {name: p.shape for name, p in network.named_parameters() if p.requires_grad}
+        zeros = torch.zeros_like(flat, dtype=torch.promote_types(flat.dtype, torch.float32))  # half would lose sums
+        self.register_buffer("mean", zeros)
+        self.register_buffer("variance", zeros.clone())
+        self.register_buffer("deviations", zeros.repeat(rank, 1))
+        self.register_buffer("count", zeros.new_zeros((), dtype=torch.int64))
+        self.register_buffer("drawn", zeros.new_zeros((), dtype=torch.bool))
+        self.ready = False  # what `drawn` holds, without asking a GPU for it
+        self.register_load_state_dict_post_hook(reconsider)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Answer with every sample: ``(batch, ...)`` to ``(members, batch, outputs)``."""
+        self.check_there(self.ready)
+        return self.samples.forward(x)
+
+    def forward_members(self, xs: Tensor) -> Tensor:
+        """Give the network in training its batch: ``(1, batch, ...)`` to ``(1, batch, outputs)``."""
+        outputs: Tensor = self.network(self.check_streams(xs)[0])
+        return outputs[None]
+
+    def member(self, m: int) -> nn.Module:
+        """Return a copy of sample ``m`` as a plain network, equal to ``ensemble(x)[m]``, that can be trained."""
+        self.check_there(self.ready)
+        member = self.samples.member(m)
+        for mine, its in zip(member.parameters(), self.network.parameters(), strict=True):
+            mine.requires_grad_(its.requires_grad)
+        return member
+
+    def schedule(self, step: int, steps: int) -> float:
+        """Return the multiplier of the rate: half a cosine from 1 to ``tail_rate``, then constant."""
+        start = steps - self.tail_steps(steps)
+        fallen = 0.5 * (1 - math.cos(math.pi * step / start)) if step < start else 1.0
+        return 1 - (1 - self.tail_rate) * fallen
+
+    def collect(self, step: int, steps: int) -> None:
+        """Collect the network's weights in the tail, the last step's too; at step 0, forget an earlier training."""
+        if step == 0:
+            for moment in (self.mean, self.variance, self.deviations, self.count):
+                moment.zero_()
+            self.set_drawn(False)
+        length, left = self.tail_steps(steps), steps - 1 - step
+        every = self.every or max(1, length // max(2 * self.rank, 40))
+        if left < length and left % every == 0:
+            self.collect_from(self.network)
+
+    @torch.no_grad()
+    def collect_from(self, network: nn.Module) -> None:
+        """Take a network's weights into the moments: Welford's update, for which constant weights have no variance.
+
+        Args:
+            network: one of ``make_net``'s architecture.
+
+        Raises:
+            ValueError: its trainable weights have other names or shapes.
+        """
+        named = {name: p for name, p in network.named_parameters() if p.requires_grad or name in self.shapes}
+        if (found := {name: p.shape for name, p in named.items()}) != self.shapes:
+            expected, got = ({name: tuple(shape) for name, shape in each.items()} for each in (self.shapes, found))
+            raise ValueError(f"the network must have the trainable weights {expected}, got {got}")
+        weights = torch.cat([named[name].flatten() for name in self.shapes]).to(self.mean)
+        i = int(self.count)
+        before = weights - self.mean
+        self.mean.lerp_(weights, 1 / (i + 1))
+        after = weights.sub_(self.mean)
+        self.variance.lerp_(before.mul_(after), 1 / (i + 1))
+        if self.rank:
+            self.deviations[i % self.rank] = after
+        self.count += 1
+
+    def sample(self, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw weights from the Gaussian: ``(parameters,)``.
+
+        One ``z2`` for all parameters: drawn for each layer, it would lose the covariance across layers. K is the number
+        of deviations really kept.
+
+        Args:
+            generator: on any device, which decides the numbers drawn; by default PyTorch's own, on that of the mean.
+
+        Raises:
+            RuntimeError: no weights were collected.
+        """
+        self.check_there(bool(self.count))
+        device = self.mean.device if generator is None else generator.device
+        z1, z2 = (
+            torch.randn(size, generator=generator, dtype=self.mean.dtype, device=device).to(self.mean.device)
+            for size in (len(self.mean), self.rank)
+        )
+        kept = min(int(self.count), self.rank)
+        noise = self.variance.sqrt() * z1 + z2 @ self.deviations / math.sqrt(max(kept - 1, 1))
+        return self.mean + math.sqrt(self.scale) * noise
+
+    @torch.no_grad()
+    def at(self, weights: Tensor) -> nn.Module:
+        """Return a copy of the network with these weights ``(parameters,)``: the mean, say, or a sample.
+
+        Its batch-norm statistics are those of the network in training, not of the new weights.
+
+        Raises:
+            ValueError: ``weights`` has another shape.
+        """
+        if weights.shape != self.mean.shape:
+            raise ValueError(f"weights must be {tuple(self.mean.shape)}, got shape {tuple(weights.shape)}")
+        network = copy.deepcopy(self.network)
+        parameters = dict(network.named_parameters())
+        parts = weights.split([shape.numel() for shape in self.shapes.values()])
+        for (name, shape), part in zip(self.shapes.items(), parts, strict=True):
+            parameters[name].copy_(part.view(shape))
+        return network
+
+    @torch.no_grad()
+    def finish(self, batches: Iterable[Tensor]) -> None:
+        """Draw the members, the same for the same seed, and compute their batch-norm statistics on ``batches``.
+
+        Args:
+            batches: training inputs ``(batch, ...)``; they are not looked at where there is no batch norm.
+
+        Raises:
+            RuntimeError: no weights were collected.
+            ValueError: there is batch norm, and there are no batches.
+        """
+        self.set_drawn(False)
+        generator = torch.Generator().manual_seed(self.seed)
+        for m in range(self.members):
+            self.samples.put(m, self.at(self.sample(generator=generator)))
+        update_batch_norm(self.samples, batches)
+        self.set_drawn(True)
+
+    def tail_steps(self, steps: int) -> int:
+        """Return how many of ``steps`` are in the tail, at least 1."""
+        return max(1, round(self.tail * steps))
+
+    def set_drawn(self, drawn: bool) -> None:
+        """Set whether there are members."""
+        self.ready = drawn
+        self.drawn.fill_(drawn)
+
+    def check_there(self, there: bool) -> None:
+        """Raise `RuntimeError` unless what is asked for is there."""
+        if not there:
+            raise RuntimeError("no members yet: call effens.fit")
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of the network; samples stay as they are, in eval mode."""
+        super().train(mode)
+        self.samples.eval()
+        return self
+
+
+def update_batch_norm(network: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Set all batch-norm statistics of a network in eval mode to their averages over batches."""
+    layers = [layer for layer in network.modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
+    if not layers:
+        return
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # the average of all batches, not the last ones'
+        layer.train()
+    seen = 0
+    try:
+        for x in batches:
+            network(x)
+            seen += 1
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+            layer.eval()
+    if not seen:
+        raise ValueError("batches must hold training inputs for the batch-norm statistics, got none")
+
+
+def reconsider(ensemble: SWAG, _: Any) -> None:
+    """Read whether a loaded ensemble has members."""
+    ensemble.ready = bool(ensemble.drawn)
