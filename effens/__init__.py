@@ -5,6 +5,7 @@ from effens.costs import Costs, measure
 from effens.ensembles.base import Ensemble
 from effens.ensembles.batch import BatchEnsemble, BatchEnsembleConv2d, BatchEnsembleLinear
 from effens.ensembles.deep import DeepEnsemble
+from effens.ensembles.mimo import MIMO
 from effens.ensembles.snapshot import SnapshotEnsemble, cyclic_cosine
 from effens.ensembles.swag import SWAG
 from effens.likelihoods import Categorical, Gaussian, Likelihood, StudentT, mixture
@@ -30,6 +31,7 @@ from effens.training import History, device, fit, predict
 __version__ = "0.1.0"
 
 __all__ = [
+    "MIMO",
     "SWAG",
     "BatchEnsemble",
     "BatchEnsembleConv2d",

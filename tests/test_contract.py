@@ -76,6 +76,11 @@ METHODS = {
     "swag, convolutions": Method(effens.SWAG, cnn, images, ends_low=False, plain=False),
     "swag, batch norm": Method(effens.SWAG, normed, images, ends_low=False, plain=False),
     "swag, own forward": Method(effens.SWAG, residual, ends_low=False, plain=False),
+    "mimo": Method(effens.MIMO),
+    "mimo, convolutions": Method(effens.MIMO, cnn, images),
+    "mimo, batch norm": Method(effens.MIMO, normed, images),
+    "mimo, own forward": Method(effens.MIMO, lambda: nn.Sequential(nn.Linear(4, 4), residual()).double()),
+    "mimo, share": Method(lambda net, members: effens.MIMO(net, members, share=0.5)),
 }
 
 
