@@ -5,6 +5,7 @@ from effens.costs import Costs, measure
 from effens.ensembles.base import Ensemble
 from effens.ensembles.batch import BatchEnsemble, BatchEnsembleConv2d, BatchEnsembleLinear
 from effens.ensembles.deep import DeepEnsemble
+from effens.ensembles.hyper import Candidates, HyperEnsemble, greedy_select, search, stratify
 from effens.ensembles.mimo import MIMO
 from effens.ensembles.snapshot import SnapshotEnsemble, cyclic_cosine
 from effens.ensembles.swag import SWAG
@@ -36,12 +37,14 @@ __all__ = [
     "BatchEnsemble",
     "BatchEnsembleConv2d",
     "BatchEnsembleLinear",
+    "Candidates",
     "Categorical",
     "Costs",
     "DeepEnsemble",
     "Ensemble",
     "Gaussian",
     "History",
+    "HyperEnsemble",
     "Likelihood",
     "SnapshotEnsemble",
     "StudentT",
@@ -57,6 +60,7 @@ __all__ = [
     "ece",
     "expected_entropy",
     "fit",
+    "greedy_select",
     "load",
     "measure",
     "member_nll",
@@ -66,6 +70,8 @@ __all__ = [
     "nll",
     "predict",
     "save",
+    "search",
+    "stratify",
     "temper",
     "temperature",
     "total_entropy",
