@@ -17,18 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.utils import parametrize
 
 from effens.ensembles.base import (
     MakeNet,
     MemberLayer,
     RowEnsemble,
     filled,
-    has_hooks,
     made,
     member_conv2d,
     member_linear,
+    refusal,
+    replace_layers,
     shared_conv2d,
     shared_linear,
     slices,
@@ -375,43 +374,3 @@ def convert(network: nn.Module, members: int, skip: str | Sequence[str], init: s
     if not any(isinstance(module, RankOneLayer) for module in network.modules()):
         raise ValueError(f"the network must have an nn.Linear or nn.Conv2d to convert, got {network}")
     return network
-
-
-def refusal(module: nn.Module) -> str:
-    """Say why a module must not be converted, or nothing if it may."""
-    if isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
-        return f"{type(module).__name__}, an attention module that reads its layers' weights without calling them"
-    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
-        return f"{type(module).__name__}, a recurrent module that reads its weights without layers"
-    if isinstance(module, LazyModuleMixin):
-        return f"{type(module).__name__}, a lazy module whose weights do not exist before its first call"
-    if parametrize.is_parametrized(module):
-        return f"a parametrized {type(module).__bases__[0].__name__}, whose weight is computed anew at each call"
-    if type(module) in (nn.Linear, nn.Conv2d) and has_hooks(module):
-        return f"{type(module).__name__} with hooks, which may change its weight or its result"
-    if type(module) is nn.Conv2d and module.padding_mode != "zeros":
-        return f"Conv2d with padding_mode {module.padding_mode!r}, where only 'zeros' is supported"
-    return ""
-
-
-def replace_layers(
-    network: nn.Module,
-    replace: Callable[[str, nn.Module], nn.Module | None],
-    name: str = "",
-    done: dict[nn.Module, nn.Module] | None = None,
-) -> nn.Module:
-    """Exchange, in place, each module for which ``replace(name, module)`` gives another; None means: look inside.
-
-    A module that is used in two places is exchanged once, and stays one module. Returns the network, which is a new
-    object only where the whole network was exchanged.
-    """
-    done = {} if done is None else done
-    if network not in done:
-        new = replace(name, network)
-        done[network] = network if new is None else new
-        if new is None:
-            for key, child in list(network._modules.items()):  # `named_children` would leave out a second use
-                if child is not None:
-                    inner = replace_layers(child, replace, f"{name}.{key}".lstrip("."), done)
-                    network.add_module(key, inner)
-    return done[network]

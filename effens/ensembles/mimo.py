@@ -21,8 +21,17 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from effens.ensembles.base import MakeNet, MemberLayer, RowEnsemble, chain, has_hooks, made, split_rows
-from effens.ensembles.batch import refusal, replace_layers
+from effens.ensembles.base import (
+    MakeNet,
+    MemberLayer,
+    RowEnsemble,
+    chain,
+    has_hooks,
+    made,
+    refusal,
+    replace_layers,
+    split_rows,
+)
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 WIDENED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
