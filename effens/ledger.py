@@ -16,7 +16,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,14 @@ from effens.costs import measure
 from effens.ensembles.base import Ensemble
 from effens.ensembles.batch import BatchEnsemble
 from effens.ensembles.deep import DeepEnsemble
+from effens.ensembles.hyper import HyperEnsemble, greedy_select
+from effens.ensembles.mimo import MIMO
+from effens.ensembles.snapshot import SnapshotEnsemble
+from effens.ensembles.swag import SWAG
 from effens.likelihoods import Categorical, Gaussian, Likelihood
 from effens.nets import cnn, mlp
 from effens.storage import write_whole
-from effens.training import fit, predict
+from effens.training import MakeOptimizer, fit, predict
 
 Sets = dict[str, tuple[Tensor, Tensor | None]]
 Settings = dict[str, float]
@@ -68,7 +72,7 @@ class Task:
         batch_size: examples in a step.
         likelihood: what outputs mean.
         width: of the network.
-        make: width to network.
+        make: (width, dropout=0.0) to network.
         load: seed to named sets of (x, y); y is None where there is no right answer.
     """
 
@@ -80,14 +84,21 @@ class Task:
     batch_size: int
     likelihood: Likelihood
     width: int
-    make: Callable[[int], nn.Module]
+    make: Callable[..., nn.Module]
     load: Callable[[int], Sets]
 
     def make_net(self) -> nn.Module:
         """Return a fresh network of the task's width."""
         return self.make(self.width)
 
-    def fit(self, ensemble: Ensemble, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    def fit(
+        self,
+        ensemble: Ensemble,
+        train: tuple[Tensor, Tensor],
+        settings: Settings,
+        seed: int,
+        optimizer: MakeOptimizer = torch.optim.AdamW,
+    ) -> Ensemble:
         """Train an ensemble as the task says and return it."""
         fit(
             ensemble,
@@ -96,6 +107,7 @@ class Task:
             batch_size=self.batch_size,
             rate=settings["rate"],
             weight_decay=settings["weight_decay"],
+            optimizer=optimizer,
             likelihood=self.likelihood,
             device="cpu",
             seed=seed,
@@ -129,11 +141,21 @@ def load_digits(seed: int) -> Sets:
     }
 
 
+def make_mlp(width: int, dropout: float = 0.0) -> nn.Module:
+    """Make the network of the generated task: a mean and a standard deviation from one input."""
+    return mlp(1, 2, width=width, dropout=dropout)
+
+
+def make_cnn(width: int, dropout: float = 0.0) -> nn.Module:
+    """Make the network of the digits."""
+    return cnn(channels=width, dropout=dropout)
+
+
 TASKS = {
     task.name: task
     for task in (
-        Task("gap", 5, 20, 10, 800, 160, Gaussian(), 64, lambda width: mlp(1, 2, width=width), load_gap),
-        Task("digits", 4, 4, 8, 38, 64, Categorical(), 16, lambda width: cnn(channels=width), load_digits),
+        Task("gap", 5, 20, 10, 800, 160, Gaussian(), 64, make_mlp, load_gap),
+        Task("digits", 4, 4, 8, 38, 64, Categorical(), 16, make_cnn, load_digits),
     )
 }
 
@@ -148,23 +170,29 @@ class Method:
 
     Attributes:
         train: the function.
-        space: what it tunes beside rate and decay, as name: (low, high) on a log scale.
+        space: what it tunes beside rate and decay, as name: (low, high) on a log scale; or other limits for these two.
         like: the method whose tuned settings it takes, if it is a variant that changes one thing only.
+        control: whether it is there to explain a method, and is no row of the tables: variants are.
+        tuned: whether trials choose its settings; the others train their own candidates.
     """
 
     train: Train
     space: Mapping[str, tuple[float, float]]
     like: str | None = None
+    control: bool = False
+    tuned: bool = True
 
 
 METHODS: dict[str, Method] = {}
 
 
-def method(name: str, *, like: str | None = None, **space: tuple[float, float]) -> Callable[[Train], Train]:
+def method(
+    name: str, *, like: str | None = None, control: bool = False, tuned: bool = True, **space: tuple[float, float]
+) -> Callable[[Train], Train]:
     """Register a function ``(task, (x, y), settings, seed) -> trained ensemble`` as a method of the ledger."""
 
     def register(train: Train) -> Train:
-        METHODS[name] = Method(train, space, like)
+        METHODS[name] = Method(train, space, like, control or like is not None, tuned)
         return train
 
     return register
@@ -197,6 +225,57 @@ def batch_ensemble(task: Task, train: tuple[Tensor, Tensor], settings: Settings,
     return task.fit(ensemble, train, settings, seed)
 
 
+@method("snapshot")
+def snapshot(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """One network in as many cycles as the ensemble has members."""
+    return task.fit(SnapshotEnsemble(task.make_net, task.members), train, settings, seed)
+
+
+# Rates of SGD are higher than those of AdamW, and its decay is multiplied by the rate and not by itself.
+MOMENTUM_SGD = partial(torch.optim.SGD, momentum=0.9)
+SGD_SPACE: dict[str, Any] = {"rate": (3e-3, 0.3), "weight_decay": (1e-5, 1e-2)}
+
+
+@method("SWAG", **SGD_SPACE, tail_rate=(0.05, 1.0))
+def swag(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """One network trained by SGD, and samples of the Gaussian around its path."""
+    ensemble = SWAG(task.make_net, task.members, tail_rate=settings["tail_rate"], seed=seed)
+    return task.fit(ensemble, train, settings, seed, MOMENTUM_SGD)
+
+
+@method("MIMO", own=(0.1, 1.0), slots=(2.0, 4.999))
+def mimo(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """One network with two to four inputs and outputs, the number tuned, too: it has no capacity for more."""
+    ensemble = MIMO(task.make_net, int(settings["slots"]), share=1 - settings["own"])
+    return task.fit(ensemble, train, settings, seed)
+
+
+@method("hyper", tuned=False, dropout=(0.02, 0.5), narrowing=(0.5, 1.0))
+def hyper(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """As many candidates as a method has trials, and a greedy choice of the ensemble's members among them.
+
+    Each seed searches anew, for here the search is the training. A candidate that diverges is none.
+    """
+    x, y = task.load(seed)["val"]
+    assert y is not None
+    networks = []
+    for i, chosen in enumerate(trial_settings("hyper", seed)):
+        network = candidate(task, chosen)
+        try:
+            one = task.fit(DeepEnsemble.of([network]), train, chosen, TRIALS * seed + i)
+            packed(predict(one, x, likelihood=task.likelihood))
+        except FloatingPointError:
+            continue
+        networks.append(network)
+    said = predict(DeepEnsemble.of(networks), x, likelihood=task.likelihood)
+    return HyperEnsemble(networks, greedy_select(said, y, task.members))
+
+
+def candidate(task: Task, settings: Settings) -> nn.Module:
+    """Make a network with the dropout and the width of these settings."""
+    return task.make(round(settings["narrowing"] * task.width), dropout=settings["dropout"])
+
+
 @method("deep, one start", like="deep ensemble")
 def one_start(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
     """Members that start from the same weights: only their shuffles differ."""
@@ -227,6 +306,26 @@ def bagged(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: i
     return task.fit(Bagged(task.make_net, task.members), train, settings, seed)
 
 
+@method("deep, short", control=True)
+def short(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """Independent networks that share the budget of one: what a snapshot ensemble's cycles would cost from scratch."""
+    brief = replace(task, epochs=round(task.epochs / task.members))
+    return brief.fit(DeepEnsemble(task.make_net, task.members), train, settings, seed)
+
+
+@method("single, SGD", control=True, **SGD_SPACE)
+def single_sgd(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """One network trained by SGD, with no rate left at the end: SWAG but for SWAG."""
+    return task.fit(DeepEnsemble(task.make_net, 1), train, settings, seed, MOMENTUM_SGD)
+
+
+@method("MIMO, repeated", like="MIMO")
+def repeated(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """MIMO with each example four times in a step, as published: four times the cost."""
+    ensemble = MIMO(task.make_net, int(settings["slots"]), share=1 - settings["own"], repeats=4)
+    return task.fit(ensemble, train, settings, seed)
+
+
 @cache
 def equal_flops_width(name: str) -> int:
     """Return the smallest width at which one network costs the FLOPs of the task's ensemble, at the least."""
@@ -247,11 +346,12 @@ def equal_flops_width(name: str) -> int:
 # ---- Running: one file a run, so that a killed ledger goes on where it was. ----
 
 
-def trial_settings(name: str) -> list[Settings]:
-    """Return the settings of a method's trials: Sobol points, the same rates and decays for every method."""
+def trial_settings(name: str, seed: int = 0, trials: int | None = None) -> list[Settings]:
+    """Return the settings of a method's trials: Sobol points, the same for rate and decay of every method."""
     space = {**SPACE, **METHODS[name].space}
-    points = SobolEngine(len(space), scramble=True, seed=0).draw(TRIALS).double()
-    shared = SobolEngine(len(SPACE), scramble=True, seed=0).draw(TRIALS).double()
+    trials = TRIALS if trials is None else trials
+    points = SobolEngine(len(space), scramble=True, seed=seed).draw(trials).double()
+    shared = SobolEngine(len(SPACE), scramble=True, seed=seed).draw(trials).double()
     points[:, : len(SPACE)] = shared
     limits = [(math.log(low), math.log(high)) for low, high in space.values()]
     return [
@@ -278,6 +378,8 @@ def tune(task: Task, name: str) -> Settings:
         FloatingPointError: all trials diverged.
     """
     name = METHODS[name].like or name
+    if not METHODS[name].tuned:
+        return {}
     settings = trial_settings(name)
     results = [trial(task, name, i, settings[i]) for i in range(TRIALS)]
     if min(results) == math.inf:
@@ -318,9 +420,11 @@ def run(task: Task, name: str, seed: int) -> None:
     settings = tune(task, name)
     ensemble, sets = train_one(task, name, settings, seed)
     facts = {"task": task.name, "method": name, "seed": seed, "settings": settings, **provenance()}
+    if isinstance(ensemble, HyperEnsemble):  # what is chosen three times is kept once
+        facts["rows"], ensemble = ensemble.rows, ensemble.chosen
     arrays: dict[str, Any] = {"facts": np.array(json.dumps(facts))}
     for key, (x, _) in sets.items():
-        if key == "test" or (key != "train" and METHODS[name].like is None):
+        if key == "test" or (key != "train" and not METHODS[name].control):
             arrays[key] = packed(predict(ensemble, x, likelihood=task.likelihood))
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)
@@ -336,18 +440,29 @@ def run_costs(task: Task, names: Iterable[str]) -> None:
     They are measured in turns, and each time is the median of five: one long look at each would compare different
     moments of the machine.
     """
-    names = [name for name in names if METHODS[name].like is None]
+    names = [name for name in names if not METHODS[name].control]
     paths = {name: folder(task.name, name) / "costs.json" for name in names}
     if all(path.exists() for path in paths.values()):
         return
-    one = Task(**{**vars(task), "epochs": 1, "pool": task.members})
-    ensembles = {name: train_one(one, name, tune(task, name), 0)[0] for name in names}
+    brief = replace(task, pool=task.members, epochs=task.members)  # an epoch for each cycle
+    ensembles: dict[str, Ensemble] = {}
+    searches: dict[str, Ensemble] = {}  # of which the ensemble is a part: all of it is trained
+    for name in names:
+        ensemble, _ = train_one(brief if METHODS[name].tuned else task, name, tune(task, name), 0)
+        if isinstance(ensemble, HyperEnsemble):
+            ensemble = ensemble.chosen
+            searches[name] = DeepEnsemble.of([candidate(task, settings) for settings in trial_settings(name)])
+        ensembles[name] = ensemble
     x, y = task.load(0)["train"]
     assert y is not None
     looks: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for _ in range(5):
         for name, ensemble in ensembles.items():
-            looks[name].append(asdict(measure(ensemble, x, y, likelihood=task.likelihood, seconds=0.4)))
+            look = asdict(measure(ensemble, x, y, likelihood=task.likelihood, seconds=0.4))
+            if name in searches:
+                search = measure(searches[name], x, y, likelihood=task.likelihood, seconds=0.4)
+                look["train_seconds"] = search.train_seconds
+            looks[name].append(look)
     for name, found in looks.items():
         middle = dict(found[0])
         middle["train_seconds"] = float(np.median([look["train_seconds"] for look in found]))
@@ -441,6 +556,8 @@ def record(task: str, name: str, seed: int) -> tuple[dict[str, Any], dict[str, T
     with np.load(path, allow_pickle=False) as file:
         facts = json.loads(str(file["facts"]))
         arrays = {key: torch.from_numpy(file[key]).float() for key in file.files if key != "facts"}
+    if "rows" in facts:  # a network that is chosen three times is three members
+        arrays = {key: array[facts["rows"]] for key, array in arrays.items()}
     if isinstance(TASKS[task].likelihood, Categorical):
         return facts, {key: array.softmax(-1) for key, array in arrays.items()}
     return facts, {key: Normal(array[..., 0], array[..., 1], validate_args=False) for key, array in arrays.items()}
@@ -508,7 +625,8 @@ def seed_scores(task: str, name: str, seed: int, split: str) -> dict[str, float]
     prediction = predictions(task, BASELINES.get(name, name), seed, split)
     if name in BASELINES:
         prediction = tempered(task, seed, prediction)
-    rows = [score(group, y) for group in groups(prediction, TASKS[task].members)]
+    parts = groups(prediction, TASKS[task].members) if name == "deep ensemble" else [prediction]
+    rows = [score(part, y) for part in parts]
     return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
 
 
@@ -656,9 +774,9 @@ def costs(task: str, name: str) -> dict[str, Any]:
     return facts
 
 
-def names(variants: bool = False) -> list[str]:
-    """Return every row of a table: the methods, each followed by the baselines derived from it."""
-    chosen = [name for name, method in METHODS.items() if variants or method.like is None]
+def names(controls: bool = False) -> list[str]:
+    """Return every row of a table: the methods, each followed by the baselines derived from it; or controls, too."""
+    chosen = [name for name, method in METHODS.items() if controls or not method.control]
     return [row for name in chosen for row in (name, *(key for key, value in BASELINES.items() if value == name))]
 
 

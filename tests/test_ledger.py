@@ -66,7 +66,7 @@ LINE = Task(
     batch_size=8,
     likelihood=effens.Gaussian(),
     width=4,
-    make=lambda width: effens.nets.mlp(1, 2, width=width),
+    make=lambda width, dropout=0.0: effens.nets.mlp(1, 2, width=width, dropout=dropout),
     load=load_line,
 )
 SPOTS = replace(
@@ -74,7 +74,7 @@ SPOTS = replace(
     name="spots",
     pool=2,
     likelihood=effens.Categorical(),
-    make=lambda width: effens.nets.mlp(2, 3, width=width),
+    make=lambda width, dropout=0.0: effens.nets.mlp(2, 3, width=width, dropout=dropout),
     load=load_spots,
 )
 
@@ -427,7 +427,7 @@ def test_an_outsider_adds_a_method_with_one_function(bank: Path) -> None:
     assert title.split() == ["nll", "member_nll", "diversity_gain"]
     assert [row[:20].strip() for row in rows] == ["single", "single, temperature", *METHODS[1:], "my method"]
     assert ledger.names() == ["single", "single, temperature", *METHODS[1:], "my method"]
-    assert ledger.names(variants=True) == ["single", "single, temperature", *METHODS[1:], *VARIANTS, "my method"]
+    assert ledger.names(controls=True) == ["single", "single, temperature", *METHODS[1:], *VARIANTS, "my method"]
     y = answers(LINE, seed=1)
     assert ledger.predictions("line", "my method", 1).batch_shape == (3, len(y))
     assert all(1 <= json.loads(path.read_text())["settings"]["depth"] <= 4 for path in bank.rglob("my-*/trial*"))
@@ -1102,7 +1102,7 @@ def test_the_tables_of_the_book_can_be_made() -> None:
     for task in ledger.TASKS:
         assert len(ledger.table(task).splitlines()) == 1 + len(ledger.names())
         assert len(ledger.cost_table(task).splitlines()) == 1 + len(ledger.names())
-        for name in ledger.names(variants=True):
+        for name in ledger.names(controls=True):
             scored = ledger.seed_scores(task, name, 0, "test")
             assert scored["nll"] == pytest.approx(scored["member_nll"] - scored["diversity_gain"], abs=1e-9)
             assert scored["diversity_gain"] >= 0

@@ -1,0 +1,327 @@
+"""Studies: one question each, asked on the ledger's tasks over a grid of settings and several seeds.
+
+A ledger row says how good a method is at its best settings; a study says what one of its settings does.
+``python -m effens.studies`` runs what is missing, resumes after a kill, and keeps one small file of scores a study.
+
+To add a study, write one function that answers for one point of the grid and one seed, and register it with `study`.
+"""
+
+import argparse
+import itertools
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from effens import ledger
+from effens.ensembles.base import Ensemble
+from effens.ensembles.deep import DeepEnsemble
+from effens.ensembles.hyper import HyperEnsemble, greedy_select
+from effens.ensembles.mimo import MIMO
+from effens.ensembles.snapshot import SnapshotEnsemble
+from effens.ensembles.swag import SWAG
+from effens.ledger import MOMENTUM_SGD, TASKS, Settings, Task
+from effens.training import MakeOptimizer, predict
+
+Row = dict[str, Any]
+Answer = Callable[..., list[Row]]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A question.
+
+    Attributes:
+        answer: ``(**settings, seed) -> rows``, of which each holds scores, and settings of its own if there are some.
+        seeds: how many times it is asked.
+        grid: the settings at which it is asked.
+    """
+
+    answer: Answer
+    seeds: int
+    grid: Sequence[Mapping[str, Any]]
+
+
+STUDIES: dict[str, Study] = {}
+
+
+def study(seeds: int, *grids: Mapping[str, Sequence[Any]]) -> Callable[[Answer], Answer]:
+    """Register a function as a study, by its name; each of ``grids`` is name to values, of which all combinations."""
+    points = [dict(zip(grid, point, strict=True)) for grid in grids for point in itertools.product(*grid.values())]
+
+    def register(answer: Answer) -> Answer:
+        STUDIES[answer.__name__] = Study(answer, seeds, points)
+        return answer
+
+    return register
+
+
+# ---- The questions. ----
+
+
+@study(
+    8,
+    {"kind": ["snapshot"], "parts": [1, 2, 4, 8]},
+    {"kind": ["independent"], "parts": [2, 4, 8]},
+    {"kind": ["single"], "parts": [8, 4, 2, 1, 0.5]},
+)
+def cycles(kind: str, parts: float, seed: int) -> list[Row]:
+    """Divide the budget of one network on digits: into cycles, or into independent networks; or train one with less.
+
+    A part is B / ``parts`` epochs, of B in the whole budget; half a part is one network with twice the budget.
+    """
+    task = TASKS["digits"]
+    brief = replace(task, epochs=round(task.epochs / parts))
+    if kind == "snapshot":
+        ensemble = train(task, lambda: SnapshotEnsemble(task.make_net, int(parts)), tuned("snapshot"), seed)
+    elif kind == "independent":
+        ensemble = train(brief, lambda: DeepEnsemble(task.make_net, int(parts)), tuned("deep, short"), seed)
+    else:
+        ensemble = train(brief, lambda: DeepEnsemble(task.make_net, 1), tuned("single"), seed)
+    fitted = scored(task, ensemble, seed, "train")
+    return [{**scored(task, ensemble, seed), "fit": fitted["member_nll"], "fit_of_mean": fitted["nll"]}]
+
+
+# Rank and scale; rank 0, the diagonal form, comes last, because deviations are forgotten for it.
+FORMS = ((20, 0.0), (20, 0.5), (20, 2.0), (20, 8.0), (0, 1.0))
+
+
+@study(10, {"rate": [0.003, 0.01, 0.03, 0.1], "tail_rate": [0.03, 0.1, 0.3, 1.0]})
+def tails(rate: float, tail_rate: float, seed: int) -> list[Row]:
+    """Change the rate of SWAG's tail, on the curve with the gap in batches of 16, so that SGD has noise.
+
+    One training, and all forms drawn from its moments: a row for each rank and scale; and one for the last weights.
+    """
+    task = replace(TASKS["gap"], batch_size=16, epochs=200)
+    settings = {"rate": rate, "weight_decay": 1e-4}
+    rows = []
+    try:
+        ensemble = train(task, lambda: SWAG(task.make_net, 30, tail_rate=tail_rate), settings, seed, MOMENTUM_SGD)
+    except FloatingPointError:
+        return [{"rank": rank, "scale": scale, "diverged": 1} for rank, scale in FORMS]
+    assert isinstance(ensemble, SWAG)
+    last = DeepEnsemble.of([ensemble.network])
+    rows.append({"rank": -1, "scale": 0.0, **gap_scores(task, last, seed)})
+    for rank, scale in FORMS:
+        if rank == 0:
+            ensemble.deviations.zero_()
+        ensemble.scale = scale
+        ensemble.finish([])
+        row = {"rank": rank, "scale": scale}
+        try:
+            rows.append({**row, **gap_scores(task, ensemble, seed)})
+        except FloatingPointError:
+            rows.append({**row, "diverged": 1})
+    return rows
+
+
+@study(8, {"samples": [1, 2, 4, 8, 16, 30]})
+def samples(samples: int, seed: int) -> list[Row]:
+    """Draw more samples from SWAG on digits."""
+    task = TASKS["digits"]
+    settings = tuned("SWAG")
+
+    def make() -> Ensemble:
+        return SWAG(task.make_net, samples, tail_rate=settings["tail_rate"], seed=seed)
+
+    return [scored(task, train(task, make, settings, seed, MOMENTUM_SGD), seed)]
+
+
+@study(
+    5,
+    {"width": [8, 16, 32, 64], "members": [1], "share": [0.0]},
+    {"width": [8, 16, 32, 64], "members": [2, 3], "share": [0.0, 0.5, 0.9]},
+)
+def capacity(width: int, members: int, share: float, seed: int) -> list[Row]:
+    """Give MIMO more or less room on digits; one member is the plain network. Tuned at width 16, and kept."""
+    task = replace(TASKS["digits"], width=width)
+    settings = tuned("MIMO" if members > 1 else "single")
+    ensemble = train(task, lambda: MIMO(task.make_net, members, share), settings, seed)
+    return [{**scored(task, ensemble, seed), "fit": scored(task, ensemble, seed, "train")["member_nll"]}]
+
+
+BUDGET = 20  # trainings
+
+
+@study(8, {"task": ["digits", "gap"]})
+def search(task: str, seed: int) -> list[Row]:
+    """Spend 20 trainings in four ways: a row for each; selected on validation data, scored on test data.
+
+    Greedy and top: chosen among 20 candidates. Best, retrained: the best of the first 16, or of fewer where the
+    ensemble is larger, trained again from M seeds. Stratified: those that are chosen greedily of the first 10, trained
+    again with the rest of the budget, and chosen from all.
+    """
+    of = TASKS[task]
+    x, y = of.load(seed)["val"]
+    assert y is not None
+    points = ledger.trial_settings("hyper", seed, BUDGET)
+    start = 1000 + 3 * BUDGET * seed
+
+    def trained(number: int, settings: Settings) -> nn.Module:
+        """Train a candidate; one that diverges is as good as one that was not trained."""
+        try:
+            make = partial(ledger.candidate, of, settings)
+            ensemble = train(of, lambda: DeepEnsemble.of([make()]), settings, start + number, draw=seed)
+        except FloatingPointError:
+            return ledger.candidate(of, settings)
+        return ensemble.member(0).eval()
+
+    networks = [trained(i, settings) for i, settings in enumerate(points)]
+    said = predict(DeepEnsemble.of(networks), x, likelihood=of.likelihood)
+    ranked = (-ledger.log_likelihoods(said, y).mean(1)).argsort().tolist()
+    first = next(i for i in ranked if i < BUDGET - of.members)
+    best = [trained(BUDGET + m, points[first]) for m in range(of.members)]
+    half = BUDGET // 2
+    few = sorted(set(greedy_select(ledger.members_of(said, torch.arange(half)), y, of.members)))
+    again = [trained(2 * BUDGET + j, points[few[j % len(few)]]) for j in range(half)]
+    pool = [*networks[:half], *again]
+    mixed = greedy_select(predict(DeepEnsemble.of(pool), x, likelihood=of.likelihood), y, of.members)
+    ways: dict[str, Ensemble] = {
+        "greedy": HyperEnsemble(networks, greedy_select(said, y, of.members)),
+        "top": HyperEnsemble(networks, ranked[: of.members]),
+        "best, retrained": DeepEnsemble.of(best),
+        "stratified": HyperEnsemble(pool, mixed),
+        "best, alone": DeepEnsemble.of([networks[ranked[0]]]),
+    }
+    return [
+        {
+            "way": way,
+            "unique": len(set(getattr(ensemble, "index", range(ensemble.members)))),
+            "val": scored(of, ensemble, seed, "val")["nll"],
+            **scored(of, ensemble, seed),
+        }
+        for way, ensemble in ways.items()
+    ]
+
+
+# ---- What they share. ----
+
+
+def tuned(name: str, task: str = "digits") -> Settings:
+    """Return a method's tuned settings, from the ledger."""
+    return ledger.tune(TASKS[task], name)
+
+
+def train(
+    task: Task,
+    make: Callable[[], Ensemble],
+    settings: Settings,
+    seed: int,
+    optimizer: MakeOptimizer = torch.optim.AdamW,
+    draw: int | None = None,
+) -> Ensemble:
+    """Train an ensemble as the ledger does; ``draw`` is the seed of the data, if that is another."""
+    x, y = task.load(seed if draw is None else draw)["train"]
+    assert y is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return task.fit(make(), (x, y), settings, seed, optimizer)
+
+
+def scored(task: Task, ensemble: Ensemble, seed: int, split: str = "test") -> Row:
+    """Score an ensemble on one of the task's sets; raise `FloatingPointError` if a score is not finite."""
+    x, y = task.load(seed)[split]
+    assert y is not None
+    result = ledger.score(predict(ensemble, x, likelihood=task.likelihood), y)
+    if lost := [key for key, value in result.items() if not math.isfinite(value)]:
+        raise FloatingPointError(f"scores must be finite, got {lost} that are not")
+    return dict(result)
+
+
+def gap_scores(task: Task, ensemble: Ensemble, seed: int) -> Row:
+    """Score on test data and in the gap, and on validation data to choose by."""
+    inside = scored(task, ensemble, seed, "gap")
+    result = {**scored(task, ensemble, seed), "val": scored(task, ensemble, seed, "val")["nll"]}
+    result["fit"] = scored(task, ensemble, seed, "train")["nll"]
+    result |= {f"{key}@gap": inside[key] for key in ("nll", "coverage", "spread")}
+    return result
+
+
+# ---- Running and reading. ----
+
+
+def path_of(name: str) -> Path:
+    """Return where a study is kept."""
+    return ledger.BANK / "studies" / f"{name}.json"
+
+
+def run(name: str, shown: "tqdm[Any] | None" = None) -> None:
+    """Ask what is not answered yet; every answer is kept at once."""
+    asked, path = STUDIES[name], path_of(name)
+    rows: list[Row] = json.loads(path.read_text())["rows"] if path.exists() else []
+    for point in asked.grid:
+        for seed in range(asked.seeds):
+            if not matching(rows, {**point, "seed": seed}):
+                found = asked.answer(**point, seed=seed)
+                rows += [{**point, "seed": seed, **row} for row in found]
+                ledger.write_json(path, {"study": name, **ledger.provenance(), "rows": [rounded(row) for row in rows]})
+            if shown is not None:
+                shown.update()
+    read.cache_clear()
+
+
+def rounded(row: Row) -> Row:
+    """Round scores to six digits."""
+    return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in row.items()}
+
+
+def matching(rows: Sequence[Row], where: Mapping[str, Any]) -> list[Row]:
+    """Return the rows that hold these values."""
+    return [row for row in rows if all(row.get(key) == value for key, value in where.items())]
+
+
+@cache
+def read(name: str) -> list[Row]:
+    """Read a study's rows.
+
+    Raises:
+        FileNotFoundError: the study was not run.
+    """
+    path = path_of(name)
+    if not path.exists():
+        raise FileNotFoundError(f"the bank must hold the study {name}, got none: run python -m effens.studies")
+    rows: list[Row] = json.loads(path.read_text())["rows"]
+    return rows
+
+
+def values(name: str, metric: str, **where: Any) -> Tensor:
+    """Return one score of a study at one point of its grid, a number for each seed, (seeds,).
+
+    Args:
+        name: of the study.
+        metric: a score, as of `effens.ledger.score`, or one of the study's own.
+        where: settings that name the point.
+
+    Raises:
+        KeyError: there is no such point, or it has no such score.
+        ValueError: the settings name more than one point.
+    """
+    rows = matching(read(name), where)
+    if not rows or any(metric not in row for row in rows):
+        raise KeyError(f"the study {name} must hold {metric} at {where}, got none")
+    seeds = [row["seed"] for row in rows]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"settings must name one point of the study {name}, got {len(rows)} rows at {where}")
+    return torch.tensor([row[metric] for row in sorted(rows, key=lambda row: row["seed"])])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what is missing."""
+    parser = argparse.ArgumentParser(prog="python -m effens.studies", description=main.__doc__)
+    parser.add_argument("--studies", nargs="+", default=list(STUDIES), choices=STUDIES)
+    chosen = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # so that numbers do not depend on how many cores there are
+    for name in chosen.studies:
+        with tqdm(total=len(STUDIES[name].grid) * STUDIES[name].seeds, desc=name, unit="run") as shown:
+            run(name, shown)
+
+
+if __name__ == "__main__":
+    main()
