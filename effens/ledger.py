@@ -250,7 +250,10 @@ def mimo(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int
     return task.fit(ensemble, train, settings, seed)
 
 
-@method("hyper", tuned=False, dropout=(0.02, 0.5), narrowing=(0.5, 1.0))
+SEARCHED: dict[str, Any] = {"dropout": (0.02, 0.5), "narrowing": (0.5, 1.0)}
+
+
+@method("hyper", tuned=False, **SEARCHED)
 def hyper(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
     """As many candidates as a method has trials, and a greedy choice of the ensemble's members among them.
 
@@ -317,6 +320,18 @@ def short(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: in
 def single_sgd(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
     """One network trained by SGD, with no rate left at the end: SWAG but for SWAG."""
     return task.fit(DeepEnsemble(task.make_net, 1), train, settings, seed, MOMENTUM_SGD)
+
+
+@method("single, searched", control=True, **SEARCHED)
+def single_searched(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """One network with dropout and a width that are tuned, as a hyperparameter ensemble's candidates have them."""
+    return task.fit(DeepEnsemble(partial(candidate, task, settings), 1), train, settings, seed)
+
+
+@method("deep, searched", control=True, **SEARCHED)
+def deep_searched(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """A deep ensemble with the same two, one setting for all members."""
+    return task.fit(DeepEnsemble(partial(candidate, task, settings), task.members), train, settings, seed)
 
 
 @method("MIMO, repeated", like="MIMO")
