@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from effens import data, scores
+from effens.baselines import LastLayerLaplace, MCDropout
 from effens.costs import measure
 from effens.ensembles.base import Ensemble
 from effens.ensembles.batch import BatchEnsemble
@@ -74,6 +75,7 @@ class Task:
         width: of the network.
         make: (width, dropout=0.0) to network.
         load: seed to named sets of (x, y); y is None where there is no right answer.
+        truth: (seed, set) to the exact predictive distribution, where it is known: then each seed has data of its own.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Task:
     width: int
     make: Callable[..., nn.Module]
     load: Callable[[int], Sets]
+    truth: Callable[[int, str], Normal] | None = None
 
     def make_net(self) -> nn.Module:
         """Return a fresh network of the task's width."""
@@ -127,6 +130,11 @@ def load_gap(seed: int) -> Sets:
     }
 
 
+def gap_truth(seed: int, split: str) -> Normal:
+    """Return what could be known at best."""
+    return data.gap_regression(seed).predictive(load_gap(seed)[split][0])
+
+
 def load_digits(seed: int) -> Sets:
     """Load digits, the same for every seed; 500 of the test images are also rotated, and made noisy."""
     task = data.digits()
@@ -151,11 +159,25 @@ def make_cnn(width: int, dropout: float = 0.0) -> nn.Module:
     return cnn(channels=width, dropout=dropout)
 
 
+def load_diamonds(seed: int) -> Sets:
+    """Load diamonds, the same for every seed; the heavy ones lie outside what was trained on."""
+    task = data.diamonds()
+    return {
+        name: (getattr(task, f"x_{name}"), getattr(task, f"y_{name}")) for name in ("train", "val", "test", "heavy")
+    }
+
+
+def make_table_net(width: int, dropout: float = 0.0) -> nn.Module:
+    """Make the network of the diamonds: a mean and a standard deviation from nine columns."""
+    return mlp(9, 2, width=width, dropout=dropout)
+
+
 TASKS = {
     task.name: task
     for task in (
-        Task("gap", 5, 20, 10, 800, 160, Gaussian(), 64, make_mlp, load_gap),
+        Task("gap", 5, 20, 10, 800, 160, Gaussian(), 64, make_mlp, load_gap, gap_truth),
         Task("digits", 4, 4, 8, 38, 64, Categorical(), 16, make_cnn, load_digits),
+        Task("diamonds", 4, 4, 8, 40, 64, Gaussian(), 64, make_table_net, load_diamonds),
     )
 }
 
@@ -279,6 +301,28 @@ def candidate(task: Task, settings: Settings) -> nn.Module:
     return task.make(round(settings["narrowing"] * task.width), dropout=settings["dropout"])
 
 
+@method("narrow")
+def narrow(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """Independent networks, so narrow that together they have the weights of one."""
+    width = equal_weights_width(task.name)
+    return task.fit(DeepEnsemble(lambda: task.make(width), task.members), train, settings, seed)
+
+
+@method("MC dropout", dropout=(0.02, 0.5))
+def mc_dropout(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """One network, asked with its dropout on, as many times as the ensemble has members."""
+    make = partial(task.make, task.width, settings["dropout"])
+    return task.fit(MCDropout(make, task.members), train, settings, seed)
+
+
+@method("Laplace", precision=(0.1, 1000.0))
+def laplace(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """One network, and samples of a Gaussian around its last layer, as many as the ensemble has members."""
+    likelihood, precision = task.likelihood, settings["precision"]
+    ensemble = LastLayerLaplace(task.make_net, task.members, precision, likelihood=likelihood, seed=seed)
+    return task.fit(ensemble, train, settings, seed)
+
+
 @method("deep, one start", like="deep ensemble")
 def one_start(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
     """Members that start from the same weights: only their shuffles differ."""
@@ -358,6 +402,19 @@ def equal_flops_width(name: str) -> int:
         return next(width for width in range(task.width, 100 * task.width) if flops(width) >= target)
 
 
+@cache
+def equal_weights_width(name: str) -> int:
+    """Return the largest width at which the task's ensemble has no more weights than one network of the task's."""
+    task = TASKS[name]
+
+    def weights(width: int) -> int:
+        return sum(p.numel() for p in task.make(width).parameters())
+
+    with torch.random.fork_rng(devices=[]):
+        most = weights(task.width) // task.members
+        return max((width for width in range(1, task.width + 1) if weights(width) <= most), default=1)
+
+
 # ---- Running: one file a run, so that a killed ledger goes on where it was. ----
 
 
@@ -419,7 +476,7 @@ def validation_score(task: Task, name: str, settings: Settings, seed: int) -> fl
     try:
         ensemble, sets = train_one(task, name, settings, seed)
         x, y = sets["val"]
-        prediction = predict(ensemble, x, likelihood=task.likelihood)
+        prediction = asked(task, ensemble, x, seed)
         packed(prediction)  # fails on what the bank could not keep
     except FloatingPointError:
         return math.inf
@@ -440,13 +497,20 @@ def run(task: Task, name: str, seed: int) -> None:
     arrays: dict[str, Any] = {"facts": np.array(json.dumps(facts))}
     for key, (x, _) in sets.items():
         if key == "test" or (key != "train" and not METHODS[name].control):
-            arrays[key] = packed(predict(ensemble, x, likelihood=task.likelihood))
+            arrays[key] = packed(asked(task, ensemble, x, seed))
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, content.getvalue())
     record.cache_clear()  # a run that was deleted and made again is read again
     seed_scores.cache_clear()
+
+
+def asked(task: Task, ensemble: Ensemble, x: Tensor, seed: int) -> Any:
+    """Return every member's prediction; the seed decides what a network says whose dropout stays on."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return predict(ensemble, x, likelihood=task.likelihood)
 
 
 def run_costs(task: Task, names: Iterable[str]) -> None:
@@ -586,12 +650,15 @@ def predictions(task: str, name: str, seed: int, split: str = "test") -> Any:
 def pool(task: str, split: str = "test", seed: int = 0) -> Any:
     """Return the predictions of all independent networks that saw the same data.
 
-    On digits these are the members of every seed's deep ensemble; on the generated task, where every seed has its own
-    data, those of one seed.
+    On real data these are the members of every seed's deep ensemble; on the generated task, where every seed has data
+    of its own, those of one seed.
     """
-    if isinstance(TASKS[task].likelihood, Categorical):
-        return torch.cat([predictions(task, "deep ensemble", s, split) for s in range(TASKS[task].seeds)])
-    return predictions(task, "deep ensemble", seed, split)
+    if TASKS[task].truth is not None:
+        return predictions(task, "deep ensemble", seed, split)
+    found = [predictions(task, "deep ensemble", s, split) for s in range(TASKS[task].seeds)]
+    if isinstance(found[0], Tensor):
+        return torch.cat(found)
+    return Normal(torch.cat([p.loc for p in found]), torch.cat([p.scale for p in found]), validate_args=False)
 
 
 def log_likelihoods(prediction: Tensor | Normal, y: Tensor) -> Tensor:
@@ -630,6 +697,23 @@ def score(prediction: Tensor | Normal, y: Tensor) -> dict[str, float]:
     return {key: float(value) for key, value in result.items()}
 
 
+NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(64)
+
+
+def divergence(truth: Normal, prediction: Normal) -> float:
+    r"""Return the Kullback-Leibler divergence of the members' mixture q from the truth p, in nats, over the inputs.
+
+    .. math:: \frac1n \sum_i \int p(y \mid x_i) \log \frac{p(y \mid x_i)}{q(y \mid x_i)} dy
+
+    by Gauss-Hermite quadrature with 64 nodes.
+    """
+    nodes = torch.from_numpy(NODES)[:, None] * truth.scale.double() + truth.loc.double()  # (64, n)
+    weights = torch.from_numpy(WEIGHTS / WEIGHTS.sum())
+    members = Normal(prediction.loc.double()[:, None], prediction.scale.double()[:, None])  # (members, 1, n)
+    gap = truth.log_prob(nodes) - mixed(members.log_prob(nodes))
+    return float((weights @ gap).mean())
+
+
 BASELINES = {"single, temperature": "single"}  # derived from another method's predictions
 
 
@@ -642,6 +726,9 @@ def seed_scores(task: str, name: str, seed: int, split: str) -> dict[str, float]
         prediction = tempered(task, seed, prediction)
     parts = groups(prediction, TASKS[task].members) if name == "deep ensemble" else [prediction]
     rows = [score(part, y) for part in parts]
+    if (truth := TASKS[task].truth) is not None:
+        exact = truth(seed, split)
+        rows = [{**row, "divergence": divergence(exact, part)} for row, part in zip(rows, parts, strict=True)]
     return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
 
 

@@ -1,4 +1,4 @@
-"""Small data sets that load with no network: digits, letters that are no digits, and regression with a gap.
+"""Small data sets that load with no network: digits, letters that are no digits, diamonds, regression with a gap.
 
 What each array holds, where it comes from and its license is in `LICENSES.md`; `make.py` made the stored files.
 """
@@ -13,9 +13,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributions import Normal
 from torch.nn import functional
 
-__all__ = ["Digits", "GapRegression", "add_noise", "digits", "gap_regression", "letters", "rotate"]
+__all__ = [
+    "Diamonds",
+    "Digits",
+    "GapRegression",
+    "add_noise",
+    "diamonds",
+    "digits",
+    "gap_regression",
+    "letters",
+    "rotate",
+]
 
 
 @cache
@@ -67,6 +78,42 @@ def letters() -> Tensor:
         Images (828, 1, 14, 14), float32 in [0, 1], in random order.
     """
     return _images(_arrays("letters")["x"])
+
+
+@dataclass(frozen=True, eq=False)
+class Diamonds:
+    """Stones (n, 9), float32, and the logarithm of their prices (n,), all standardized by the training set.
+
+    The columns of x: carat, cut, color, clarity, depth, table, length, width, height; the three grades count from the
+    worst, 0, and are standardized, too. Stones in `x_heavy` weigh more than 1.5 carats, all others less.
+    """
+
+    x_train: Tensor
+    y_train: Tensor
+    x_val: Tensor
+    y_val: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    x_heavy: Tensor
+    y_heavy: Tensor
+
+
+def diamonds() -> Diamonds:
+    """Load diamonds and their prices: 2000 to train, 1000 to choose and tune on, 2000 to test once, 1000 heavy ones.
+
+    They are a part of the table that ships with ggplot2 (Wickham, 2016).
+
+    Returns:
+        Tensors of the caller's own on the CPU.
+    """
+    stored = _arrays("diamonds")
+    x_train, y_train = stored["x_train"], np.log(stored["price_train"])
+    splits: dict[str, Tensor] = {}
+    for split in ("train", "val", "test", "heavy"):
+        x = (stored[f"x_{split}"] - x_train.mean(0)) / x_train.std(0)
+        y = (np.log(stored[f"price_{split}"]) - y_train.mean()) / y_train.std()
+        splits |= {f"x_{split}": torch.from_numpy(x).float(), f"y_{split}": torch.from_numpy(y).float()}
+    return Diamonds(**splits)
 
 
 def rotate(x: Tensor, degrees: float) -> Tensor:
@@ -127,6 +174,14 @@ class RandomFunction:
         return math.sqrt(2 / len(self.phases)) * angles.cos().sum(-1)
 
 
+LENGTH = 0.5  # of the kernel from which the functions are drawn
+
+
+def kernel(a: Tensor, b: Tensor) -> Tensor:
+    """Return exp(-(a - b)^2 / (2 * 0.5^2)) of inputs (n, 1) and (m, 1), as (n, m)."""
+    return (-(a - b.mT).square() / (2 * LENGTH**2)).exp()
+
+
 @dataclass(frozen=True, eq=False)
 class GapRegression:
     """One draw of `gap_regression`: inputs (n, 1), targets (n,), and the truth behind them.
@@ -149,6 +204,18 @@ class GapRegression:
     def noise(x: Tensor) -> Tensor:
         """The true standard deviation of y at x (n, 1), as (n,): from 0.06 on the left to 0.24 on the right."""
         return 0.05 + 0.2 * torch.sigmoid(1.5 * x[:, 0])
+
+    def predictive(self, x: Tensor) -> Normal:
+        """Return what can be known about y at x (n, 1) from the training data: the exact Gaussian-process predictive.
+
+        It knows the kernel and the noise, which a network has to learn. Float64, batch shape (n,).
+        """
+        train, y = self.x_train.double(), self.y_train.double()
+        there, across = kernel(train, train), kernel(x.double(), train)
+        factor = torch.linalg.cholesky(there + torch.diag(self.noise(train).square()))
+        weights = torch.cholesky_solve(across.mT, factor)  # (train, n)
+        variance = 1 - (across * weights.mT).sum(1) + self.noise(x.double()).square()
+        return Normal(weights.mT @ y, variance.sqrt())
 
     @staticmethod
     def in_gap(x: Tensor) -> Tensor:
@@ -174,7 +241,7 @@ def gap_regression(seed: int = 0, n: int = 160) -> GapRegression:
     if n < 4:
         raise ValueError(f"n must be >= 4, got {n}")
     generator = torch.Generator().manual_seed(seed + 7)  # the eighth draw is the clear wave
-    frequencies = torch.randn(256, generator=generator) / 0.5
+    frequencies = torch.randn(256, generator=generator) / LENGTH
     function = RandomFunction(frequencies, 2 * math.pi * torch.rand(256, generator=generator))
 
     def clusters(size: int) -> Tensor:

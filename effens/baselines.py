@@ -1,0 +1,163 @@
+"""Baselines that an ensemble must beat: they cost one training, and answer as ensembles do, with all their members."""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from effens.ensembles.base import Ensemble, MakeNet, made
+from effens.likelihoods import Categorical, Gaussian, Likelihood
+
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+
+
+class MCDropout(Ensemble):
+    """One network whose dropout stays on when it is asked: each member is the network under masks of its own.
+
+    Gal and Ghahramani (2016), "Dropout as a Bayesian approximation", arXiv:1506.02142. Masks are drawn anew at each
+    call and for each row, from PyTorch's own generator, so that no member can be taken out as a plain network.
+
+    Args:
+        make_net: () -> nn.Module, a fresh network with dropout.
+        members: how many times it is asked.
+
+    Raises:
+        ValueError: ``members`` is below 1, or the network has no dropout.
+
+    Shape:
+        - ``ensemble(x)``: ``(batch, ...)`` to ``(members, batch, outputs)``
+    """
+
+    def __init__(self, make_net: MakeNet, members: int = 30) -> None:
+        super().__init__(members, streams=1)
+        self.network = made(make_net)
+        if not any(isinstance(layer, DROPOUTS) and layer.p > 0 for layer in self.network.modules()):
+            raise ValueError(f"the network must have dropout, got {self.network}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Answer with every member: ``(batch, ...)`` to ``(members, batch, outputs)``."""
+        modes = [(layer, layer.training) for layer in self.network.modules() if isinstance(layer, DROPOUTS)]
+        try:
+            for layer, _ in modes:
+                layer.train()
+            rows = self.network(x.expand(self.members, *x.shape).flatten(0, 1))
+        finally:
+            for layer, mode in modes:
+                layer.train(mode)
+        return torch.unflatten(rows, 0, (self.members, len(x)))
+
+    def forward_members(self, xs: Tensor) -> Tensor:
+        """Give the network in training its batch: ``(1, batch, ...)`` to ``(1, batch, outputs)``."""
+        outputs: Tensor = self.network(self.check_streams(xs)[0])
+        return outputs[None]
+
+
+class LastLayerLaplace(Ensemble):
+    r"""One network, and samples of a Gaussian around the weights of its last layer, fitted after training.
+
+    .. math:: \Sigma^{-1} = \sum_i (\phi_i \phi_i^\top) \otimes F_i + \tau I
+
+    over all training inputs, with the features \phi in front of the last layer (and 1 for its bias), and F the Fisher
+    information of the likelihood in the outputs, for which no labels are needed. Daxberger et al. (2021), "Laplace
+    redux: effortless Bayesian deep learning", arXiv:2106.14806.
+
+    Args:
+        make_net: () -> nn.Sequential that ends in `nn.Linear`.
+        members: how many samples.
+        precision: tau, of the prior on each weight.
+        likelihood: what the outputs mean: `Categorical` (by default) or `Gaussian`.
+        seed: of the samples.
+
+    Raises:
+        ValueError: ``members`` is below 1, ``precision`` is not positive, the network does not end in a linear layer.
+        TypeError: the Fisher information of this likelihood is not known.
+
+    Shape:
+        - ``ensemble(x)``: ``(batch, ...)`` to ``(members, batch, outputs)``
+    """
+
+    samples: Tensor
+
+    def __init__(
+        self,
+        make_net: MakeNet,
+        members: int = 30,
+        precision: float = 1.0,
+        *,
+        likelihood: Likelihood | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(members, streams=1)
+        if not 0 < precision < math.inf:
+            raise ValueError(f"precision must be > 0 and finite, got {precision}")
+        self.precision, self.seed = precision, seed
+        self.fisher = fisher_of(Categorical() if likelihood is None else likelihood)
+        network = made(make_net)
+        if not isinstance(network, nn.Sequential) or not isinstance(network[-1], nn.Linear) or network[-1].bias is None:
+            raise ValueError(f"the network must be an nn.Sequential that ends in nn.Linear with a bias, got {network}")
+        self.network = network
+        last = network[-1]
+        self.register_buffer("samples", last.weight.new_zeros(members, last.out_features, last.in_features + 1))
+        self.ready = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Answer with every sample: ``(batch, ...)`` to ``(members, batch, outputs)``."""
+        if not self.ready:
+            raise RuntimeError("no members yet: call effens.fit")
+        return torch.einsum("bf,mof->mbo", self.features(x), self.samples)
+
+    def forward_members(self, xs: Tensor) -> Tensor:
+        """Give the network in training its batch: ``(1, batch, ...)`` to ``(1, batch, outputs)``."""
+        outputs: Tensor = self.network(self.check_streams(xs)[0])
+        return outputs[None]
+
+    def features(self, x: Tensor) -> Tensor:
+        """Return what the last layer reads, and 1: ``(batch, features + 1)``."""
+        found: Tensor = self.network[:-1](x)
+        return torch.cat([found, found.new_ones(len(found), 1)], 1)
+
+    @torch.no_grad()
+    def finish(self, batches: Iterable[Tensor]) -> None:
+        """Fit the Gaussian and draw the members, the same for the same seed.
+
+        Args:
+            batches: training inputs ``(batch, ...)``.
+        """
+        last = self.network[-1]
+        assert isinstance(last, nn.Linear)
+        mean = torch.cat([last.weight, last.bias[:, None]], 1).double()  # (outputs, features + 1)
+        information = self.precision * torch.eye(mean.numel(), dtype=mean.dtype, device=mean.device)
+        information = information.view(*mean.shape, *mean.shape)
+        for x in batches:
+            phi = self.features(x).double()
+            fisher = self.fisher(phi @ mean.T)  # (batch, outputs, outputs)
+            for i in range(len(mean)):  # an output at a time: all at once would take outputs times the memory
+                information[i] += torch.einsum("bj,bf,bg->fjg", fisher[:, i], phi, phi)
+        factor = torch.linalg.cholesky(information.view(mean.numel(), mean.numel()))
+        noise = torch.randn(mean.numel(), self.members, generator=torch.Generator().manual_seed(self.seed))
+        shift = torch.linalg.solve_triangular(factor.mT, noise.to(mean), upper=True)  # of covariance information^-1
+        self.samples.copy_(mean + shift.mT.reshape(self.members, *mean.shape))
+        self.ready = True
+
+
+def fisher_of(likelihood: Likelihood) -> Callable[[Tensor], Tensor]:
+    """Return the Fisher information of a likelihood: outputs ``(batch, outputs)`` to ``(batch, outputs, outputs)``."""
+    if isinstance(likelihood, Categorical):
+        return categorical_fisher
+    if isinstance(likelihood, Gaussian):
+        return gaussian_fisher
+    raise TypeError(f"likelihood must be Categorical or Gaussian, got {type(likelihood).__name__}")
+
+
+def categorical_fisher(logits: Tensor) -> Tensor:
+    """Return diag(p) - p p^T."""
+    p = logits.softmax(1)
+    return torch.diag_embed(p) - p[:, :, None] * p[:, None]
+
+
+def gaussian_fisher(outputs: Tensor) -> Tensor:
+    """Return the information in the mean, 1 / v, and in the raw variance, (dv / draw)^2 / (2 v^2)."""
+    predicted = Gaussian().predict(outputs)
+    variance, slope = predicted.variance, outputs[:, 1].sigmoid()  # v = softplus(raw) and a small constant
+    return torch.diag_embed(torch.stack([1 / variance, slope.square() / (2 * variance.square())], 1))
