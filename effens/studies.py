@@ -201,6 +201,20 @@ def search(task: str, seed: int) -> list[Row]:
     ]
 
 
+DECAYED = ["single", "deep ensemble", "BatchEnsemble", "snapshot", "MIMO"]
+
+
+@study(5, {"task": ["digits", "diamonds"], "method": DECAYED, "weight_decay": [0.003, 0.03, 0.1, 0.3, 1.0, 3.0]})
+def decay(task: str, method: str, weight_decay: float, seed: int) -> list[Row]:
+    """Change the weight decay alone, with all else tuned: does the order of the methods hold?"""
+    settings = {**tuned(method, task), "weight_decay": weight_decay}
+    try:
+        ensemble, _ = ledger.train_one(TASKS[task], method, settings, seed)
+        return [scored(TASKS[task], ensemble, seed)]
+    except FloatingPointError:
+        return [{"diverged": 1}]
+
+
 # ---- What they share. ----
 
 

@@ -1,0 +1,96 @@
+"""Which method fits: the ledger's measurements against a reader's budget."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from effens import ledger
+
+GOALS = {  # what matters most, as a score of the ledger's: (metric, set), and whether less is better
+    "nll": ("nll", "test", True),
+    "accuracy": ("accuracy", "test", False),
+    "shift": ("nll", "rotated", True),
+    "unknown": ("auroc", "letters", False),
+}
+BUDGETS = {"train": "training", "latency": "batch 1", "throughput": "batch 256", "memory": "memory"}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A method, and why it stands where it stands.
+
+    Attributes:
+        method: its name in the ledger.
+        qualifies: whether it is within every budget.
+        score: the mean over seeds of the goal's score.
+        costs: as multiples of the single network's.
+        reason: in words.
+    """
+
+    method: str
+    qualifies: bool
+    score: float
+    costs: Mapping[str, float]
+    reason: str
+
+
+def choose(
+    *,
+    train: float | None = None,
+    latency: float | None = None,
+    throughput: float | None = None,
+    memory: float | None = None,
+    goal: str = "nll",
+    task: str = "digits",
+) -> list[Choice]:
+    """Rank the ledger's methods for a budget: those within it first, the best for the goal first.
+
+    Two methods whose paired interval includes 0 cannot be told apart on this task: the reason says so, and the cheaper
+    one is the wiser choice.
+
+    Args:
+        train: training time, at most this many times the single network's; None for any.
+        latency: of one prediction at batch 1, likewise.
+        throughput: time of a prediction at batch 256, likewise.
+        memory: bytes stored, likewise.
+        goal: ``"nll"``, ``"accuracy"``, ``"shift"`` (NLL on rotated images) or ``"unknown"`` (AUROC of letters).
+        task: of the ledger.
+
+    Returns:
+        Every method, in order.
+
+    Raises:
+        ValueError: the goal is unknown, or a budget is not positive.
+    """
+    if goal not in GOALS:
+        raise ValueError(f"goal must be one of {', '.join(GOALS)}, got {goal!r}")
+    budgets = {"train": train, "latency": latency, "throughput": throughput, "memory": memory}
+    given = {name: value for name, value in budgets.items() if value is not None}
+    for name, value in given.items():
+        if not value > 0:
+            raise ValueError(f"{name} must be > 0, got {value}")
+    metric, split, less = GOALS[goal]
+    found = []
+    for name in ledger.names():
+        costs = ledger.relative_costs(task, name)
+        score = ledger.values(task, name, metric, split).mean().item()
+        over = [
+            f"{key} {costs[BUDGETS[key]]:.1f}x, above {value:g}x"
+            for key, value in given.items()
+            if costs[BUDGETS[key]] > value
+        ]
+        found.append((name, costs, score, over))
+    found.sort(key=lambda item: (bool(item[3]), item[2] if less else -item[2]))
+    best = found[0][0]
+    return [
+        Choice(name, not over, score, costs, "; ".join(over) or standing(task, name, best, metric, split))
+        for name, costs, score, over in found
+    ]
+
+
+def standing(task: str, name: str, best: str, metric: str, split: str) -> str:
+    """Say how a method that qualifies compares with the best that does."""
+    if name == best:
+        return "the best mean within the budget"
+    found = ledger.compare(task, name, best, metric, split)
+    words = {"unresolved": "cannot be told from", "tied": "tied with"}.get(found.verdict, f"{found.verdict} than")
+    return f"{words} {best}: {found.difference}"
