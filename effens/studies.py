@@ -69,18 +69,22 @@ def study(seeds: int, *grids: Mapping[str, Sequence[Any]]) -> Callable[[Answer],
 @study(
     8,
     {"kind": ["snapshot"], "parts": [1, 2, 4, 8]},
+    {"kind": ["triangular"], "parts": [4]},
     {"kind": ["independent"], "parts": [2, 4, 8]},
     {"kind": ["single"], "parts": [8, 4, 2, 1, 0.5]},
 )
 def cycles(kind: str, parts: float, seed: int) -> list[Row]:
     """Divide the budget of one network on digits: into cycles, or into independent networks; or train one with less.
 
-    A part is B / ``parts`` epochs, of B in the whole budget; half a part is one network with twice the budget.
+    A part is B / ``parts`` epochs, of B in the whole budget; half a part is one network with twice the budget. The
+    triangular cycles of Fast Geometric Ensembling share the last fifth of the budget.
     """
     task = TASKS["digits"]
     brief = replace(task, epochs=round(task.epochs / parts))
-    if kind == "snapshot":
-        ensemble = train(task, lambda: SnapshotEnsemble(task.make_net, int(parts)), tuned("snapshot"), seed)
+    if kind in ("snapshot", "triangular"):
+        schedule = "cosine" if kind == "snapshot" else kind
+        make = partial(SnapshotEnsemble, task.make_net, int(parts), schedule=schedule)
+        ensemble = train(task, make, tuned("snapshot"), seed)
     elif kind == "independent":
         ensemble = train(brief, lambda: DeepEnsemble(task.make_net, int(parts)), tuned("deep, short"), seed)
     else:
