@@ -1,4 +1,4 @@
-"""Where a hyperparameter ensemble's candidates come from: a search over settings, and the best of them trained again."""
+"""Where a hyperparameter ensemble's candidates come from: a search over settings, and a few of them trained again."""
 
 import json
 import math
