@@ -313,7 +313,7 @@ def values(name: str, metric: str, **where: Any) -> Tensor:
     seeds = [row["seed"] for row in rows]
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"settings must name one point of the study {name}, got {len(rows)} rows at {where}")
-    return torch.tensor([row[metric] for row in sorted(rows, key=lambda row: row["seed"])])
+    return torch.tensor([float(row[metric]) for row in sorted(rows, key=lambda row: row["seed"])])
 
 
 def main(arguments: list[str] | None = None) -> None:
