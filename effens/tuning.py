@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from effens.ensembles.base import made
 from effens.ensembles.deep import DeepEnsemble
 from effens.ensembles.hyper import log_likelihoods
+from effens.likelihoods import Categorical, Likelihood
 from effens.storage import load, save
 from effens.training import Data, check_positive, fit, place_of, predict, seeded
 
@@ -26,9 +27,11 @@ if TYPE_CHECKING:
 
 Settings = Mapping[str, float]
 Space = Mapping[str, tuple[float, float]]
+Pair = tuple[Settings, int]  # and the seed of start and shuffles
 SPACE: Space = {"rate": (3e-4, 3e-2), "weight_decay": (1e-4, 1.0), "dropout": (0.0, 0.5), "width": (16, 256)}
 OF_FIT = ("rate", "weight_decay")  # settings that `effens.fit` gets; all others are `make_net`'s
 FAILURES = (FloatingPointError, torch.OutOfMemoryError)  # what a poor choice of settings can raise
+TOGETHER = 64  # networks that are trained as one batched computation, at most
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ def search(
     space: Space = SPACE,
     trials: int = 20,
     sampler: str = "random",
+    batched: bool = False,
     storage: "str | optuna.storages.BaseStorage | None" = None,
     name: str = "search",
     folder: str | os.PathLike[str] | None = None,
@@ -85,6 +89,12 @@ def search(
     same storage and folder; a trial that was cut off is lost. Several processes, on any machines that share the two,
     share the trials.
 
+    With ``batched``, up to 64 trials are drawn at once, and those that agree in all but rate and decay are trained as
+    one `DeepEnsemble`. Each network is the one that it would be alone, to rounding, save where dropout, or a loader
+    that shuffles, draws for all of them. It pays for small networks, whose steps are mostly overhead, in a space of
+    rate and decay alone or with few other settings: widths drawn from 16 ... 256 hardly ever agree. A group that is
+    cut off is lost as a whole, and a process that joins draws as many trials as are not finished yet, up to 64.
+
     Args:
         make_net: (width=..., dropout=...) -> nn.Module: gets all settings but ``rate`` and ``weight_decay``.
         data: to train on, as of `effens.fit`.
@@ -93,6 +103,7 @@ def search(
         space: name to (lowest, highest): integers where both are; on a log scale where the lowest is above 0.
         trials: how many in all, those that a storage already holds and those that fail included.
         sampler: ``"random"``, as in the paper, or ``"tpe"``, which looks where trials were good.
+        batched: whether to train trials together; with ``"random"`` only, for ``"tpe"`` waits for each.
         storage: any Optuna storage, or its address, ``"sqlite:///search.db"`` say; by default the study is in memory.
         name: of the study in the storage.
         folder: where the weights are kept, a file for each trial; a storage needs one.
@@ -105,7 +116,8 @@ def search(
 
     Raises:
         ImportError: Optuna is not installed.
-        ValueError: ``default`` is outside the space, a storage has no folder, it holds another search by this name.
+        ValueError: ``default`` is outside the space, a storage has no folder, it holds another search by this name;
+            or ``batched`` with ``"tpe"``, with an optimizer other than AdamW or SGD, with networks that share weights.
         FloatingPointError: every trial failed.
     """
     try:
@@ -116,6 +128,8 @@ def search(
     default = checked_default(default, space)
     if storage is not None and folder is None:
         raise ValueError("a storage needs a folder that keeps the weights, got folder=None")
+    if batched and sampler == "tpe":
+        raise ValueError("sampler must be 'random' for a batched search, got 'tpe', which waits for each trial")
     facts = {"default": default, "space": space, "sampler": sampler, "seed": seed}
     budget = {key: options[key] for key in ("epochs", "batch_size") if key in options}
     study = open_study(storage, name, json.dumps({**facts, **budget}, sort_keys=True))
@@ -125,25 +139,25 @@ def search(
     with tqdm(total=trials, desc="search", unit="trial", delay=2, leave=False, disable=not progress) as shown:
         while (done := sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))) < trials:
             shown.update(done - shown.n)
-            trial = study.ask()
-            sampling, starting = seeds_of(seed, trial.number)
-            study.sampler = make_sampler(sampler, sampling)
-            settings = {**default, **suggested(trial, space)}
-            began = time.perf_counter()
-            loss = None
-            try:
-                network, loss = train(make_net, data, validation, settings, starting, options)
-            except FAILURES as error:
-                trial.set_user_attr("error", str(error))
-            trial.set_user_attr("seconds", time.perf_counter() - began)
-            if loss is None:
-                study.tell(trial, state=TrialState.FAIL)
-                continue
-            networks[trial.number] = network
-            if folder is not None:  # before the trial counts as done
-                Path(folder).mkdir(parents=True, exist_ok=True)
-                save(network, weights_of(folder, name, trial.number))
-            study.tell(trial, loss)
+            asked: list[optuna.Trial] = []
+            pairs: list[Pair] = []
+            for _ in range(min(trials - done, TOGETHER) if batched else 1):
+                asked.append(study.ask())
+                sampling, starting = seeds_of(seed, asked[-1].number)
+                study.sampler = make_sampler(sampler, sampling)
+                pairs.append(({**default, **suggested(asked[-1], space)}, starting))
+            for i, ended in trainings(make_net, data, validation, pairs, options, batched):
+                trial = asked[i]
+                trial.set_user_attr("seconds", ended.seconds)
+                if ended.network is None:
+                    trial.set_user_attr("error", ended.error)
+                    study.tell(trial, state=TrialState.FAIL)
+                    continue
+                networks[trial.number] = ended.network
+                if folder is not None:  # before the trial counts as done
+                    Path(folder).mkdir(parents=True, exist_ok=True)
+                    save(ended.network, weights_of(folder, name, trial.number))
+                study.tell(trial, ended.loss)
     trained, failed = (
         {trial.number: {**default, **trial.params} for trial in study.get_trials(states=(state,))}
         for state in (TrialState.COMPLETE, TrialState.FAIL)
@@ -164,6 +178,7 @@ def stratify(
     settings: Iterable[Settings],
     *,
     seeds: Iterable[int],
+    batched: bool = False,
     progress: bool = True,
     **options: Any,
 ) -> Candidates:
@@ -175,6 +190,7 @@ def stratify(
         validation: (x, y), to select with.
         settings: those that `greedy_select` chose, say.
         seeds: of starts and shuffles; each of the settings gets all of them.
+        batched: whether to train together what agrees in all but rate and decay, as `search` can, all seeds at once.
         progress: whether to show a progress bar when it takes longer than two seconds.
         options: of `effens.fit`: ``epochs``, ``batch_size``, ``optimizer``, ``likelihood``, ``device``.
 
@@ -189,38 +205,156 @@ def stratify(
     pairs = [(dict(each), seed) for each in settings for seed in seeds]
     if not pairs:
         raise ValueError(f"there must be settings and seeds, got {len(seeds)} seeds and nothing to train")
-    networks: list[nn.Module] = []
-    kept: list[dict[str, float]] = []
-    failed: list[dict[str, float]] = []
     began = time.perf_counter()
-    for each, seed in tqdm(pairs, desc="stratify", unit="training", delay=2, leave=False, disable=not progress):
-        try:
-            networks.append(train(make_net, data, validation, each, seed, options)[0])
-            kept.append(each)
-        except FAILURES:
-            failed.append(each)
-    return judged(networks, kept, failed, time.perf_counter() - began, validation, options)
+    runs = trainings(make_net, data, validation, pairs, options, batched)
+    with tqdm(runs, "stratify", len(pairs), unit="training", delay=2, leave=False, disable=not progress) as shown:
+        ended = dict(shown)
+    networks = {i: network for i in range(len(pairs)) if (network := ended[i].network) is not None}
+    kept, failed = ([pairs[i][0] for i in range(len(pairs)) if (i in networks) is good] for good in (True, False))
+    return judged(list(networks.values()), kept, failed, time.perf_counter() - began, validation, options)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a training ended: with a network and its validation NLL, or with an error.
+
+    Attributes:
+        network: in eval mode; None if it diverged, or did not fit into memory.
+        loss: in nats.
+        error: what went wrong.
+        seconds: its time; of networks that were trained together, each one's share.
+    """
+
+    network: nn.Module | None
+    loss: float
+    error: str
+    seconds: float
+
+
+def trainings(
+    make_net: Callable[..., nn.Module],
+    data: Data,
+    validation: tuple[Tensor, Tensor],
+    pairs: Sequence[Pair],
+    options: dict[str, Any],
+    batched: bool,
+) -> Iterator[tuple[int, Training]]:
+    """Train each of the settings from its seed; give each place in ``pairs`` and its training as soon as it ended."""
+    groups: dict[Any, list[int]] = {}
+    for i, (settings, _) in enumerate(pairs):
+        alike = tuple(sorted((key, value) for key, value in settings.items() if key not in OF_FIT)) if batched else i
+        groups.setdefault(alike, []).append(i)
+    for group in groups.values():
+        for start in range(0, len(group), TOGETHER):
+            part = group[start : start + TOGETHER]
+            chosen = [pairs[i] for i in part]
+            ended: Iterable[Training] | None = None
+            if batched and len(part) > 1:
+                ended = train_together(make_net, data, validation, chosen, options)
+            if ended is None:
+                ended = (train(make_net, data, validation, pair, options) for pair in chosen)
+            yield from zip(part, ended, strict=True)
 
 
 def train(
     make_net: Callable[..., nn.Module],
     data: Data,
     validation: tuple[Tensor, Tensor],
-    settings: Settings,
-    seed: int,
+    pair: Pair,
     options: dict[str, Any],
-) -> tuple[nn.Module, float]:
-    """Train one network; return it and its validation NLL, or raise `FloatingPointError` if it diverged."""
-    network = build(make_net, settings, seed, options)
-    one = DeepEnsemble.of([network])
+) -> Training:
+    """Train one network."""
+    settings, seed = pair
     rates: dict[str, Any] = {key: settings[key] for key in OF_FIT if key in settings}
-    fit(one, data, seed=seed, progress=False, **rates, **options)
+    began = time.perf_counter()
+    try:
+        network = build(make_net, settings, seed, options)
+        fit(DeepEnsemble.of([network]), data, seed=seed, progress=False, **rates, **options)
+        loss = validation_loss(network, validation, options)
+    except FAILURES as error:
+        return Training(None, math.nan, str(error), time.perf_counter() - began)
+    return Training(network, loss, "", time.perf_counter() - began)
+
+
+def train_together(
+    make_net: Callable[..., nn.Module],
+    data: Data,
+    validation: tuple[Tensor, Tensor],
+    pairs: Sequence[Pair],
+    options: dict[str, Any],
+) -> list[Training] | None:
+    """Train networks as one batched computation; return None where they are to be trained one by one after all.
+
+    Their settings differ in nothing but rate and decay. One that diverges leaves the others as they are. Where memory
+    does not suffice for all of them, it may for each.
+    """
+    began = time.perf_counter()
+    rates: dict[str, Any] = {key: [each[key] for each, _ in pairs] for key in OF_FIT if key in pairs[0][0]}
+    likelihood = Lenient(options.get("likelihood") or Categorical())
+    try:
+        networks = [build(make_net, settings, seed, options) for settings, seed in pairs]
+        ensemble = OwnOrders(networks, [seed for _, seed in pairs])
+        fit(ensemble, data, seed=pairs[0][1], progress=False, **rates, **{**options, "likelihood": likelihood})
+    except FAILURES:
+        return None
+    share = (time.perf_counter() - began) / len(pairs)
+    ended: list[Training] = []
+    for m, diverged in enumerate(likelihood.diverged.tolist()):
+        try:
+            if diverged:
+                raise FloatingPointError("losses must be finite, got one that is not: lower the rate")
+            network = ensemble.member(m)
+            ended.append(Training(network, validation_loss(network, validation, options), "", share))
+        except FAILURES as error:
+            ended.append(Training(None, math.nan, str(error), share))
+    return ended
+
+
+class OwnOrders(DeepEnsemble):
+    """Networks that are trained together, each with the shuffles that it would have alone: those of its seed."""
+
+    def __init__(self, networks: Sequence[nn.Module], seeds: Sequence[int]) -> None:
+        super().__init__(partial(next, iter(networks)), len(networks))
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def order(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """Return one shuffle a network, ``(members, n)``."""
+        return torch.stack([torch.randperm(n, generator=own) for own in self.generators])
+
+
+class Lenient(Likelihood):
+    """A likelihood under which a network that diverges has no loss any more, so that the others are trained on.
+
+    Each network's gradients depend on its own loss alone: what is not finite stays with the network that made it.
+
+    Attributes:
+        diverged: whether each network's outputs or loss were once not finite, ``(streams,)``.
+    """
+
+    def __init__(self, likelihood: Likelihood) -> None:
+        self.likelihood = likelihood
+        self.diverged = torch.tensor(False)
+
+    def nll(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Return the negative log likelihood of each example, ``(streams, batch)``; 0 for those that diverged."""
+        self.diverged = self.diverged.to(outputs.device) | ~outputs.detach().isfinite().flatten(1).all(1)
+        losses = self.likelihood.nll(outputs.masked_fill(self.diverged[:, None, None], 0.0), y)
+        self.diverged = self.diverged | ~losses.detach().mean(1).isfinite()
+        return losses.masked_fill(self.diverged[:, None], 0.0)
+
+    def check(self, outputs: Tensor, y: Tensor) -> None:
+        """Raise `ValueError` unless these targets can be read with these outputs."""
+        self.likelihood.check(outputs, y)
+
+
+def validation_loss(network: nn.Module, validation: tuple[Tensor, Tensor], options: dict[str, Any]) -> float:
+    """Return a network's validation NLL, or raise `FloatingPointError` if what it predicts is not finite."""
     x, y = validation
-    prediction = predict(one, x, likelihood=options.get("likelihood"))
+    prediction = predict(DeepEnsemble.of([network]), x, likelihood=options.get("likelihood"))
     values = prediction if isinstance(prediction, Tensor) else prediction.log_prob(y)
     if not bool(values.isfinite().all()):
         raise FloatingPointError(f"predictions must be finite, got {int((~values.isfinite()).sum())} that are not")
-    return network, -log_likelihoods(prediction, y).mean().item()
+    return -log_likelihoods(prediction, y).mean().item()
 
 
 def build(make_net: Callable[..., nn.Module], settings: Settings, seed: int, options: dict[str, Any]) -> nn.Module:
