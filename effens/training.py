@@ -295,8 +295,8 @@ class PerMember:
         decays = torch.tensor(one_each("weight_decay", weight_decay, ensemble.members), dtype=torch.float64)
         self.coupled = rule is torch.optim.SGD  # the decay goes through the momentum
         self.weights = list(owners)
-        self.rates = [rates[owner].to(p) for p, owner in owners.items()]
-        self.decays = [decays[owner].to(p) for p, owner in owners.items()]
+        self.rates = [rates[owner].to(p.dtype).to(p.device) for p, owner in owners.items()]
+        self.decays = [decays[owner].to(p.dtype).to(p.device) for p, owner in owners.items()]
         self.moves = [torch.zeros_like(p) for p in owners]
         self.optimizer = make_optimizer(optimizer, [{"params": self.moves}], 1.0, 0.0)
         self.param_groups = self.optimizer.param_groups
