@@ -91,7 +91,7 @@ def search(
 
     With ``batched``, up to 64 trials are drawn at once, and those that agree in all but rate and decay are trained as
     one `DeepEnsemble`. Each network is the one that it would be alone, to rounding, save where dropout, or a loader
-    that shuffles, draws for all of them. It pays for small networks, whose steps are mostly overhead: on a CPU thread 16
+    that shuffles, draws for all of them. It pays for small networks, whose steps are mostly overhead: on one thread 16
     multilayer perceptrons took a fifth of the time at width 32 and two thirds at width 256, and convolutional networks
     of 32 channels as long as one by one. And it pays in a space of rate and decay, or with few other settings:
     widths drawn from 16 ... 256 hardly ever agree. A group that is cut off is lost as a whole, and a process that joins
