@@ -27,7 +27,7 @@ from effens.ensembles.hyper import HyperEnsemble, greedy_select
 from effens.ensembles.mimo import MIMO
 from effens.ensembles.snapshot import SnapshotEnsemble
 from effens.ensembles.swag import SWAG
-from effens.ledger import MOMENTUM_SGD, TASKS, Settings, Task
+from effens.ledger import MOMENTUM_SGD, Settings, Task
 from effens.training import MakeOptimizer, predict
 
 Row = dict[str, Any]
@@ -79,7 +79,7 @@ def cycles(kind: str, parts: float, seed: int) -> list[Row]:
     A part is B / ``parts`` epochs, of B in the whole budget; half a part is one network with twice the budget. The
     triangular cycles of Fast Geometric Ensembling share the last fifth of the budget.
     """
-    task = TASKS["digits"]
+    task = ledger.TASKS["digits"]
     brief = replace(task, epochs=round(task.epochs / parts))
     if kind in ("snapshot", "triangular"):
         schedule = "cosine" if kind == "snapshot" else kind
@@ -103,7 +103,7 @@ def tails(rate: float, tail_rate: float, seed: int) -> list[Row]:
 
     One training, and all forms drawn from its moments: a row for each rank and scale; and one for the last weights.
     """
-    task = replace(TASKS["gap"], batch_size=16, epochs=200)
+    task = replace(ledger.TASKS["gap"], batch_size=16, epochs=200)
     settings = {"rate": rate, "weight_decay": 1e-4}
     rows = []
     try:
@@ -129,7 +129,7 @@ def tails(rate: float, tail_rate: float, seed: int) -> list[Row]:
 @study(8, {"samples": [1, 2, 4, 8, 16, 30]})
 def samples(samples: int, seed: int) -> list[Row]:
     """Draw more samples from SWAG on digits."""
-    task = TASKS["digits"]
+    task = ledger.TASKS["digits"]
     settings = tuned("SWAG")
 
     def make() -> Ensemble:
@@ -145,7 +145,7 @@ def samples(samples: int, seed: int) -> list[Row]:
 )
 def capacity(width: int, members: int, share: float, seed: int) -> list[Row]:
     """Give MIMO more or less room on digits; one member is the plain network. Tuned at width 16, and kept."""
-    task = replace(TASKS["digits"], width=width)
+    task = replace(ledger.TASKS["digits"], width=width)
     settings = tuned("MIMO" if members > 1 else "single")
     ensemble = train(task, lambda: MIMO(task.make_net, members, share), settings, seed)
     return [{**scored(task, ensemble, seed), "fit": scored(task, ensemble, seed, "train")["member_nll"]}]
@@ -162,7 +162,7 @@ def search(task: str, seed: int) -> list[Row]:
     ensemble is larger, trained again from M seeds. Stratified: those that are chosen greedily of the first 10, trained
     again with the rest of the budget, and chosen from all.
     """
-    of = TASKS[task]
+    of = ledger.TASKS[task]
     x, y = of.load(seed)["val"]
     assert y is not None
     points = ledger.trial_settings("hyper", seed, BUDGET)
@@ -210,7 +210,7 @@ def search(task: str, seed: int) -> list[Row]:
 
 def tuned(name: str, task: str = "digits") -> Settings:
     """Return a method's tuned settings, from the ledger."""
-    return ledger.tune(TASKS[task], name)
+    return ledger.tune(ledger.TASKS[task], name)
 
 
 def train(

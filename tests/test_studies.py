@@ -25,7 +25,6 @@ def bank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Another bank, and tiny tasks in place of the book's; settings are given, not tuned."""
     monkeypatch.setattr(ledger, "BANK", tmp_path)
     tiny = {"gap": replace(LINE, name="gap", members=3), "digits": replace(SPOTS, name="digits", members=3)}
-    monkeypatch.setattr(studies, "TASKS", tiny)
     monkeypatch.setattr(ledger, "TASKS", tiny)
     monkeypatch.setattr(studies, "tuned", lambda name, task="digits": SETTINGS)
     monkeypatch.setattr(studies, "STUDIES", dict(studies.STUDIES))
@@ -106,7 +105,7 @@ def test_what_reading_refuses(asked: list[tuple[int, int]]) -> None:
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[effens.Ensemble, int]]:
     """The ensembles that are trained from here on, with their epochs."""
     found: list[tuple[effens.Ensemble, int]] = []
-    fit = ledger.fit
+    fit = effens.fit
 
     def spy(ensemble: effens.Ensemble, data: Any, **options: Any) -> None:
         found.append((ensemble, options["epochs"]))
@@ -143,13 +142,13 @@ def test_cycles_divide_one_budget(
 
 def test_all_forms_of_a_tail_come_from_one_training(bank: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = trained(monkeypatch)
-    monkeypatch.setitem(studies.TASKS, "gap", replace(studies.TASKS["gap"], epochs=2))
+    monkeypatch.setitem(ledger.TASKS, "gap", replace(ledger.TASKS["gap"], epochs=2))
     rows = studies.tails(rate=0.001, tail_rate=0.5, seed=0)
     ((ensemble, _),) = found
     assert isinstance(ensemble, effens.SWAG)
     assert [(row["rank"], row["scale"]) for row in rows] == [(-1, 0.0), *studies.FORMS]
     last, swa = rows[0], rows[1]
-    task = studies.TASKS["gap"]
+    task = ledger.TASKS["gap"]
     for network, row in ((ensemble.network, last), (ensemble.at(ensemble.mean), swa)):
         expected = studies.scored(task, effens.DeepEnsemble.of([network]), 0)
         assert row["nll"] == pytest.approx(expected["nll"], rel=1e-4)
@@ -163,7 +162,7 @@ def test_a_tail_that_diverges_says_so(bank: Path) -> None:
 
 def test_one_head_is_the_plain_network(bank: Path) -> None:
     (one,) = studies.capacity(width=4, members=1, share=0.0, seed=0)
-    task = replace(studies.TASKS["digits"], width=4)
+    task = replace(ledger.TASKS["digits"], width=4)
     plain = studies.train(task, lambda: effens.MIMO(task.make_net, 1), SETTINGS, 0)
     assert one["nll"] == pytest.approx(studies.scored(task, plain, 0)["nll"])
     assert one["diversity_gain"] == pytest.approx(0, abs=1e-9)
@@ -181,7 +180,7 @@ def test_every_way_to_search_keeps_to_its_budget(task: str, bank: Path, monkeypa
     found = trained(monkeypatch)
     monkeypatch.setattr(studies, "BUDGET", 8)
     rows = {row["way"]: row for row in studies.search(task=task, seed=0)}
-    members = studies.TASKS[task].members
+    members = ledger.TASKS[task].members
     assert len(found) == 8 + members + 4  # candidates; the best again; those that are chosen of the first half, again
     assert rows.keys() == {"greedy", "top", "best, retrained", "stratified", "best, alone"}
     assert rows["top"]["unique"] == rows["best, retrained"]["unique"] == members
@@ -192,8 +191,8 @@ def test_every_way_to_search_keeps_to_its_budget(task: str, bank: Path, monkeypa
 
 def test_a_search_selects_without_looking_at_test_data(bank: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(studies, "BUDGET", 8)
-    task = studies.TASKS["digits"]
-    monkeypatch.setitem(studies.TASKS, "digits", replace(task, load=lambda seed: Guarded(task.load(seed))))
+    task = ledger.TASKS["digits"]
+    monkeypatch.setitem(ledger.TASKS, "digits", replace(task, load=lambda seed: Guarded(task.load(seed))))
     asked_for: list[str] = []
     scored = studies.scored
 
