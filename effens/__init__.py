@@ -5,7 +5,7 @@ from effens.costs import Costs, measure
 from effens.ensembles.base import Ensemble
 from effens.ensembles.batch import BatchEnsemble, BatchEnsembleConv2d, BatchEnsembleLinear
 from effens.ensembles.deep import DeepEnsemble
-from effens.ensembles.hyper import Candidates, HyperEnsemble, greedy_select, search, stratify
+from effens.ensembles.hyper import HyperEnsemble, greedy_select
 from effens.ensembles.mimo import MIMO
 from effens.ensembles.snapshot import SnapshotEnsemble, cyclic_cosine
 from effens.ensembles.swag import SWAG
@@ -28,6 +28,7 @@ from effens.scores import (
 )
 from effens.storage import load, save
 from effens.training import History, device, fit, predict
+from effens.tuning import Candidates, search, stratify
 
 __version__ = "0.1.0"
 

@@ -83,7 +83,8 @@ def measure(
 
     Raises:
         ValueError: there are no examples, or labels are out of range.
-        RuntimeError: the ensemble has no members yet, or cannot be trained as one.
+        RuntimeError: the ensemble has no members yet, or cannot be trained as one: of a `HyperEnsemble`, measure
+            ``chosen``.
     """
     if len(x) == 0 or len(x) != len(y):
         raise ValueError(f"x and y must have the same length >= 1, got {len(x)} and {len(y)}")
@@ -93,8 +94,10 @@ def measure(
     x, y = x.to(place), y.to(place)
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         ensemble.eval()
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            outputs = ensemble(x[:1])
+        with torch.no_grad():
+            ensemble(x[:1])  # a first call may look the network over
+            with FlopCounterMode(display=False) as counter:
+                outputs = ensemble(x[:1])
         likelihood.check(outputs, y)
 
         ensemble.train()

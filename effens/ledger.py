@@ -292,6 +292,9 @@ def hyper(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: in
         except FloatingPointError:
             continue
         networks.append(network)
+    if not networks:
+        rule = f"at least one candidate of seed {seed} must not diverge"
+        raise FloatingPointError(f"{rule}, got {TRIALS} of {TRIALS} that did")
     said = predict(DeepEnsemble.of(networks), x, likelihood=task.likelihood)
     return HyperEnsemble(networks, greedy_select(said, y, task.members))
 

@@ -1,5 +1,6 @@
 """What a network's outputs mean: a loss to train on, and a predictive distribution to read."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -109,15 +110,22 @@ class StudentT(Likelihood):
 
     def nll(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Return the negative log density of each example, ``(..., batch)``, in nats."""
+        check_outputs(self, outputs)
         check_targets(outputs, y)
-        log_density: Tensor = self.predict(outputs).log_prob(y)
-        return -log_density
+        df, location, scale = self.parameters(outputs)  # no distribution: it would refuse a network that diverged
+        z = (y - location) / scale
+        normalizer = torch.lgamma((df + 1) / 2) - torch.lgamma(df / 2) - 0.5 * (math.pi * df).log() - scale.log()
+        return (df + 1) / 2 * torch.log1p(z.square() / df) - normalizer
 
     def predict(self, outputs: Tensor) -> StudentTDistribution:
         """Return a `torch.distributions.StudentT` of batch shape ``(..., batch)``."""
         check_outputs(self, outputs)
+        return StudentTDistribution(*self.parameters(outputs), validate_args=False)
+
+    def parameters(self, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return degrees of freedom, location and scale, each ``(..., batch)``."""
         location, scale, df = outputs.unbind(-1)
-        return StudentTDistribution(2.01 + F.softplus(df), location, F.softplus(scale) + 1e-3, validate_args=False)
+        return 2.01 + F.softplus(df), location, F.softplus(scale) + 1e-3
 
 
 def mixture(distribution: Distribution) -> MixtureSameFamily:

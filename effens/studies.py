@@ -27,7 +27,7 @@ from effens.ensembles.hyper import HyperEnsemble, greedy_select
 from effens.ensembles.mimo import MIMO
 from effens.ensembles.snapshot import SnapshotEnsemble
 from effens.ensembles.swag import SWAG
-from effens.ledger import MOMENTUM_SGD, TASKS, Settings, Task
+from effens.ledger import MOMENTUM_SGD, Settings, Task
 from effens.training import MakeOptimizer, predict
 
 Row = dict[str, Any]
@@ -69,18 +69,22 @@ def study(seeds: int, *grids: Mapping[str, Sequence[Any]]) -> Callable[[Answer],
 @study(
     8,
     {"kind": ["snapshot"], "parts": [1, 2, 4, 8]},
+    {"kind": ["triangular"], "parts": [4]},
     {"kind": ["independent"], "parts": [2, 4, 8]},
     {"kind": ["single"], "parts": [8, 4, 2, 1, 0.5]},
 )
 def cycles(kind: str, parts: float, seed: int) -> list[Row]:
     """Divide the budget of one network on digits: into cycles, or into independent networks; or train one with less.
 
-    A part is B / ``parts`` epochs, of B in the whole budget; half a part is one network with twice the budget.
+    A part is B / ``parts`` epochs, of B in the whole budget; half a part is one network with twice the budget. The
+    triangular cycles of Fast Geometric Ensembling share the last fifth of the budget.
     """
-    task = TASKS["digits"]
+    task = ledger.TASKS["digits"]
     brief = replace(task, epochs=round(task.epochs / parts))
-    if kind == "snapshot":
-        ensemble = train(task, lambda: SnapshotEnsemble(task.make_net, int(parts)), tuned("snapshot"), seed)
+    if kind in ("snapshot", "triangular"):
+        schedule = "cosine" if kind == "snapshot" else kind
+        make = partial(SnapshotEnsemble, task.make_net, int(parts), schedule=schedule)
+        ensemble = train(task, make, tuned("snapshot"), seed)
     elif kind == "independent":
         ensemble = train(brief, lambda: DeepEnsemble(task.make_net, int(parts)), tuned("deep, short"), seed)
     else:
@@ -99,7 +103,7 @@ def tails(rate: float, tail_rate: float, seed: int) -> list[Row]:
 
     One training, and all forms drawn from its moments: a row for each rank and scale; and one for the last weights.
     """
-    task = replace(TASKS["gap"], batch_size=16, epochs=200)
+    task = replace(ledger.TASKS["gap"], batch_size=16, epochs=200)
     settings = {"rate": rate, "weight_decay": 1e-4}
     rows = []
     try:
@@ -125,7 +129,7 @@ def tails(rate: float, tail_rate: float, seed: int) -> list[Row]:
 @study(8, {"samples": [1, 2, 4, 8, 16, 30]})
 def samples(samples: int, seed: int) -> list[Row]:
     """Draw more samples from SWAG on digits."""
-    task = TASKS["digits"]
+    task = ledger.TASKS["digits"]
     settings = tuned("SWAG")
 
     def make() -> Ensemble:
@@ -141,7 +145,7 @@ def samples(samples: int, seed: int) -> list[Row]:
 )
 def capacity(width: int, members: int, share: float, seed: int) -> list[Row]:
     """Give MIMO more or less room on digits; one member is the plain network. Tuned at width 16, and kept."""
-    task = replace(TASKS["digits"], width=width)
+    task = replace(ledger.TASKS["digits"], width=width)
     settings = tuned("MIMO" if members > 1 else "single")
     ensemble = train(task, lambda: MIMO(task.make_net, members, share), settings, seed)
     return [{**scored(task, ensemble, seed), "fit": scored(task, ensemble, seed, "train")["member_nll"]}]
@@ -158,7 +162,7 @@ def search(task: str, seed: int) -> list[Row]:
     ensemble is larger, trained again from M seeds. Stratified: those that are chosen greedily of the first 10, trained
     again with the rest of the budget, and chosen from all.
     """
-    of = TASKS[task]
+    of = ledger.TASKS[task]
     x, y = of.load(seed)["val"]
     assert y is not None
     points = ledger.trial_settings("hyper", seed, BUDGET)
@@ -220,7 +224,7 @@ def decay(task: str, method: str, weight_decay: float, seed: int) -> list[Row]:
 
 def tuned(name: str, task: str = "digits") -> Settings:
     """Return a method's tuned settings, from the ledger."""
-    return ledger.tune(TASKS[task], name)
+    return ledger.tune(ledger.TASKS[task], name)
 
 
 def train(
@@ -323,7 +327,7 @@ def values(name: str, metric: str, **where: Any) -> Tensor:
     seeds = [row["seed"] for row in rows]
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"settings must name one point of the study {name}, got {len(rows)} rows at {where}")
-    return torch.tensor([row[metric] for row in sorted(rows, key=lambda row: row["seed"])])
+    return torch.tensor([float(row[metric]) for row in sorted(rows, key=lambda row: row["seed"])])
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,9 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, cast
 
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from effens.ensembles.base import Ensemble
+from effens.ensembles.base import Ensemble, MemberLayer
+from effens.ensembles.deep import DeepEnsemble, LoopedLayer
 from effens.likelihoods import Categorical, Likelihood
 
 Data = tuple[Tensor, Tensor] | Dataset[Any] | DataLoader[Any]
@@ -27,7 +29,7 @@ class History:
 
     Attributes:
         losses: mean loss of each network at each step, ``(steps, streams)``, in nats.
-        rates: rate at each step, ``(steps,)``.
+        rates: rate at each step, ``(steps,)``; with rates of the members' own ``(steps, streams)``.
         seconds: training time.
     """
 
@@ -58,8 +60,8 @@ def fit(
     *,
     epochs: int = 20,
     batch_size: int = 128,
-    rate: float = 1e-3,
-    weight_decay: float = 0.0,
+    rate: float | Sequence[float] = 1e-3,
+    weight_decay: float | Sequence[float] = 0.0,
     optimizer: MakeOptimizer = torch.optim.AdamW,
     likelihood: Likelihood | None = None,
     device: torch.device | str | None = None,
@@ -73,8 +75,9 @@ def fit(
         data: tensors ``(x, y)``, a map-style `Dataset`, or a `DataLoader`, which is used as it is given.
         epochs: passes over the data.
         batch_size: examples in a step; a `DataLoader` has its own.
-        rate: the highest learning rate; `Ensemble.schedule` moves it at every step.
-        weight_decay: the optimizer's, for all but an ensemble's fast weights.
+        rate: the highest learning rate; `Ensemble.schedule` moves it at every step. Members of a `DeepEnsemble` can
+            have rates of their own, one for each, with `torch.optim.AdamW` or `torch.optim.SGD`.
+        weight_decay: the optimizer's, for all but an ensemble's fast weights; or one for each member, likewise.
         optimizer: called with parameter groups, ``lr`` and ``weight_decay``.
         likelihood: what the outputs mean; `Categorical` by default.
         device: where to train; by default `effens.device`.
@@ -85,7 +88,8 @@ def fit(
         The losses, the rates and the time taken.
 
     Raises:
-        ValueError: there are no examples, labels are out of range, or targets are not one per example.
+        ValueError: there are no examples, labels are out of range, or targets are not one per example; or there are
+            rates or decays for each member where there cannot be, or not one for each.
         FloatingPointError: a loss is not finite.
         TypeError: ``ensemble`` is none, but a plain network, say.
     """
@@ -95,14 +99,17 @@ def fit(
     place = place_of(device)
     ensemble.to(place)
     batches = Batches(ensemble, data, batch_size, place, torch.Generator().manual_seed(seed))
-    groups = ensemble.parameter_groups(rate, weight_decay)
-    if not any(group["params"] for group in groups):
+    if not any(parameter.requires_grad for parameter in ensemble.parameters()):
         raise ValueError("the ensemble must have weights to train, got none that require gradients")
-    descent = make_optimizer(optimizer, groups, rate, weight_decay)
+    descent: torch.optim.Optimizer | PerMember
+    if isinstance(rate, Sequence) or isinstance(weight_decay, Sequence):
+        descent = PerMember(ensemble, optimizer, rate, weight_decay)
+    else:
+        descent = make_optimizer(optimizer, ensemble.parameter_groups(rate, weight_decay), rate, weight_decay)
     highest = [group["lr"] for group in descent.param_groups]
     steps = epochs * len(batches)
     losses: list[Tensor] = []
-    rates: list[float] = []
+    rates: list[Any] = []
     began = time.perf_counter()
     with seeded(seed, place), bar(steps, progress) as shown:
         for _ in range(epochs):
@@ -121,7 +128,7 @@ def fit(
                 descent.step()
                 ensemble.collect(step, steps)
                 losses.append(each.detach().mean(1))
-                rates.append(rate * multiplier)
+                rates.append([r * multiplier for r in rate] if isinstance(rate, Sequence) else rate * multiplier)
                 shown.update()
             check_finite(losses, len(batches))
         ensemble.eval()
@@ -257,6 +264,94 @@ def make_optimizer(
     floating = all(p.is_floating_point() for group in groups for p in group["params"])
     options = {"fused": True} if optimizer in FUSED and floating else {}
     return optimizer(groups, lr=rate, weight_decay=weight_decay, **options)
+
+
+class PerMember:
+    """One optimizer for all members of a `DeepEnsemble`, who have rates and decays of their own.
+
+    But for the decay, a step of AdamW, or of SGD, is the rate times something that depends on no weight and on no
+    rate. So the optimizer moves zeros, at the schedule's rate, and each weight moves by that times its member's rate.
+
+    Args:
+        ensemble: on the device on which it is trained.
+        optimizer: `torch.optim.AdamW` or `torch.optim.SGD`, or a partial of one.
+        rate: one for all, or one for each member.
+        weight_decay: likewise.
+    """
+
+    def __init__(
+        self,
+        ensemble: Ensemble,
+        optimizer: MakeOptimizer,
+        rate: float | Sequence[float],
+        weight_decay: float | Sequence[float],
+    ) -> None:
+        rule = optimizer.func if isinstance(optimizer, partial) else optimizer
+        if rule not in (torch.optim.AdamW, torch.optim.SGD):
+            name = getattr(rule, "__name__", type(rule).__name__)
+            raise ValueError(f"optimizer must be AdamW or SGD for rates or decays of the members' own, got {name}")
+        owners = members_of(ensemble)
+        rates = torch.tensor(one_each("rate", rate, ensemble.members), dtype=torch.float64)
+        decays = torch.tensor(one_each("weight_decay", weight_decay, ensemble.members), dtype=torch.float64)
+        self.coupled = rule is torch.optim.SGD  # the decay goes through the momentum
+        self.weights = list(owners)
+        self.rates = [rates[owner].to(p.dtype).to(p.device) for p, owner in owners.items()]
+        self.decays = [decays[owner].to(p.dtype).to(p.device) for p, owner in owners.items()]
+        self.moves = [torch.zeros_like(p) for p in owners]
+        self.optimizer = make_optimizer(optimizer, [{"params": self.moves}], 1.0, 0.0)
+        self.param_groups = self.optimizer.param_groups
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for weight in self.weights:
+            weight.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move every weight."""
+        for weight, move, decay in zip(self.weights, self.moves, self.decays, strict=True):
+            move.grad = weight.grad
+            if self.coupled and move.grad is not None:
+                move.grad.addcmul_(weight, decay)
+        self.optimizer.step()
+        multiplier = self.param_groups[0]["lr"]
+        for weight, move, rate, decay in zip(self.weights, self.moves, self.rates, self.decays, strict=True):
+            if weight.grad is None:  # not asked in this step: it neither moves nor decays
+                continue
+            if not self.coupled:
+                weight.mul_(1 - multiplier * rate * decay)
+            weight.addcmul_(move, rate)
+            move.zero_()
+
+
+def members_of(ensemble: Ensemble) -> dict[nn.Parameter, Tensor]:
+    """Return which member each weight belongs to: its number, or all numbers along a stacked weight's first axis."""
+    owners: dict[nn.Parameter, Tensor] = {}
+    if not isinstance(ensemble, DeepEnsemble):
+        rule = "only members of a DeepEnsemble can have rates or decays of their own"
+        raise ValueError(f"{rule}, got a {type(ensemble).__name__}")
+    for layer in ensemble.network.modules():
+        if isinstance(layer, LoopedLayer):
+            pairs = [(p, torch.tensor(m)) for m, network in enumerate(layer.layers) for p in network.parameters()]
+        elif isinstance(layer, MemberLayer):
+            pairs = [(p, torch.arange(len(p)).view(-1, *[1] * (p.dim() - 1))) for p in layer.parameters()]
+        else:
+            continue
+        for p, owner in pairs:
+            if not torch.equal(owners.setdefault(p, owner), owner):
+                raise ValueError("members with rates or decays of their own must share no weights, got shared ones")
+    return {p: owner for p, owner in owners.items() if p.requires_grad}
+
+
+def one_each(name: str, values: float | Sequence[float], members: int) -> list[float]:
+    """Return a value for each member; raise `ValueError` unless there are so many, and all are rates, or decays."""
+    each = list(values) if isinstance(values, Sequence) else [values] * members
+    if len(each) != members:
+        raise ValueError(f"{name} must hold one value for each of {members} members, got {len(each)}")
+    least, low = (">", math.ulp(0.0)) if name == "rate" else (">=", 0.0)
+    if wrong := [value for value in each if not low <= value < math.inf]:
+        raise ValueError(f"{name} must be {least} 0 and finite, got {wrong[0]}")
+    return each
 
 
 def bar(steps: int, progress: bool) -> "tqdm[Any]":

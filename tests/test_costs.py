@@ -60,13 +60,45 @@ ENSEMBLES = {
     "batch, split": (lambda: effens.BatchEnsemble(net, MEMBERS, split=True), MEMBERS),
     "batch, own forward": (lambda: effens.BatchEnsemble(Own, MEMBERS), MEMBERS),
     "mixture of one": (lambda: effens.DeepEnsemble.of([net(), Own()]), 2),
+    "snapshot": (lambda: fitted(effens.SnapshotEnsemble(net, MEMBERS)), MEMBERS),
+    "SWAG": (lambda: fitted(effens.SWAG(net, MEMBERS)), MEMBERS),
+    "hyper": (lambda: effens.HyperEnsemble([net(), Own(), net()], [2, 0, 2]).chosen, 2),
 }
+
+
+def fitted(ensemble: effens.Ensemble) -> effens.Ensemble:
+    effens.fit(ensemble, data(), epochs=MEMBERS, device="cpu")
+    return ensemble
 
 
 @pytest.mark.parametrize("name", ENSEMBLES)
 def test_every_method_counts_the_same_operations_for_a_member(name: str) -> None:
     make, members = ENSEMBLES[name]
     assert measured(make()).flops == members * PER_EXAMPLE
+
+
+@pytest.mark.parametrize("make_net", [net, Own])
+def test_mimo_computes_one_network_with_more_heads(make_net: Callable[[], nn.Module]) -> None:
+    found = measured(effens.MIMO(make_net, MEMBERS))
+    assert found.flops == PER_EXAMPLE + 2 * WIDTH * (MEMBERS - 1) * CLASSES  # also where it was never called before
+    more = (MEMBERS - 1) * (INPUTS * WIDTH + WIDTH * CLASSES + CLASSES)
+    assert found.parameters == INPUTS * WIDTH + WIDTH + WIDTH * CLASSES + CLASSES + more
+    assert found.stored_bytes == FLOAT * found.parameters
+
+
+def test_what_snapshots_and_swag_store() -> None:
+    one = INPUTS * WIDTH + WIDTH + WIDTH * CLASSES + CLASSES
+    snapshot = measured(fitted(effens.SnapshotEnsemble(net, MEMBERS)))
+    assert snapshot.parameters == one  # those that are trained
+    assert snapshot.stored_bytes == FLOAT * one * (MEMBERS + 1) + LONG  # and a counter
+    swag = measured(fitted(effens.SWAG(net, MEMBERS, rank=20)))
+    assert swag.parameters == one
+    assert swag.stored_bytes == FLOAT * one * (MEMBERS + 1 + 20 + 2) + LONG + 1  # a counter and a flag
+
+
+def test_what_cannot_be_trained_as_one_says_what_to_measure() -> None:
+    with pytest.raises(RuntimeError, match="trained already, each with its own settings: effens.search"):
+        measured(effens.HyperEnsemble([net(), net()], [0, 1]))
 
 
 def test_operations_of_convolutions_are_counted_grouped_or_not() -> None:

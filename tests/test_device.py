@@ -72,6 +72,13 @@ def deep() -> None:
     train(effens.DeepEnsemble.of([looped, mlp()]), torch.randn(5, 4, device=DEVICE))
 
 
+# Snapshots and SWAG copy their network, which tensors of a made-up device do not allow: see the tests on a GPU.
+def mimo() -> None:
+    for make_net, x in ((mlp, torch.randn(5, 4, device=DEVICE)), (cnn, torch.randn(5, 1, 8, 8, device=DEVICE))):
+        for share in (0.0, 0.5):
+            train(effens.MIMO(make_net, 3, share=share), x)
+
+
 def batch() -> None:
     for make_net, x in ((mlp, torch.randn(5, 4, device=DEVICE)), (cnn, torch.randn(5, 1, 8, 8, device=DEVICE))):
         for init in ("signs", "normal", "ones"):
@@ -103,7 +110,9 @@ def mistakes() -> None:
             raise AssertionError("a CPU tensor went through an ensemble on another device")
 
 
-CASES: dict[str, Callable[[], None]] = {case.__name__: case for case in (layers, deep, batch, likelihoods, mistakes)}
+CASES: dict[str, Callable[[], None]] = {
+    case.__name__: case for case in (layers, deep, batch, mimo, likelihoods, mistakes)
+}
 
 
 @pytest.fixture(scope="module")
@@ -146,12 +155,15 @@ ENSEMBLES: list[Callable[[], effens.Ensemble]] = [
     lambda: effens.DeepEnsemble(cnn, 3),
     lambda: effens.DeepEnsemble(scenarios.normed, 3),
     lambda: effens.BatchEnsemble(cnn, 3),
+    lambda: effens.SnapshotEnsemble(cnn, 3),
+    lambda: effens.SWAG(cnn, 3, rank=4),
+    lambda: effens.MIMO(cnn, 3, share=0.5),
 ]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("make", "data"), list(zip(ENSEMBLES, [scenarios.vectors] * 4 + [scenarios.images] * 3, strict=True))
+    ("make", "data"), list(zip(ENSEMBLES, [scenarios.vectors] * 4 + [scenarios.images] * 6, strict=True))
 )
 def test_trains_and_predicts_on_a_gpu_as_on_a_cpu(make: Any, data: Any, cuda: torch.device) -> None:
     x, y = data()

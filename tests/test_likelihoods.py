@@ -164,3 +164,17 @@ class TestMixture:
 def test_mixture_of_something_else() -> None:
     with pytest.raises(TypeError, match="distribution must be Normal or StudentT, got Laplace"):
         effens.mixture(torch.distributions.Laplace(torch.zeros(3, 7), torch.ones(3, 7)))
+
+
+def test_a_network_that_diverges_is_told_from_its_loss() -> None:
+    x, y = torch.randn(20, 2), torch.randn(20)
+    ensemble = effens.DeepEnsemble(lambda: effens.nets.mlp(2, 3), 2)
+    with pytest.raises(FloatingPointError, match="losses must be finite"):
+        effens.fit(ensemble, (x, y), epochs=3, rate=1e30, likelihood=effens.StudentT(), device="cpu")
+
+
+def test_the_density_of_student_is_that_of_torch() -> None:
+    outputs = 3 * torch.randn(4, 50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = 10 * torch.randn(50, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    expected = -effens.StudentT().predict(outputs).log_prob(y)
+    torch.testing.assert_close(effens.StudentT().nll(outputs, y), expected)

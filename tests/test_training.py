@@ -1,5 +1,6 @@
 """The training loop: what is reported, what is refused, and that it does what the obvious loop does."""
 
+import copy
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -9,7 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scenarios import generator, indices, mlp, plain_loop, relative, vectors
+from scenarios import (
+    cnn,
+    generator,
+    images,
+    indices,
+    mlp,
+    normed,
+    plain_loop,
+    relative,
+    remembered,
+    residual,
+    vectors,
+)
 from scipy import stats
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
@@ -207,6 +220,116 @@ class TestLoop:
         assert "step" in capfd.readouterr().err
 
 
+OPTIMIZERS = {
+    "AdamW": torch.optim.AdamW,
+    "AdamW, betas": partial(torch.optim.AdamW, betas=(0.5, 0.9), amsgrad=True),
+    "SGD": torch.optim.SGD,
+    "momentum": partial(torch.optim.SGD, momentum=0.9),
+    "nesterov": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+}
+RATES, DECAYS = [0.03, 1e-5, 0.1], [0.0, 3.0, 0.5]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=list(OPTIMIZERS))
+class TestRatesOfTheMembersOwn:
+    @pytest.mark.parametrize(
+        ("make_net", "data"),
+        [(mlp, vectors), (cnn, images), (residual, vectors), (normed, images)],
+        ids=["linear", "convolutions", "own forward", "batch norm"],
+    )
+    def test_equal_training_one_by_one(self, optimizer: Any, make_net: Any, data: Any) -> None:
+        make, plain = remembered(make_net, 3)
+        ensemble, (x, y) = effens.DeepEnsemble(make, 3), data(22)
+        options: dict[str, Any] = {"epochs": 15, "batch_size": 8, "optimizer": optimizer, "device": "cpu"}
+        effens.fit(ensemble, (x, y), rate=RATES, weight_decay=DECAYS, **options)
+        steps = indices(ensemble, 22, 8, 15)
+        assert len(steps) == 45
+        for m, network in enumerate(plain):
+            batches = [index[m] for index in steps]
+            plain_loop(network, x, y, batches, rate=RATES[m], weight_decay=DECAYS[m], optimizer=optimizer)
+            assert relative(ensemble.member(m)(x), network(x)) < 1e-10
+
+    def test_equal_it_in_single_precision(self, optimizer: Any) -> None:
+        make, plain = remembered(lambda: mlp().float(), 3)
+        ensemble, (x, y) = effens.DeepEnsemble(make, 3), vectors(22)
+        x = x.float()
+        options: dict[str, Any] = {"epochs": 15, "batch_size": 8, "optimizer": optimizer, "device": "cpu"}
+        effens.fit(ensemble, (x, y), rate=RATES, weight_decay=DECAYS, **options)
+        for m, network in enumerate(plain):
+            batches = [index[m] for index in indices(ensemble, 22, 8, 15)]
+            plain_loop(network, x, y, batches, rate=RATES[m], weight_decay=DECAYS[m], optimizer=optimizer)
+            assert relative(ensemble.member(m)(x), network(x)) < 1e-4
+
+    def test_equal_one_for_all_where_they_are_equal(self, optimizer: Any) -> None:
+        x, y = vectors(22)
+        options: dict[str, Any] = {"epochs": 5, "batch_size": 8, "optimizer": optimizer, "device": "cpu"}
+        answers = []
+        for rate, decay in ((0.02, 0.3), ([0.02] * 3, 0.3), (0.02, (0.3, 0.3, 0.3)), ([0.02] * 3, [0.3] * 3)):
+            torch.manual_seed(0)
+            ensemble = effens.DeepEnsemble(mlp, 3)
+            effens.fit(ensemble, (x, y), rate=rate, weight_decay=decay, **options)
+            answers.append(ensemble(x))
+        for answer in answers[1:]:
+            assert relative(answer, answers[0]) < 1e-12
+
+    def test_networks_that_differ(self, optimizer: Any) -> None:
+        """Of `DeepEnsemble.of`, with one weight frozen, one without a gradient, and weights tied within a network."""
+
+        class Tied(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first = nn.Linear(4, 4).double()
+                self.second = nn.Linear(4, 4).double()
+                self.second.weight = self.first.weight
+                self.idle = nn.Linear(2, 2)
+
+            def forward(self, x: Tensor) -> Tensor:
+                answer: Tensor = self.second(self.first(x).tanh())[:, :3]
+                return answer
+
+        torch.manual_seed(0)
+        networks = [Tied(), mlp(), residual()]
+        next(networks[1].parameters()).requires_grad_(False)
+        plain, (x, y) = copy.deepcopy(networks), vectors(22)
+        ensemble = effens.DeepEnsemble.of(networks)
+        options: dict[str, Any] = {"epochs": 5, "batch_size": 8, "optimizer": optimizer, "device": "cpu"}
+        effens.fit(ensemble, (x, y), rate=RATES, weight_decay=DECAYS, **options)
+        for m, network in enumerate(plain):
+            batches = [index[m] for index in indices(ensemble, 22, 8, 5)]
+            plain_loop(network, x, y, batches, rate=RATES[m], weight_decay=DECAYS[m], optimizer=optimizer)
+            for p, q in zip(networks[m].parameters(), network.parameters(), strict=True):
+                assert relative(p, q) < 1e-10
+
+
+def test_history_has_a_rate_for_each_member() -> None:
+    history = effens.fit(effens.DeepEnsemble(mlp, 3), vectors(22), epochs=2, rate=RATES, batch_size=8, device="cpu")
+    cosine = torch.tensor([0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6)])
+    assert torch.allclose(history.rates, cosine[:, None] * torch.tensor(RATES))
+    assert (history.steps, history.rates.shape) == (6, history.losses.shape)
+    decays = effens.fit(effens.DeepEnsemble(mlp, 3), vectors(22), epochs=2, weight_decay=DECAYS, device="cpu")
+    assert decays.rates.shape == (2,)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_one_rate_is_the_plain_loop_bit_for_bit(fused: bool) -> None:
+    make, _ = remembered(mlp, 3)
+    ensemble, (x, y) = effens.DeepEnsemble(make, 3), vectors(22)
+    plain = copy.deepcopy(ensemble)
+    optimizer: Any = torch.optim.AdamW if fused else partial(torch.optim.AdamW, fused=False)
+    options: dict[str, Any] = {"rate": 0.02, "weight_decay": 0.3, "optimizer": optimizer}
+    effens.fit(ensemble, (x, y), epochs=5, batch_size=8, device="cpu", **options)
+    descent = torch.optim.AdamW(plain.parameters(), lr=0.02, weight_decay=0.3, fused=fused)
+    steps = indices(ensemble, 22, 8, 5)
+    for step, index in enumerate(steps):
+        descent.param_groups[0]["lr"] = 0.02 * (0.5 * (1 + math.cos(math.pi * step / len(steps))))
+        loss = effens.Categorical().nll(plain.forward_members(x[index]), y[index]).mean(1).sum()
+        descent.zero_grad()
+        loss.backward()
+        descent.step()
+    for p, q in zip(ensemble.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 class TestMistakes:
     @pytest.mark.parametrize(("name", "value"), [("epochs", 0), ("batch_size", 0), ("epochs", -1)])
     def test_sizes(self, name: str, value: int) -> None:
@@ -324,6 +447,42 @@ class TestMistakes:
 
         with pytest.raises(FloatingPointError, match=rf"got \[inf, inf\] at step {bad}"):
             effens.fit(effens.DeepEnsemble(mlp, 2), vectors(), batch_size=8, likelihood=Broken(), device="cpu")
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"rate": [0.1]}, "rate must hold one value for each of 2 members, got 1"),
+            ({"rate": []}, "rate must hold one value for each of 2 members, got 0"),
+            ({"weight_decay": (0.1, 0.1, 0.1)}, "weight_decay must hold one value for each of 2 members, got 3"),
+            ({"rate": [0.1, 0.0]}, "rate must be > 0 and finite, got 0.0"),
+            ({"rate": [-0.1, 0.1]}, "rate must be > 0 and finite, got -0.1"),
+            ({"rate": [0.1, math.nan]}, "rate must be > 0 and finite, got nan"),
+            ({"weight_decay": [0.0, -0.1]}, "weight_decay must be >= 0 and finite, got -0.1"),
+            ({"weight_decay": [0.0, math.inf]}, "weight_decay must be >= 0 and finite, got inf"),
+            ({"optimizer": torch.optim.Adam}, "optimizer must be AdamW or SGD .*, got Adam$"),
+            ({"optimizer": partial(torch.optim.RMSprop, alpha=0.9)}, "optimizer must be AdamW or SGD .*, got RMSprop"),
+            ({"optimizer": lambda p, **options: torch.optim.SGD(p, **options)}, "got <lambda>"),
+        ],
+    )
+    def test_rates_of_the_members_own(self, options: dict[str, Any], message: str) -> None:
+        ensemble = effens.DeepEnsemble(mlp, 2)
+        before = copy.deepcopy(ensemble.state_dict())
+        with pytest.raises(ValueError, match=message):
+            effens.fit(ensemble, vectors(), device="cpu", **{"rate": [0.1, 0.1], **options})
+        assert all(torch.equal(tensor, before[name]) for name, tensor in ensemble.state_dict().items())
+
+    @pytest.mark.parametrize("method", ["BatchEnsemble", "SnapshotEnsemble", "SWAG", "MIMO"])
+    def test_rates_of_members_that_share_weights(self, method: str) -> None:
+        message = f"only members of a DeepEnsemble can have rates or decays of their own, got a {method}"
+        for name in ("rate", "weight_decay"):
+            options: dict[str, Any] = {name: [0.1, 0.2]}
+            with pytest.raises(ValueError, match=message):
+                effens.fit(getattr(effens, method)(mlp, 2), vectors(), device="cpu", **options)
+
+    def test_rates_of_networks_that_share_weights(self) -> None:
+        network = mlp()
+        with pytest.raises(ValueError, match="members with rates or decays of their own must share no weights"):
+            effens.fit(effens.DeepEnsemble.of([network, network]), vectors(), device="cpu", rate=[0.1, 0.2])
 
     def test_a_plain_network(self) -> None:
         network: Any = mlp()

@@ -1,0 +1,253 @@
+"""Studies: one question each; they resume where they were killed, and read back what was answered."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_ledger import LINE, SPOTS, Guarded, forget
+from torch import Tensor
+
+import effens
+from effens import ledger, studies
+from effens.studies import Row
+
+SHIPPED = {name: json.loads(studies.path_of(name).read_text()) for name in studies.STUDIES}
+SETTINGS = {"rate": 0.01, "weight_decay": 0.01, "tail_rate": 0.5}
+
+
+@pytest.fixture
+def bank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Another bank, and tiny tasks in place of the book's; settings are given, not tuned."""
+    monkeypatch.setattr(ledger, "BANK", tmp_path)
+    tiny = {"gap": replace(LINE, name="gap", members=3), "digits": replace(SPOTS, name="digits", members=3)}
+    monkeypatch.setattr(ledger, "TASKS", tiny)
+    monkeypatch.setattr(studies, "tuned", lambda name, task="digits": SETTINGS)
+    monkeypatch.setattr(studies, "STUDIES", dict(studies.STUDIES))
+    forget()
+    yield tmp_path
+    studies.read.cache_clear()
+    forget()
+
+
+@pytest.fixture
+def asked(bank: Path) -> list[tuple[int, int]]:
+    """A study that writes down what it was asked."""
+    calls: list[tuple[int, int]] = []
+
+    @studies.study(2, {"a": [1, 2], "b": [0]})
+    def counting(a: int, b: int, seed: int) -> list[Row]:
+        calls.append((a, seed))
+        return [{"form": form, "nll": a + seed / 3 + form} for form in range(2)]
+
+    return calls
+
+
+# ---- Running and reading. ----
+
+
+def test_every_point_is_asked_once_with_every_seed(asked: list[tuple[int, int]]) -> None:
+    studies.run("counting")
+    assert asked == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    studies.run("counting")
+    assert len(asked) == 4
+    assert len(studies.read("counting")) == 8
+    torch.testing.assert_close(studies.values("counting", "nll", a=2, form=1), torch.tensor([3, 3 + 1 / 3]))
+
+
+def test_a_killed_study_goes_on_where_it_was(asked: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    write = ledger.write_json
+
+    def killed(path: Path, content: dict[str, Any]) -> None:
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            studies.run("counting")
+    assert len(json.loads(studies.path_of("counting").read_text())["rows"]) == 4  # two answers, whole
+    studies.run("counting")
+    assert asked == [(1, 0), (1, 1), (2, 0), (2, 0), (2, 1)]
+    assert [row["seed"] for row in studies.read("counting")] == [0, 0, 1, 1, 0, 0, 1, 1]
+
+
+def test_scores_are_rounded_and_settings_are_not() -> None:
+    assert studies.rounded({"nll": 0.12345678, "seed": 3, "kind": "x"}) == {"nll": 0.123457, "seed": 3, "kind": "x"}
+
+
+def test_values_are_in_the_order_of_the_seeds(bank: Path) -> None:
+    rows = [{"seed": seed, "nll": float(seed)} for seed in (2, 0, 1)]
+    ledger.write_json(studies.path_of("mine"), {"rows": rows})
+    assert studies.values("mine", "nll").tolist() == [0, 1, 2]
+
+
+def test_what_reading_refuses(asked: list[tuple[int, int]]) -> None:
+    with pytest.raises(FileNotFoundError, match="the bank must hold the study counting, got none: run python -m"):
+        studies.read("counting")
+    studies.run("counting")
+    with pytest.raises(KeyError, match=r"the study counting must hold nll at \{'a': 7\}, got none"):
+        studies.values("counting", "nll", a=7)
+    with pytest.raises(KeyError, match="must hold accuracy at"):
+        studies.values("counting", "accuracy", a=1, form=0)
+    with pytest.raises(ValueError, match=r"settings must name one point of the study counting, got 4 rows"):
+        studies.values("counting", "nll", a=1)
+
+
+# ---- What each study does, on tiny tasks. ----
+
+
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[effens.Ensemble, int]]:
+    """The ensembles that are trained from here on, with their epochs."""
+    found: list[tuple[effens.Ensemble, int]] = []
+    fit = effens.fit
+
+    def spy(ensemble: effens.Ensemble, data: Any, **options: Any) -> None:
+        found.append((ensemble, options["epochs"]))
+        fit(ensemble, data, **options)
+
+    monkeypatch.setattr(ledger, "fit", spy)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts", "kept", "epochs"),
+    [
+        ("snapshot", 3, 3, 3),
+        ("triangular", 2, 2, 3),
+        ("independent", 2, 2, 2),
+        ("single", 3, 1, 1),
+        ("single", 0.5, 1, 6),
+    ],
+)
+def test_cycles_divide_one_budget(
+    kind: str, parts: float, kept: int, epochs: int, bank: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = trained(monkeypatch)
+    (row,) = studies.cycles(kind=kind, parts=parts, seed=0)
+    ((ensemble, budget),) = found
+    assert (ensemble.members, budget) == (kept, epochs)
+    assert isinstance(ensemble, effens.SnapshotEnsemble) == (kind in ("snapshot", "triangular"))
+    x, y = SPOTS.load(0)["train"]
+    assert y is not None
+    probs = effens.predict(ensemble, x)
+    assert row["fit"] == pytest.approx(effens.member_nll(probs, y).item(), rel=1e-5)
+    assert row["fit_of_mean"] == pytest.approx(effens.nll(probs, y).item(), rel=1e-5)
+
+
+def test_all_forms_of_a_tail_come_from_one_training(bank: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = trained(monkeypatch)
+    monkeypatch.setitem(ledger.TASKS, "gap", replace(ledger.TASKS["gap"], epochs=2))
+    rows = studies.tails(rate=0.001, tail_rate=0.5, seed=0)
+    ((ensemble, _),) = found
+    assert isinstance(ensemble, effens.SWAG)
+    assert [(row["rank"], row["scale"]) for row in rows] == [(-1, 0.0), *studies.FORMS]
+    last, swa = rows[0], rows[1]
+    task = ledger.TASKS["gap"]
+    for network, row in ((ensemble.network, last), (ensemble.at(ensemble.mean), swa)):
+        expected = studies.scored(task, effens.DeepEnsemble.of([network]), 0)
+        assert row["nll"] == pytest.approx(expected["nll"], rel=1e-4)
+    assert rows[2]["spread"] < rows[3]["spread"] < rows[4]["spread"]  # with the scale
+
+
+def test_a_tail_that_diverges_says_so(bank: Path) -> None:
+    rows = studies.tails(rate=1e12, tail_rate=1.0, seed=0)
+    assert [row["diverged"] for row in rows] == [1] * len(studies.FORMS)
+
+
+def test_one_head_is_the_plain_network(bank: Path) -> None:
+    (one,) = studies.capacity(width=4, members=1, share=0.0, seed=0)
+    task = replace(ledger.TASKS["digits"], width=4)
+    plain = studies.train(task, lambda: effens.MIMO(task.make_net, 1), SETTINGS, 0)
+    assert one["nll"] == pytest.approx(studies.scored(task, plain, 0)["nll"])
+    assert one["diversity_gain"] == pytest.approx(0, abs=1e-9)
+
+
+def test_samples_are_as_many_as_asked(bank: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = trained(monkeypatch)
+    for number in (1, 3):
+        studies.samples(samples=number, seed=0)
+    assert [ensemble.members for ensemble, _ in found] == [1, 3]
+
+
+@pytest.mark.parametrize("task", ["digits", "gap"])
+def test_every_way_to_search_keeps_to_its_budget(task: str, bank: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = trained(monkeypatch)
+    monkeypatch.setattr(studies, "BUDGET", 8)
+    rows = {row["way"]: row for row in studies.search(task=task, seed=0)}
+    members = ledger.TASKS[task].members
+    assert len(found) == 8 + members + 4  # candidates; the best again; those that are chosen of the first half, again
+    assert rows.keys() == {"greedy", "top", "best, retrained", "stratified", "best, alone"}
+    assert rows["top"]["unique"] == rows["best, retrained"]["unique"] == members
+    assert rows["best, alone"]["unique"] == 1
+    assert all(1 <= row["unique"] <= members for row in rows.values())
+    assert rows["greedy"]["val"] <= rows["best, alone"]["val"] + 1e-9  # it begins with the best
+
+
+def test_a_search_selects_without_looking_at_test_data(bank: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(studies, "BUDGET", 8)
+    task = ledger.TASKS["digits"]
+    monkeypatch.setitem(ledger.TASKS, "digits", replace(task, load=lambda seed: Guarded(task.load(seed))))
+    asked_for: list[str] = []
+    scored = studies.scored
+
+    def spy(of: ledger.Task, ensemble: effens.Ensemble, seed: int, split: str = "test") -> Row:
+        asked_for.append(split)
+        return scored(task, ensemble, seed, split)
+
+    monkeypatch.setattr(studies, "scored", spy)
+    studies.search(task="digits", seed=0)  # the guard would raise
+    assert asked_for == ["val", "test"] * 5  # after all was chosen
+
+
+# ---- The studies that the book ships. ----
+
+
+@pytest.mark.parametrize("name", studies.STUDIES)
+def test_a_shipped_study_is_complete(name: str) -> None:
+    rows, study = SHIPPED[name]["rows"], studies.STUDIES[name]
+    for point in study.grid:
+        for seed in range(study.seeds):
+            assert studies.matching(rows, {**point, "seed": seed}), (point, seed)
+    assert {row["seed"] for row in rows} == set(range(study.seeds))
+    keys = study.grid[0].keys()
+    points = [tuple(point.values()) for point in study.grid]
+    assert all(tuple(row[key] for key in keys) in points for row in rows)
+
+
+@pytest.mark.parametrize("name", studies.STUDIES)
+def test_the_numbers_of_a_shipped_study_are_sound(name: str) -> None:
+    whole = [row for row in SHIPPED[name]["rows"] if "diverged" not in row]
+    assert whole
+    for row in whole:
+        assert all(math.isfinite(value) for value in row.values() if isinstance(value, float))
+        assert row["nll"] == pytest.approx(
+            row["member_nll"] - row["diversity_gain"], abs=2e-5 * (1 + abs(row["member_nll"]))
+        )
+        assert row["diversity_gain"] >= -1e-6
+    assert studies.path_of(name).stat().st_size < 600_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "point"),
+    [
+        ("cycles", {"kind": "snapshot", "parts": 4}),
+        ("capacity", {"width": 8, "members": 3, "share": 0.5}),
+        ("samples", {"samples": 4}),
+    ],
+)
+def test_an_answer_can_be_had_again(name: str, point: dict[str, Any]) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        (row,) = studies.STUDIES[name].answer(**point, seed=0)
+    finally:
+        torch.set_num_threads(threads)
+    kept: Tensor = studies.values(name, "nll", **point)[0]
+    assert row["nll"] == pytest.approx(kept.item(), abs=0.03)  # another processor rounds otherwise
