@@ -1,6 +1,7 @@
 """Efficient ensembles: uncertainty from many networks for less than many networks' cost."""
 
 from effens import data, nets
+from effens.chooser import Choice, choose
 from effens.costs import Costs, measure
 from effens.ensembles.base import Ensemble
 from effens.ensembles.batch import BatchEnsemble, BatchEnsembleConv2d, BatchEnsembleLinear
@@ -40,6 +41,7 @@ __all__ = [
     "BatchEnsembleLinear",
     "Candidates",
     "Categorical",
+    "Choice",
     "Costs",
     "DeepEnsemble",
     "Ensemble",
@@ -52,6 +54,7 @@ __all__ = [
     "accuracy",
     "auroc",
     "brier",
+    "choose",
     "crps",
     "cyclic_cosine",
     "data",

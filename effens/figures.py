@@ -26,6 +26,9 @@ COLORS = {
     "SWAG": "#CC79A7",
     "MIMO": "#E69F00",
     "hyper": "#56B4E9",
+    "narrow": "#8c6d31",
+    "MC dropout": "#6b4c9a",
+    "Laplace": "#a3352c",
 }
 
 # Three lines without hue are told apart by their dashes; every other method is solid.

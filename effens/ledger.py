@@ -75,7 +75,8 @@ class Task:
         width: of the network.
         make: (width, dropout=0.0) to network.
         load: seed to named sets of (x, y); y is None where there is no right answer.
-        truth: (seed, set) to the exact predictive distribution, where it is known: then each seed has data of its own.
+        fresh: whether each seed has data of its own.
+        truth: (seed, set) to the exact predictive distribution, where it is known.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Task:
     width: int
     make: Callable[..., nn.Module]
     load: Callable[[int], Sets]
+    fresh: bool = False
     truth: Callable[[int, str], Normal] | None = None
 
     def make_net(self) -> nn.Module:
@@ -175,7 +177,7 @@ def make_table_net(width: int, dropout: float = 0.0) -> nn.Module:
 TASKS = {
     task.name: task
     for task in (
-        Task("gap", 5, 20, 10, 800, 160, Gaussian(), 64, make_mlp, load_gap, gap_truth),
+        Task("gap", 5, 20, 10, 800, 160, Gaussian(), 64, make_mlp, load_gap, True, gap_truth),
         Task("digits", 4, 4, 8, 38, 64, Categorical(), 16, make_cnn, load_digits),
         Task("diamonds", 4, 4, 8, 40, 64, Gaussian(), 64, make_table_net, load_diamonds),
     )
@@ -656,7 +658,7 @@ def pool(task: str, split: str = "test", seed: int = 0) -> Any:
     On real data these are the members of every seed's deep ensemble; on the generated task, where every seed has data
     of its own, those of one seed.
     """
-    if TASKS[task].truth is not None:
+    if TASKS[task].fresh:
         return predictions(task, "deep ensemble", seed, split)
     found = [predictions(task, "deep ensemble", s, split) for s in range(TASKS[task].seeds)]
     if isinstance(found[0], Tensor):

@@ -21,6 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 from PIL import Image
 
+from effens.chooser import BUDGETS, GOALS, choose, score_of
+
 
 def player(
     draw: Callable[[Any, Any], object],
@@ -111,6 +113,71 @@ def bet(question: str, choices: Sequence[str], *, answer: str, because: str) -> 
 <details><summary>I have chosen: show the answer</summary>
 <p><strong>{html.escape(answer)}.</strong> {html.escape(because)}</p></details>
 </form>""")
+
+
+def chooser(task: str = "digits") -> HTML:
+    """Return the same rule as a table with controls: plain HTML, which works with no kernel, by mouse and by keyboard.
+
+    Without script it is the table of all methods, the best for the NLL first.
+    """
+    goals = {"nll": "NLL on test data", "accuracy": "accuracy", "shift": "NLL on rotated images"}
+    goals["unknown"] = "telling letters from digits"
+    rows = []
+    for choice in choose(task=task):
+        costs = [round(choice.costs[key], 2) for key in BUDGETS.values()]
+        scores = [round(score_of(task, choice.method, goal), 4) for goal in goals]
+        cells = "".join(f"<td>{cost:.1f}x</td>" for cost in costs)
+        rows.append(
+            f'<tr data-costs="{json.dumps(costs)}" data-scores="{json.dumps(scores)}">'
+            f"<th scope='row'>{html.escape(choice.method)}</th>{cells}<td>{scores[0]:.3f}</td></tr>"
+        )
+    less = json.dumps([GOALS[goal][2] for goal in goals])
+    options = "".join(f"<option value='{i}'>{html.escape(words)}</option>" for i, words in enumerate(goals.values()))
+    limits = ("any", 1.5, 2, 3, 4, 5, 12)
+    budgets = "".join(
+        f"<label>{html.escape(words)} <select>"
+        + "".join(f"<option value='{limit}'>{limit if limit == 'any' else f'{limit}x'}</option>" for limit in limits)
+        + "</select></label>"
+        for words in ("training at most", "one prediction", "256 predictions", "memory")
+    )
+    heads = "".join(f"<th scope='col'>{word}</th>" for word in ("", *BUDGETS.values()))
+    return HTML(f"""<div class="effens-chooser">
+<style>
+.effens-chooser {{ overflow-x: auto; color: inherit; }}
+.effens-chooser form {{ display: flex; flex-wrap: wrap; gap: 0.5rem 1rem; margin-bottom: 0.75rem; }}
+.effens-chooser select {{ font: inherit; min-height: 2.2em; color: inherit; background: Canvas; color: CanvasText; }}
+.effens-chooser table {{ border-collapse: collapse; }}
+.effens-chooser td, .effens-chooser th {{ padding: 0.2rem 0.7rem; text-align: right; font-weight: normal; }}
+.effens-chooser th[scope=row] {{ text-align: left; }}
+.effens-chooser tr.out {{ opacity: 0.45; text-decoration: line-through; }}
+</style>
+<form onsubmit="return false">{budgets}<label>what matters <select>{options}</select></label></form>
+<p aria-live="polite"></p>
+<table><thead><tr>{heads}<th scope="col">score</th></tr></thead><tbody>{"".join(rows)}</tbody></table>
+<script>
+(function () {{
+  const box = document.currentScript.closest(".effens-chooser"), less = {less};
+  const selects = [...box.querySelectorAll("select")], body = box.querySelector("tbody");
+  const rows = [...body.rows].map(row => ({{row, costs: JSON.parse(row.dataset.costs),
+    scores: JSON.parse(row.dataset.scores)}}));
+  function show() {{
+    const limits = selects.slice(0, 4).map(s => s.value === "any" ? Infinity : +s.value), goal = +selects[4].value;
+    for (const r of rows) r.out = r.costs.some((cost, i) => cost > limits[i]);
+    rows.sort((a, b) => a.out - b.out || (less[goal] ? 1 : -1) * (a.scores[goal] - b.scores[goal]));
+    for (const r of rows) {{
+      r.row.classList.toggle("out", r.out);
+      r.row.lastElementChild.textContent = r.scores[goal].toFixed(3);
+      body.append(r.row);
+    }}
+    const fit = rows.filter(r => !r.out);
+    box.querySelector("p").textContent = fit.length ?
+      fit.length + " of " + rows.length + " qualify; the best mean: " + fit[0].row.cells[0].textContent :
+      "None qualifies: a single network is the cheapest there is.";
+  }}
+  selects.forEach(s => s.addEventListener("change", show));
+  show();
+}})();
+</script></div>""")
 
 
 def live(update: Callable[..., Any], **controls: Any) -> Any:

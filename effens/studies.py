@@ -213,8 +213,8 @@ def decay(task: str, method: str, weight_decay: float, seed: int) -> list[Row]:
     """Change the weight decay alone, with all else tuned: does the order of the methods hold?"""
     settings = {**tuned(method, task), "weight_decay": weight_decay}
     try:
-        ensemble, _ = ledger.train_one(TASKS[task], method, settings, seed)
-        return [scored(TASKS[task], ensemble, seed)]
+        ensemble, _ = ledger.train_one(ledger.TASKS[task], method, settings, seed)
+        return [scored(ledger.TASKS[task], ensemble, seed)]
     except FloatingPointError:
         return [{"diverged": 1}]
 

@@ -45,10 +45,10 @@ def test_dropout_of_another_seed_is_trained_like_any_network() -> None:
     torch.manual_seed(0)
     x, y = torch.randn(200, 3), torch.randint(0, 2, (200,))
     ensemble = MCDropout(make_dropped, 3)
-    before = ensemble.network[0].weight.clone()  # type: ignore[index,union-attr]
+    before = ensemble.network[0].weight.clone()  # type: ignore[index]
     history = effens.fit(ensemble, (x, y), epochs=2, device="cpu")
     assert history.losses.shape[1] == 1
-    assert not torch.equal(before, ensemble.network[0].weight)  # type: ignore[index,union-attr]
+    assert not torch.equal(before, ensemble.network[0].weight)  # type: ignore[index]
 
 
 def test_a_network_without_dropout_is_refused() -> None:

@@ -9,6 +9,8 @@ from importlib.resources import files
 import numpy as np
 import pytest
 import torch
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import RBF
 
 from effens import data
 
@@ -43,6 +45,36 @@ def test_stored_rows_say_which_images_were_taken() -> None:
         rows = np.concatenate([stored[f"row_{split}"] for split in SPLITS])
     assert len(np.unique(rows)) == 4000
     assert rows.max() < 5000
+
+
+def test_diamonds() -> None:
+    task = data.diamonds()
+    sizes = {"train": 2000, "val": 1000, "test": 2000, "heavy": 1000}
+    rows = []
+    for split, size in sizes.items():
+        x, y = getattr(task, f"x_{split}"), getattr(task, f"y_{split}")
+        assert (x.shape, y.shape) == ((size, 9), (size,))
+        assert x.dtype == y.dtype == torch.float32
+        assert x.isfinite().all()
+        rows += [(*row, price) for row, price in zip(x.tolist(), y.tolist(), strict=True)]
+    assert len(set(rows)) == sum(sizes.values())  # no stone is in two splits, or twice in one
+    torch.testing.assert_close(task.x_train.mean(0), torch.zeros(9), rtol=0, atol=1e-4)
+    torch.testing.assert_close(task.x_train.std(0), torch.ones(9), rtol=0, atol=1e-3)
+    assert task.x_heavy[:, 0].min() > task.x_train[:, 0].max()  # carats
+    assert torch.corrcoef(torch.stack([task.x_train[:, 0], task.y_train]))[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_exact_predictive_is_that_of_scikit_learn(seed: int) -> None:
+    task = data.gap_regression(seed)
+    noise = task.noise(task.x_train).double().square().numpy()
+    process = GaussianProcessRegressor(RBF(0.5, "fixed"), alpha=noise, optimizer=None)
+    process.fit(task.x_train.double(), task.y_train.double())
+    mean, std = process.predict(task.x_grid.double(), return_std=True)
+    found = task.predictive(task.x_grid)
+    torch.testing.assert_close(found.loc, torch.from_numpy(mean), rtol=1e-6, atol=1e-6)
+    total = (torch.from_numpy(std).square() + task.noise(task.x_grid).double().square()).sqrt()
+    torch.testing.assert_close(found.scale, total, rtol=1e-4, atol=1e-6)
 
 
 def test_letters() -> None:
@@ -227,7 +259,7 @@ def test_gap_regression_refuses_too_few_points() -> None:
 def test_the_license_page_names_every_array_with_its_checksum() -> None:
     page = (FOLDER / "LICENSES.md").read_text(encoding="utf-8")
     stored = [file for file in FOLDER.iterdir() if file.name.endswith(".npz")]
-    assert {file.name for file in stored} == {"digits.npz", "letters.npz"}
+    assert {file.name for file in stored} == {"diamonds.npz", "digits.npz", "letters.npz"}
     for file in stored:
         assert f"## {file.name}" in page
         assert hashlib.sha256(file.read_bytes()).hexdigest() in page

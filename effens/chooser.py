@@ -69,10 +69,10 @@ def choose(
         if not value > 0:
             raise ValueError(f"{name} must be > 0, got {value}")
     metric, split, less = GOALS[goal]
-    found = []
+    found: list[tuple[str, dict[str, float], float, list[str]]] = []
     for name in ledger.names():
         costs = ledger.relative_costs(task, name)
-        score = ledger.values(task, name, metric, split).mean().item()
+        score = score_of(task, name, goal)
         over = [
             f"{key} {costs[BUDGETS[key]]:.1f}x, above {value:g}x"
             for key, value in given.items()
@@ -94,3 +94,9 @@ def standing(task: str, name: str, best: str, metric: str, split: str) -> str:
     found = ledger.compare(task, name, best, metric, split)
     words = {"unresolved": "cannot be told from", "tied": "tied with"}.get(found.verdict, f"{found.verdict} than")
     return f"{words} {best}: {found.difference}"
+
+
+def score_of(task: str, name: str, goal: str) -> float:
+    """Return a method's mean score for a goal."""
+    metric, split, _ = GOALS[goal]
+    return ledger.values(task, name, metric, split).mean().item()

@@ -3,7 +3,7 @@
 import pytest
 
 from effens import ledger
-from effens.choose import BUDGETS, GOALS, choose
+from effens.chooser import BUDGETS, GOALS, choose
 
 
 @pytest.mark.parametrize("goal", GOALS)
