@@ -1250,6 +1250,7 @@ def test_the_bank_is_complete_and_holds_nothing_else() -> None:
     folders = {pair: ledger.folder(*pair).relative_to(SHIPPED).as_posix() for pair in RUNS}
     expected = {
         "layers.json",
+        "roofline.json",
         *(f"studies/{name}.json" for name in studies.STUDIES),
         *(f"{folders[pair]}/{seed}.npz" for pair in RUNS for seed in range(ledger.TASKS[pair[0]].seeds)),
         *(f"{folders[pair]}/trial-{i}.json" for pair in RUNS if pair[1] in TUNED for i in range(ledger.TRIALS)),
