@@ -966,10 +966,10 @@ def relative_costs(task: str, name: str) -> dict[str, float]:
     return {key: value / one[key] for key, value in facts(name).items()}
 
 
-def cost_table(task: str) -> str:
-    """Return a table of what each method costs, as multiples of the single network's cost."""
-    found = {name: relative_costs(task, name) for name in names()}
-    lines = [" " * 20 + "".join(f"{title:>12}" for title in found["single"])]
+def cost_table(task: str, rows: Iterable[str] | None = None) -> str:
+    """Return a table of what each method costs, as multiples of the single network's cost; all methods by default."""
+    found = {name: relative_costs(task, name) for name in (names() if rows is None else rows)}
+    lines = [" " * 20 + "".join(f"{title:>12}" for title in next(iter(found.values())))]
     lines += [f"{name:20}" + "".join(f"{value:11.1f}x" for value in row.values()) for name, row in found.items()]
     return "\n".join(lines)
 
