@@ -1,6 +1,8 @@
-"""The stored arrays are what their page says, and the shifts do what they promise."""
+"""The stored arrays are what their page says, the shifts do what they promise, and no feature looks ahead."""
 
 import hashlib
+import itertools
+import math
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF
 
 from effens import data
+from effens.data import Prices, markets
 
 FOLDER = files("effens.data")
 SPLITS = {"train": 1000, "val": 1000, "test": 2000}
@@ -115,6 +118,8 @@ def test_loading_is_quick() -> None:
     start = time.process_time()
     data.digits()
     data.letters()
+    data.prices()
+    data.stock_prices()
     assert time.process_time() - start < 0.2
 
 
@@ -256,10 +261,224 @@ def test_gap_regression_refuses_too_few_points() -> None:
         data.gap_regression(n=3)
 
 
+def test_prices_are_complete_and_in_order() -> None:
+    index, ranged, stocks = data.prices(), data.prices(ranges=True), data.stock_prices()
+    assert index.close.shape == (8313,)
+    assert ranged.close.shape == (5031,)
+    assert stocks.close.shape == (8313, 20)
+    assert len(set(stocks.names)) == 20
+    for prices in (index, ranged, stocks):
+        assert len(prices.dates) == len(prices.close)
+        assert (np.diff(prices.dates) > np.timedelta64(0, "D")).all()
+        assert np.is_busday(prices.dates).all()
+        assert prices.close.dtype == torch.float64
+        assert prices.close.isfinite().all()
+        assert prices.close.min() > 0
+    assert [str(day) for day in (index.dates[0], index.dates[-1])] == ["1990-01-02", "2022-12-28"]
+    assert [str(day) for day in (ranged.dates[0], ranged.dates[-1])] == ["1999-01-04", "2018-12-31"]
+    assert np.array_equal(index.dates, stocks.dates)
+
+
+def test_markets_were_closed_for_nearly_a_week_only_in_september_2001() -> None:
+    dates = data.prices().dates
+    longest = np.diff(dates).argmax()
+    assert [str(day) for day in dates[longest : longest + 2]] == ["2001-09-10", "2001-09-17"]
+
+
+def test_high_and_low_hold_the_close_of_the_same_days() -> None:
+    index, ranged = data.prices(), data.prices(ranges=True)
+    assert ranged.high is not None
+    assert ranged.low is not None
+    assert (ranged.low <= ranged.close).all()
+    assert (ranged.close <= ranged.high).all()
+    assert (ranged.low < ranged.high).all()
+    same = np.isin(index.dates, ranged.dates)
+    assert torch.equal(index.close[torch.from_numpy(same)], ranged.close)
+
+
+KNOWN = {  # percent, not log percent, as the newspapers had it the day after
+    "1997-10-27": -6.87,
+    "2008-09-29": -8.81,
+    "2008-10-13": 11.58,
+    "2008-10-15": -9.03,
+    "2011-08-08": -6.66,
+    "2018-02-05": -4.10,
+    "2020-03-16": -11.98,
+}
+
+
+@pytest.mark.parametrize(("day", "change"), KNOWN.items())
+def test_days_that_are_remembered(day: str, change: float) -> None:
+    prices = data.prices()
+    row = int(np.flatnonzero(prices.dates == np.datetime64(day))[0])
+    assert 100 * (prices.close[row] / prices.close[row - 1] - 1).item() == pytest.approx(change, abs=0.005)
+
+
+def test_prices_are_exact_to_the_tick_and_their_own() -> None:
+    close, stocks = data.prices().close, data.stock_prices().close
+    assert (close[0].item(), close[-1].item()) == (359.69, 3783.22)
+    assert (stocks[0, 0].item(), stocks[-1, 0].item()) == (0.264, 125.674)
+    for ticks in (close * 100, stocks * 1000):
+        assert (ticks - ticks.round()).abs().max() < 1e-6
+    data.prices().close.zero_()
+    data.prices(ranges=True).close.zero_()
+    data.stock_prices().close.zero_()
+    assert torch.equal(data.prices().close, close)
+    assert torch.equal(data.stock_prices().close, stocks)
+
+
+def walk(n: int = 300, assets: int = 0, ranges: bool = False, seed: int = 0) -> Prices:
+    """Prices of a random walk on the first n days that the index has."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (n, assets) if assets else (n,)
+    steps = 0.01 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    close = 100 * steps.cumsum(0).exp()
+    spread = 1 + 0.01 * torch.rand(shape, generator=generator, dtype=torch.float64)
+    high, low = (close * spread, close / spread) if ranges else (None, None)
+    return Prices(data.prices().dates[:n], close, high, low, names=("a",) * max(assets, 1))
+
+
+def change_after(prices: Prices, row: int) -> Prices:
+    """The same days up to a row, another history with wider days after it."""
+    other = torch.ones_like(prices.close)
+    other[row + 1 :] = torch.linspace(0.3, 3, len(other) - row - 1).double().view(-1, *[1] * (other.dim() - 1))
+    high = None if prices.high is None else prices.high * other.clamp_min(1) * other.ne(1).double().add(1)
+    low = None if prices.low is None else prices.low * other.clamp_max(1)
+    return Prices(prices.dates, prices.close * other, high, low, prices.names)
+
+
+@pytest.mark.parametrize("ranges", [False, True])
+@pytest.mark.parametrize("assets", [0, 3])
+def test_features_are_what_they_are_called(ranges: bool, assets: int) -> None:
+    prices = walk(100, assets, ranges)
+    x = markets.features(prices)
+    assert x.shape == ((34, 3, 8) if assets else (34, 8))
+    assert x.shape[-1] == len(markets.FEATURES)
+    day, returns = 80, 100 * prices.close.log().diff(dim=0)  # returns[i] is of day i + 1
+    daily = returns.square()
+    if prices.high is not None and prices.low is not None:
+        daily = (100 * (prices.high / prices.low).log()).square()[1:] / (4 * math.log(2))
+    expected = [daily[day - days : day].mean(0).sqrt().log() for days in (1, 5, 22, 66)]
+    expected += [100 * (prices.close[day] / prices.close[day - days]).log() for days in (1, 5, 22)]
+    expected += [returns[day - 5 : day].clamp(max=0).sum(0)]
+    torch.testing.assert_close(x[day - 66], torch.stack(expected, -1).float())
+
+
+@pytest.mark.parametrize("ranges", [False, True])
+def test_targets_lie_just_after_the_features(ranges: bool) -> None:
+    prices = walk(100, 2, ranges)
+    one, five = markets.task(prices), markets.task(prices, "volatility")
+    assert one.x.shape == (33, 2, 8)
+    assert five.x.shape == (29, 2, 8)
+    x = markets.features(prices)
+    for task, horizon in ((one, 1), (five, 5)):
+        assert torch.equal(task.x, x[: len(task.x)])
+        assert np.array_equal(task.dates, prices.dates[66 : 100 - horizon])
+        assert np.array_equal(task.until, prices.dates[66 + horizon :])
+    torch.testing.assert_close(one.y, x[1:, :, 4])  # the next day's own one-day return
+    torch.testing.assert_close(five.y, x[5:, :, 1])  # the volatility that is known five days later
+
+
+@pytest.mark.parametrize("target", ["return", "volatility"])
+@pytest.mark.parametrize(("ranges", "assets"), [(False, 0), (True, 0), (False, 2)])
+def test_no_feature_looks_ahead(target: str, ranges: bool, assets: int) -> None:
+    prices = walk(300, assets, ranges)
+    before = markets.task(prices, target)
+    for row in (66, 150, 290):
+        after = markets.task(change_after(prices, row), target)
+        today, known = before.dates <= prices.dates[row], before.until <= prices.dates[row]
+        assert torch.equal(before.x[torch.from_numpy(today)], after.x[torch.from_numpy(today)])
+        assert torch.equal(before.y[torch.from_numpy(known)], after.y[torch.from_numpy(known)])
+        moved = (before.y != after.y).flatten(1).any(1) if assets else before.y != after.y
+        assert moved[torch.from_numpy(~known)].all()  # and the change is one that targets would feel
+        assert np.array_equal(before.dates, after.dates)
+
+
+@pytest.mark.parametrize(("target", "horizon"), [("return", 1), ("volatility", 5)])
+@pytest.mark.parametrize("validation", [0, 30])
+def test_walking_forward_purges_the_horizon_at_each_boundary(target: str, horizon: int, validation: int) -> None:
+    task = markets.task(walk(400), target)
+    starts = [str(task.dates[row]) for row in (150, 200, 270)]
+    splits = markets.walk_forward(task, starts, validation=validation)
+    assert torch.cat([split.test for split in splits]).tolist() == list(range(150, len(task.x)))
+    for split, start in zip(splits, (150, 200, 270), strict=True):
+        assert split.test[0] == start
+        parts = [split.train, split.val, split.test] if validation else [split.train, split.test]
+        assert len(split.val) == validation
+        for earlier, later in itertools.pairwise(parts):
+            assert task.until[earlier].max() < task.dates[later].min()
+            assert later[0] - earlier[-1] == horizon + 1  # and no row more than the horizon is lost
+        assert split.train.tolist() == list(range(int(split.train[-1]) + 1))
+
+
+def test_walking_forward_and_standardizing_do_not_move_with_the_future() -> None:
+    prices = walk(400)
+    task, row = markets.task(prices), 250
+    starts = [str(prices.dates[row - 20]), str(prices.dates[row + 20])]
+    later = markets.task(change_after(prices, row))
+    first, again = (markets.walk_forward(part, starts, validation=20)[0] for part in (task, later))
+    for name in ("train", "val", "test"):
+        assert torch.equal(getattr(first, name), getattr(again, name))
+    seen = torch.cat([first.train, first.val])
+    assert torch.equal(markets.standardize(task.x, first.train)[seen], markets.standardize(later.x, first.train)[seen])
+    ragged = markets.task(Prices(prices.dates[:330], prices.close[:330]))  # nor with how much future there is
+    assert torch.equal(markets.walk_forward(ragged, starts[:1], end=starts[1], validation=20)[0].test, first.test)
+    assert torch.equal(ragged.x, task.x[: len(ragged.x)])
+
+
+def test_an_end_stops_the_last_test_part_and_days_need_not_be_trading_days() -> None:
+    task = markets.task(data.prices())
+    calm, crisis = markets.walk_forward(task, ["2005-01-01", "2007-07-01"], end="2009-07-01", validation=500)
+    assert (len(calm.test), len(crisis.test)) == (627, 504)
+    assert str(task.dates[crisis.test[-1]]) == "2009-06-30"
+    assert len(crisis.train) - len(calm.train) == len(calm.test)
+
+
+def test_standardizing_by_training_rows() -> None:
+    x = markets.features(walk(200, assets=2))
+    rows = torch.arange(50)
+    seen = markets.standardize(x, rows)[rows].flatten(0, 1)
+    torch.testing.assert_close(seen.mean(0), torch.zeros(8), atol=1e-5, rtol=0)
+    torch.testing.assert_close(seen.std(0), torch.ones(8))
+
+
+def test_a_day_without_change_has_a_floor_for_its_logarithm() -> None:
+    flat = Prices(data.prices().dates[:80], torch.full((80,), 5.0).double())
+    assert (markets.features(flat)[:, :4] == math.log(0.05)).all()
+
+
+def test_tasks_refuse_what_they_cannot_do() -> None:
+    task = markets.task(walk(200))
+    with pytest.raises(ValueError, match="prices must hold more than 66 days, got 66"):
+        markets.features(walk(66))
+    with pytest.raises(ValueError, match="a target 5 days after the features, got 71 days"):
+        markets.task(walk(71), "volatility")
+    with pytest.raises(ValueError, match="target must be 'return' or 'volatility', got 'price'"):
+        markets.task(walk(80), "price")
+    with pytest.raises(ValueError, match="starts and end must be in order, got 2001-01-01, 2000-01-01, 20"):
+        markets.walk_forward(markets.task(data.prices()), ["2001-01-01", "2000-01-01"])
+    with pytest.raises(ValueError, match="starts and end must be in order, got 1990-10-13"):
+        markets.walk_forward(task, [])
+    with pytest.raises(ValueError, match="every part must hold rows, got 0 to train, 0 of 0 to validate, 133 to test"):
+        markets.walk_forward(task, ["1990-01-01"])
+    with pytest.raises(ValueError, match=r"got 0 to train, 49 of 90 to validate, 83 to test from 1990-06-18"):
+        markets.walk_forward(task, ["1990-06-18"], validation=90)
+    with pytest.raises(ValueError, match="validation must be >= 0, got -1"):
+        markets.walk_forward(task, [str(task.dates[-1])], validation=-1)
+    with pytest.raises(ValueError, match="columns must vary over the rows, got a deviation of 0"):
+        markets.standardize(torch.ones(5, 2), torch.arange(3))
+
+
 def test_the_license_page_names_every_array_with_its_checksum() -> None:
     page = (FOLDER / "LICENSES.md").read_text(encoding="utf-8")
     stored = [file for file in FOLDER.iterdir() if file.name.endswith(".npz")]
-    assert {file.name for file in stored} == {"diamonds.npz", "digits.npz", "letters.npz"}
+    assert {file.name for file in stored} == {
+        "diamonds.npz",
+        "digits.npz",
+        "letters.npz",
+        "prices.npz",
+        "stocks.npz",
+    }
     for file in stored:
         assert f"## {file.name}" in page
         assert hashlib.sha256(file.read_bytes()).hexdigest() in page

@@ -1,4 +1,4 @@
-"""Small data sets that load with no network: digits, letters that are no digits, diamonds, regression with a gap.
+"""Small data sets that load with no network: images, diamonds, daily prices, regression with a gap.
 
 What each array holds, where it comes from and its license is in `LICENSES.md`; `make.py` made the stored files.
 """
@@ -20,12 +20,15 @@ __all__ = [
     "Diamonds",
     "Digits",
     "GapRegression",
+    "Prices",
     "add_noise",
     "diamonds",
     "digits",
     "gap_regression",
     "letters",
+    "prices",
     "rotate",
+    "stock_prices",
 ]
 
 
@@ -265,3 +268,53 @@ def gap_regression(seed: int = 0, n: int = 160) -> GapRegression:
         x_grid=torch.linspace(-3, 3, 301)[:, None],
         function=function,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Prices:
+    """Prices of every trading day, in order: of one index, ``(n,)``, or of several stocks, ``(n, assets)``; float64."""
+
+    dates: NDArray[np.datetime64]  # (n,), datetime64[D], of the New York Stock Exchange
+    close: Tensor  # the index in points, to 0.01; a stock in US dollars, to 0.001
+    high: Tensor | None = None  # the day's highest and lowest, in the unit of close
+    low: Tensor | None = None
+    names: tuple[str, ...] = ("S&P 500",)  # one for each asset
+
+
+def prices(*, ranges: bool = False) -> Prices:
+    """Daily prices of the S&P 500 index: 8313 days from 1990-01-02 to 2022-12-28.
+
+    It is the price index: dividends are not in it. Figures for learning, not for trading.
+
+    Args:
+        ranges: give the day's high and low too, of the 5031 days from 1999-01-04 to 2018-12-31 that have them.
+
+    Returns:
+        `Prices` of one index, tensors of the caller's own on the CPU.
+    """
+    stored = _arrays("prices")
+    dates, close = stored["days"].astype("datetime64[D]"), _price(stored["close"], 100)
+    if not ranges:
+        return Prices(dates, close)
+    first = int(stored["range_row"])
+    days = slice(first, first + len(stored["high"]))
+    return Prices(dates[days], close[days].clone(), _price(stored["high"], 100), _price(stored["low"], 100))
+
+
+def stock_prices() -> Prices:
+    """Daily closes of 20 large US companies, adjusted for splits and dividends: the days of `prices`.
+
+    They were chosen late and looked back at, so all of them survived: an average over them is too good to be true.
+    Adjusted prices of the 1990s are small, and one tick of 0.001 dollars is up to 1% of them: returns of AAPL, UNH and
+    BBY are coarse there. Figures for learning, not for trading.
+
+    Returns:
+        `Prices` of 20 stocks, tensors of the caller's own on the CPU.
+    """
+    stored = _arrays("stocks")
+    close = _price(stored["steps"].cumsum(1).T.copy(), 1000)
+    return Prices(stored["days"].astype("datetime64[D]"), close, names=tuple(map(str, stored["names"])))
+
+
+def _price(ticks: NDArray[Any], per_unit: int) -> Tensor:
+    return torch.from_numpy(ticks).double() / per_unit

