@@ -11,6 +11,7 @@ from effens.ensembles.mimo import MIMO
 from effens.ensembles.snapshot import SnapshotEnsemble, cyclic_cosine
 from effens.ensembles.swag import SWAG
 from effens.likelihoods import Categorical, Gaussian, Likelihood, StudentT, mixture
+from effens.scaling import fit_each
 from effens.scores import (
     accuracy,
     auroc,
@@ -27,6 +28,7 @@ from effens.scores import (
     temperature,
     total_entropy,
 )
+from effens.serving import export, summarize
 from effens.storage import load, save
 from effens.training import History, device, fit, predict
 from effens.tuning import Candidates, search, stratify
@@ -63,7 +65,9 @@ __all__ = [
     "diversity_gain",
     "ece",
     "expected_entropy",
+    "export",
     "fit",
+    "fit_each",
     "greedy_select",
     "load",
     "measure",
@@ -76,6 +80,7 @@ __all__ = [
     "save",
     "search",
     "stratify",
+    "summarize",
     "temper",
     "temperature",
     "total_entropy",

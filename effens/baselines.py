@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from effens.ensembles.base import Ensemble, MakeNet, made
-from effens.likelihoods import Categorical, Gaussian, Likelihood
+from effens.likelihoods import Categorical, Gaussian, Likelihood, StudentT
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
@@ -66,7 +67,7 @@ class LastLayerLaplace(Ensemble):
         make_net: () -> nn.Sequential that ends in `nn.Linear`.
         members: how many samples.
         precision: tau, of the prior on each weight.
-        likelihood: what the outputs mean: `Categorical` (by default) or `Gaussian`.
+        likelihood: what the outputs mean: `Categorical` (by default), `Gaussian` or `StudentT`.
         seed: of the samples.
 
     Raises:
@@ -100,6 +101,7 @@ class LastLayerLaplace(Ensemble):
         last = network[-1]
         self.register_buffer("samples", last.weight.new_zeros(members, last.out_features, last.in_features + 1))
         self.ready = False
+        self.register_load_state_dict_post_hook(reconsider)
 
     def forward(self, x: Tensor) -> Tensor:
         """Answer with every sample: ``(batch, ...)`` to ``(members, batch, outputs)``."""
@@ -141,13 +143,20 @@ class LastLayerLaplace(Ensemble):
         self.ready = True
 
 
+def reconsider(ensemble: LastLayerLaplace, _: Any) -> None:
+    """See whether a loaded ensemble has members: samples that are not all 0."""
+    ensemble.ready = bool(ensemble.samples.any())
+
+
 def fisher_of(likelihood: Likelihood) -> Callable[[Tensor], Tensor]:
     """Return the Fisher information of a likelihood: outputs ``(batch, outputs)`` to ``(batch, outputs, outputs)``."""
     if isinstance(likelihood, Categorical):
         return categorical_fisher
     if isinstance(likelihood, Gaussian):
         return gaussian_fisher
-    raise TypeError(f"likelihood must be Categorical or Gaussian, got {type(likelihood).__name__}")
+    if isinstance(likelihood, StudentT):
+        return student_fisher
+    raise TypeError(f"likelihood must be Categorical, Gaussian or StudentT, got {type(likelihood).__name__}")
 
 
 def categorical_fisher(logits: Tensor) -> Tensor:
@@ -161,3 +170,26 @@ def gaussian_fisher(outputs: Tensor) -> Tensor:
     predicted = Gaussian().predict(outputs)
     variance, slope = predicted.variance, outputs[:, 1].sigmoid()  # v = softplus(raw) and a small constant
     return torch.diag_embed(torch.stack([1 / variance, slope.square() / (2 * variance.square())], 1))
+
+
+def student_fisher(outputs: Tensor) -> Tensor:
+    r"""Return the information in the location, the raw scale and the raw degrees of freedom.
+
+    .. math::
+        F_{\mu\mu} = \frac{\nu + 1}{(\nu + 3) \sigma^2}, \quad
+        F_{\sigma\sigma} = \frac{2 \nu}{(\nu + 3) \sigma^2}, \quad
+        F_{\sigma\nu} = \frac{-2}{(\nu + 1)(\nu + 3) \sigma}, \quad
+        F_{\nu\nu} = \frac{\psi'(\nu / 2) - \psi'((\nu + 1) / 2)}{4} - \frac{\nu + 5}{2 \nu (\nu + 1)(\nu + 3)}
+
+    and 0 between the location and the others (Lange, Little and Taylor, 1989, doi:10.1080/01621459.1989.10478852).
+    """
+    predicted = StudentT().predict(outputs)
+    df, scale = predicted.df, predicted.scale
+    scale_slope, df_slope = outputs[:, 1].sigmoid(), outputs[:, 2].sigmoid()
+    result = outputs.new_zeros(len(outputs), 3, 3)
+    result[:, 0, 0] = (df + 1) / ((df + 3) * scale.square())
+    result[:, 1, 1] = 2 * df / ((df + 3) * scale.square()) * scale_slope.square()
+    result[:, 1, 2] = result[:, 2, 1] = -2 / ((df + 1) * (df + 3) * scale) * scale_slope * df_slope
+    curvature = (torch.polygamma(1, df / 2) - torch.polygamma(1, (df + 1) / 2)) / 4
+    result[:, 2, 2] = (curvature - (df + 5) / (2 * df * (df + 1) * (df + 3))) * df_slope.square()
+    return result

@@ -24,6 +24,11 @@ class Choice:
         score: the mean over seeds of the goal's score.
         costs: as multiples of the single network's.
         reason: in words.
+
+    Example:
+        >>> choice = effens.choose(memory=1.1)[-1]
+        >>> choice.qualifies, "memory" in choice.reason
+        (False, True)
     """
 
     method: str
@@ -60,6 +65,11 @@ def choose(
 
     Raises:
         ValueError: the goal is unknown, or a budget is not positive.
+
+    Example:
+        >>> best, *_ = choose(train=1.5, latency=1.5)  # not much more than one network
+        >>> best.qualifies
+        True
     """
     if goal not in GOALS:
         raise ValueError(f"goal must be one of {', '.join(GOALS)}, got {goal!r}")

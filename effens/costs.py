@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from effens.ensembles.base import Ensemble
@@ -36,6 +36,12 @@ class Costs:
             each multiply-add; elementwise work counts 0, and so does `torch.mv`.
         threads: CPU threads that PyTorch used.
         device: where it ran.
+
+    Example:
+        >>> ensemble = effens.BatchEnsemble(lambda: nn.Linear(3, 2), members=4)
+        >>> found = effens.measure(ensemble, torch.randn(20, 3), torch.randint(2, (20,)), seconds=0.01)
+        >>> sorted(found.latency_p50)
+        [1, 256]
     """
 
     parameters: int
@@ -85,6 +91,12 @@ def measure(
         ValueError: there are no examples, or labels are out of range.
         RuntimeError: the ensemble has no members yet, or cannot be trained as one: of a `HyperEnsemble`, measure
             ``chosen``.
+
+    Example:
+        >>> ensemble = effens.DeepEnsemble(lambda: nn.Linear(3, 2), members=4)
+        >>> found = measure(ensemble, torch.randn(20, 3), torch.randint(2, (20,)), seconds=0.01)
+        >>> found.parameters
+        32
     """
     if len(x) == 0 or len(x) != len(y):
         raise ValueError(f"x and y must have the same length >= 1, got {len(x)} and {len(y)}")
@@ -126,10 +138,12 @@ def measure(
     )
 
 
-def loss_at_batch(ensemble: Ensemble, x: Tensor, y: Tensor, likelihood: Likelihood) -> Callable[[], Tensor]:
-    """Return a function that computes the loss of a batch of 128 examples, as `effens.fit` does."""
-    rows = torch.arange(TRAIN_BATCH) % len(x)
-    index = rows[ensemble.order(TRAIN_BATCH)]
+def loss_at_batch(
+    ensemble: Ensemble, x: Tensor, y: Tensor, likelihood: Likelihood, batch: int = TRAIN_BATCH
+) -> Callable[[], Tensor]:
+    """Return a function that computes the loss of a batch of examples, as `effens.fit` does."""
+    rows = torch.arange(batch) % len(x)
+    index = rows[ensemble.order(batch)]
     chosen = (index[0] if ensemble.shared_batch else index).to(x.device)
     xs, ys = x[chosen], y[chosen]
 
@@ -140,9 +154,11 @@ def loss_at_batch(ensemble: Ensemble, x: Tensor, y: Tensor, likelihood: Likeliho
     return loss
 
 
-def training_step(ensemble: Ensemble, x: Tensor, y: Tensor, likelihood: Likelihood) -> Callable[[], None]:
+def training_step(
+    ensemble: Ensemble, x: Tensor, y: Tensor, likelihood: Likelihood, batch: int = TRAIN_BATCH
+) -> Callable[[], None]:
     """Return a function that takes one step of AdamW, with a rate of 0, and leaves no gradients."""
-    loss = loss_at_batch(ensemble, x, y, likelihood)
+    loss = loss_at_batch(ensemble, x, y, likelihood, batch)
     optimizer = make_optimizer(torch.optim.AdamW, ensemble.parameter_groups(0.0, 0.0), 0.0, 0.0)
 
     def step() -> None:
@@ -155,7 +171,12 @@ def training_step(ensemble: Ensemble, x: Tensor, y: Tensor, likelihood: Likeliho
 
 def saved_bytes(ensemble: Ensemble, x: Tensor, y: Tensor, likelihood: Likelihood) -> int:
     """Return the bytes of all storages that a forward pass keeps for the backward pass, parameters not counted."""
-    weights = {p.untyped_storage().data_ptr() for p in ensemble.parameters()}
+    return kept_bytes(loss_at_batch(ensemble, x, y, likelihood), ensemble)
+
+
+def kept_bytes(forward: Callable[[], object], module: nn.Module) -> int:
+    """Return the bytes of all storages that are kept for the backward pass, a module's parameters not counted."""
+    weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -164,14 +185,13 @@ def saved_bytes(ensemble: Ensemble, x: Tensor, y: Tensor, likelihood: Likelihood
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    loss = loss_at_batch(ensemble, x, y, likelihood)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        alive = loss()  # while the graph lives, no storage is used a second time
+        alive = forward()  # while the graph lives, no storage is used a second time
     del alive
     return sum(kept.values())
 
 
-def peak_bytes(step: Callable[[], None], place: torch.device) -> int:
+def peak_bytes(step: Callable[[], object], place: torch.device) -> int:
     """Return the most memory that a step has allocated at once, beyond what was there before it."""
     if place.type == "cuda":
         torch.cuda.synchronize(place)

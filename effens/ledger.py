@@ -11,11 +11,12 @@ import argparse
 import copy
 import datetime
 import io
+import itertools
 import json
 import math
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -24,16 +25,18 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import optimize, stats
 from torch import Tensor, nn
 from torch.distributions import Normal
+from torch.distributions import StudentT as StudentTDistribution
 from torch.quasirandom import SobolEngine
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from effens import data, scores
+from effens import data, risk, scores
 from effens.baselines import LastLayerLaplace, MCDropout
 from effens.costs import measure
+from effens.data import markets, orders
 from effens.ensembles.base import Ensemble
 from effens.ensembles.batch import BatchEnsemble
 from effens.ensembles.deep import DeepEnsemble
@@ -41,7 +44,7 @@ from effens.ensembles.hyper import HyperEnsemble, greedy_select
 from effens.ensembles.mimo import MIMO
 from effens.ensembles.snapshot import SnapshotEnsemble
 from effens.ensembles.swag import SWAG
-from effens.likelihoods import Categorical, Gaussian, Likelihood
+from effens.likelihoods import Categorical, Gaussian, Likelihood, StudentT
 from effens.nets import cnn, mlp
 from effens.storage import write_whole
 from effens.training import MakeOptimizer, fit, predict
@@ -58,6 +61,12 @@ MARGIN = 0.005  # nats: two methods are tied if the whole interval of their diff
 TRIALS = 12  # tuning trials of every method, on validation data, the single network's included
 TUNING_SEEDS = (100, 101)  # each trial's score is the mean over these, none of which is used again
 SPACE = {"rate": (1e-3, 3e-2), "weight_decay": (1e-3, 3.0)}  # searched on a log scale, the same points for every method
+
+
+CONTROLS = (
+    *("deep, one start", "deep, one order", "deep, bagged", "deep, short", "single, SGD"),
+    *("single, searched", "deep, searched", "MIMO, repeated"),
+)
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,9 @@ class Task:
         load: seed to named sets of (x, y); y is None where there is no right answer.
         fresh: whether each seed has data of its own.
         truth: (seed, set) to the exact predictive distribution, where it is known.
+        refits: sets of every refit, where the test set comes in parts, and each is predicted by what was trained on all
+            that was known before it. Settings are chosen once, before the first part.
+        controls: which of the controls are run.
     """
 
     name: str
@@ -91,6 +103,8 @@ class Task:
     load: Callable[[int], Sets]
     fresh: bool = False
     truth: Callable[[int, str], Normal] | None = None
+    refits: Callable[[], Sequence[Sets]] | None = None
+    controls: Sequence[str] = CONTROLS
 
     def make_net(self) -> nn.Module:
         """Return a fresh network of the task's width."""
@@ -174,12 +188,78 @@ def make_table_net(width: int, dropout: float = 0.0) -> nn.Module:
     return mlp(9, 2, width=width, dropout=dropout)
 
 
+def load_orders(seed: int) -> Sets:
+    """Make the simulated order flow, the same for every seed."""
+    return {name: (flow.x, flow.y) for name, flow in orders.order_flow().items()}
+
+
+def make_order_net(width: int, dropout: float = 0.0) -> nn.Module:
+    """Make the network of the order flow: a mean and a standard deviation of the move."""
+    return mlp(orders.FEATURES, 2, width=width, depth=3, dropout=dropout)
+
+
+FIRST_YEAR, LAST_YEAR = 1998, 2022
+VALIDATION_DAYS = 500  # before the first year that is judged
+MARKET_FEATURES = len(markets.FEATURES)
+
+
+@cache
+def market(target: str) -> tuple[Sets, list[Sets], NDArray[np.datetime64]]:
+    """Return what settings are chosen on, the sets of every year's refit, and the days that are judged.
+
+    Each part is seen through the mean and deviation of the days that it trains on. "test" of the first holds all years.
+    """
+    task = markets.task(data.prices(), target)
+    years = [f"{year}-01-01" for year in range(FIRST_YEAR, LAST_YEAR + 1)]
+    splits = markets.walk_forward(task, years)
+    (first, *_) = markets.walk_forward(task, years, validation=VALIDATION_DAYS)
+
+    def sets(train: Tensor, **parts: Tensor) -> Sets:
+        x = markets.standardize(task.x, train)
+        return {name: (x[rows], task.y[rows]) for name, rows in {"train": train, **parts}.items()}
+
+    refits = [sets(split.train, test=split.test) for split in splits]
+    everything = torch.cat([split.test for split in splits])
+    return sets(first.train, val=first.val, test=everything), refits, task.dates[everything.numpy()]
+
+
+def days(task: str) -> NDArray[np.datetime64]:
+    """Return the days of a market task's test set: on day i the forecast is made, at the close."""
+    return market(TARGETS[task])[2]
+
+
+TARGETS = {"returns": "return", "volatility": "volatility"}
+
+
+AS_SINGLE = ("deep, as single",)
+
+
+def market_task(name: str, likelihood: Likelihood) -> Task:
+    """Make a task of daily prices: walk forward with a refit every year, 1998 to 2022."""
+    target = TARGETS[name]
+
+    def make(width: int, dropout: float = 0.0) -> nn.Module:
+        return mlp(MARKET_FEATURES, outputs, width=width, dropout=dropout)
+
+    def load(seed: int) -> Sets:
+        return market(target)[0]
+
+    def refits() -> Sequence[Sets]:
+        return market(target)[1]
+
+    outputs = int(likelihood.outputs or 0)
+    return Task(name, 4, 4, 5, 20, 128, likelihood, 32, make, load, refits=refits, controls=AS_SINGLE)
+
+
 TASKS = {
     task.name: task
     for task in (
         Task("gap", 5, 20, 10, 800, 160, Gaussian(), 64, make_mlp, load_gap, True, gap_truth),
         Task("digits", 4, 4, 8, 38, 64, Categorical(), 16, make_cnn, load_digits),
         Task("diamonds", 4, 4, 8, 40, 64, Gaussian(), 64, make_table_net, load_diamonds),
+        market_task("returns", StudentT()),
+        market_task("volatility", Gaussian()),
+        Task("orders", 4, 4, 5, 12, 128, Gaussian(), 64, make_order_net, load_orders, controls=AS_SINGLE),
     )
 }
 
@@ -281,24 +361,56 @@ SEARCHED: dict[str, Any] = {"dropout": (0.02, 0.5), "narrowing": (0.5, 1.0)}
 def hyper(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
     """As many candidates as a method has trials, and a greedy choice of the ensemble's members among them.
 
-    Each seed searches anew, for here the search is the training. A candidate that diverges is none.
+    Each seed searches anew, for here the search is the training. A candidate that diverges is none. Where there are
+    refits, only those that were chosen before the first are trained again.
     """
+    if task.refits is not None:
+        points, rows = searched(task.name, seed)
+        return HyperEnsemble([network for network, _ in trained(task, train, points, seed)], rows)
+    ensemble, _ = search(task, train, seed)
+    return ensemble
+
+
+def search(task: Task, train: tuple[Tensor, Tensor], seed: int) -> tuple[HyperEnsemble, list[Settings]]:
+    """Train candidates and choose among them; returns the ensemble and the settings of all that did not diverge."""
     x, y = task.load(seed)["val"]
     assert y is not None
-    networks = []
-    for i, chosen in enumerate(trial_settings("hyper", seed)):
+    found = trained(task, train, trial_settings("hyper", seed), seed)
+    if not found:
+        rule = f"at least one candidate of seed {seed} must not diverge"
+        raise FloatingPointError(f"{rule}, got {TRIALS} of {TRIALS} that did")
+    networks = [network for network, _ in found]
+    said = predict(DeepEnsemble.of(networks), x, likelihood=task.likelihood)
+    return HyperEnsemble(networks, greedy_select(said, y, task.members)), [settings for _, settings in found]
+
+
+@cache
+def searched(name: str, seed: int) -> tuple[list[Settings], list[int]]:
+    """Return the settings that a search on the task's own sets chooses, each once, and the members' rows of them."""
+    task = TASKS[name]
+    x, y = task.load(seed)["train"]
+    assert y is not None
+    with torch.random.fork_rng(devices=[]):  # so that what is trained next does not depend on whether this was cached
+        torch.manual_seed(seed)
+        ensemble, settings = search(task, (x, y), seed)
+    return [settings[i] for i in dict.fromkeys(ensemble.index)], ensemble.rows
+
+
+def trained(
+    task: Task, train: tuple[Tensor, Tensor], points: Sequence[Settings], seed: int
+) -> list[tuple[nn.Module, Settings]]:
+    """Train a network for each of these settings, and return those that did not diverge."""
+    x, _ = task.load(seed).get("val", train)
+    found = []
+    for i, chosen in enumerate(points):
         network = candidate(task, chosen)
         try:
             one = task.fit(DeepEnsemble.of([network]), train, chosen, TRIALS * seed + i)
             packed(predict(one, x, likelihood=task.likelihood))
         except FloatingPointError:
             continue
-        networks.append(network)
-    if not networks:
-        rule = f"at least one candidate of seed {seed} must not diverge"
-        raise FloatingPointError(f"{rule}, got {TRIALS} of {TRIALS} that did")
-    said = predict(DeepEnsemble.of(networks), x, likelihood=task.likelihood)
-    return HyperEnsemble(networks, greedy_select(said, y, task.members))
+        found.append((network, chosen))
+    return found
 
 
 def candidate(task: Task, settings: Settings) -> nn.Module:
@@ -326,6 +438,12 @@ def laplace(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: 
     likelihood, precision = task.likelihood, settings["precision"]
     ensemble = LastLayerLaplace(task.make_net, task.members, precision, likelihood=likelihood, seed=seed)
     return task.fit(ensemble, train, settings, seed)
+
+
+@method("deep, as single", like="single")
+def as_single(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """A deep ensemble with the single network's settings: what is left when the luck of tuning is taken out."""
+    return task.fit(DeepEnsemble(task.make_net, task.members), train, settings, seed)
 
 
 @method("deep, one start", like="deep ensemble")
@@ -496,19 +614,47 @@ def run(task: Task, name: str, seed: int) -> None:
         return
     settings = tune(task, name)
     ensemble, sets = train_one(task, name, settings, seed)
-    facts = {"task": task.name, "method": name, "seed": seed, "settings": settings, **provenance()}
+    facts: dict[str, Any] = {"task": task.name, "method": name, "seed": seed, "settings": settings, **provenance()}
     if isinstance(ensemble, HyperEnsemble):  # what is chosen three times is kept once
-        facts["rows"], ensemble = ensemble.rows, ensemble.chosen
+        facts["rows"] = ensemble.rows
+    rows = facts.get("rows", slice(None))
     arrays: dict[str, Any] = {"facts": np.array(json.dumps(facts))}
-    for key, (x, _) in sets.items():
+    for key, (x, y) in sets.items():
         if key == "test" or (key != "train" and not METHODS[name].control):
-            arrays[key] = packed(asked(task, ensemble, x, seed))
+            if key == "test" and task.refits is not None:
+                numbers = refitted(task, name, settings, seed)
+            else:
+                numbers = packed(asked(task, once(ensemble), x, seed))
+            arrays[key] = numbers
+            if y is not None and isinstance(task.likelihood, StudentT):  # takes seconds: kept, too
+                said = restored(torch.from_numpy(numbers[rows]).float(), task.likelihood)
+                arrays[f"{key} crps"] = daily_crps(said, y).numpy().astype(np.float32)
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, content.getvalue())
     record.cache_clear()  # a run that was deleted and made again is read again
     seed_scores.cache_clear()
+
+
+def once(ensemble: Ensemble) -> Ensemble:
+    """Return the ensemble with every network once, where some are chosen several times."""
+    return ensemble.chosen if isinstance(ensemble, HyperEnsemble) else ensemble
+
+
+def refitted(task: Task, name: str, settings: Settings, seed: int) -> NDArray[np.float16]:
+    """Train anew for every part of the test set, on what was known before it, and return what is said of all parts."""
+    assert task.refits is not None
+    said = []
+    for sets in task.refits():
+        ensemble, _ = train_one(replace(task, load=partial(fixed, sets)), name, settings, seed)
+        said.append(packed(asked(task, once(ensemble), sets["test"][0], seed)))
+    return np.concatenate(said, axis=1)
+
+
+def fixed(sets: Sets, seed: int) -> Sets:
+    """Return the same sets for every seed."""
+    return sets
 
 
 def asked(task: Task, ensemble: Ensemble, x: Tensor, seed: int) -> Any:
@@ -519,15 +665,34 @@ def asked(task: Task, ensemble: Ensemble, x: Tensor, seed: int) -> Any:
 
 
 def run_costs(task: Task, names: Iterable[str]) -> None:
-    """Measure what each method's ensemble costs, unless that is kept already; together, so that they compare.
-
-    They are measured in turns, and each time is the median of five: one long look at each would compare different
-    moments of the machine.
-    """
+    """Measure what each method's ensemble costs, unless that is kept already; together, so that they compare."""
     names = [name for name in names if not METHODS[name].control]
     paths = {name: folder(task.name, name) / "costs.json" for name in names}
-    if all(path.exists() for path in paths.values()):
-        return
+    if not all(path.exists() for path in paths.values()):
+        for name, found in measured(task, names, "cpu", seconds=0.4).items():
+            write_json(paths[name], {**provenance(), **found})
+
+
+def run_device_costs(task: Task, device: str) -> None:
+    """Measure what each method's ensemble costs on another device, unless that is kept already: one file a task."""
+    path = device_costs_path(task.name, device)
+    if not path.exists():
+        names = [name for name, method in METHODS.items() if not method.control]
+        found = measured(task, names, device, seconds=0.05)
+        write_json(path, {**provenance(), "device": found[names[0]]["device"], "methods": found})
+
+
+def device_costs_path(task: str, device: str) -> Path:
+    """Return where a task's costs on a kind of device are kept."""
+    return BANK / task / f"costs-{torch.device(device).type}.json"
+
+
+def measured(task: Task, names: Iterable[str], device: str, seconds: float) -> dict[str, dict[str, Any]]:
+    """Return what each method's ensemble costs on a device: the fields of `effens.Costs`.
+
+    They are measured in turns, and each time is the median of five: one long look at each would compare different
+    moments of the machine. They are trained on the CPU, for some epochs only: no weight changes a cost.
+    """
     brief = replace(task, pool=task.members, epochs=task.members)  # an epoch for each cycle
     ensembles: dict[str, Ensemble] = {}
     searches: dict[str, Ensemble] = {}  # of which the ensemble is a part: all of it is trained
@@ -535,24 +700,26 @@ def run_costs(task: Task, names: Iterable[str]) -> None:
         ensemble, _ = train_one(brief if METHODS[name].tuned else task, name, tune(task, name), 0)
         if isinstance(ensemble, HyperEnsemble):
             ensemble = ensemble.chosen
-            searches[name] = DeepEnsemble.of([candidate(task, settings) for settings in trial_settings(name)])
-        ensembles[name] = ensemble
+            candidates = [candidate(task, settings) for settings in trial_settings(name)]
+            searches[name] = DeepEnsemble.of(candidates).to(device)
+        ensembles[name] = ensemble.to(device)
     x, y = task.load(0)["train"]
     assert y is not None
-    looks: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    looks: dict[str, list[dict[str, Any]]] = {name: [] for name in ensembles}
     for _ in range(5):
         for name, ensemble in ensembles.items():
-            look = asdict(measure(ensemble, x, y, likelihood=task.likelihood, seconds=0.4))
+            look = asdict(measure(ensemble, x, y, likelihood=task.likelihood, seconds=seconds))
             if name in searches:
-                search = measure(searches[name], x, y, likelihood=task.likelihood, seconds=0.4)
-                look["train_seconds"] = search.train_seconds
+                whole = measure(searches[name], x, y, likelihood=task.likelihood, seconds=seconds)
+                look["train_seconds"] = whole.train_seconds
             looks[name].append(look)
+    middles = {}
     for name, found in looks.items():
-        middle = dict(found[0])
-        middle["train_seconds"] = float(np.median([look["train_seconds"] for look in found]))
+        middles[name] = dict(found[0])
+        middles[name]["train_seconds"] = float(np.median([look["train_seconds"] for look in found]))
         for key in ("latency_p50", "latency_p99"):
-            middle[key] = {size: float(np.median([look[key][size] for look in found])) for size in found[0][key]}
-        write_json(paths[name], {**middle, **provenance()})
+            middles[name][key] = {size: float(np.median([look[key][size] for look in found])) for size in found[0][key]}
+    return middles
 
 
 LAYERS: dict[str, Any] = {"widths": (64, 256, 1024, 4096), "batches": (1, 16, 256), "members": 4}
@@ -598,6 +765,11 @@ def provenance() -> dict[str, str]:
     return {"torch": torch.__version__, "python": platform.python_version(), "device": "cpu", "date": today}
 
 
+def methods(task: str) -> list[str]:
+    """Return what is run on a task."""
+    return [name for name, method in METHODS.items() if not method.control or name in TASKS[task].controls]
+
+
 def folder(task: str, name: str) -> Path:
     """Return where a method's runs are kept."""
     return BANK / task / name.replace(" ", "-")
@@ -609,26 +781,57 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def packed(prediction: Tensor | Normal) -> NDArray[np.float16]:
-    """Return half precision: log probabilities (members, n, classes), or mean and std (members, n, 2).
+PARAMETERS = {Normal: ("loc", "scale"), StudentTDistribution: ("df", "loc", "scale")}
+Prediction = Tensor | Normal | StudentTDistribution
+
+
+def packed(prediction: Prediction) -> NDArray[np.float16]:
+    """Return half precision: log probabilities (members, n, classes), or parameters (members, n, 2 or 3).
+
+    Degrees of freedom above 1000 are kept as 1000: that is a normal distribution.
 
     Raises:
         FloatingPointError: the weights overflowed, so that a prediction is not finite.
     """
-    if isinstance(prediction, Normal):
-        numbers = torch.stack([prediction.loc, prediction.scale], -1).half()
-    else:
+    if isinstance(prediction, Tensor):
         numbers = prediction.clamp_min(1e-30).log().half()  # the log keeps what is near 0 and near 1
+    else:
+        fields = {name: getattr(prediction, name) for name in PARAMETERS[type(prediction)]}
+        if "df" in fields:
+            fields["df"] = fields["df"].clamp_max(1000)
+        numbers = torch.stack(list(fields.values()), -1).half()
     if lost := int((~numbers.isfinite()).sum()):
         raise FloatingPointError(f"predictions must be finite in half precision, got {lost} numbers that are not")
     return numbers.numpy()
+
+
+def restored(numbers: Tensor, likelihood: Likelihood) -> Any:
+    """Return the prediction that `packed` made numbers of."""
+    if isinstance(likelihood, Categorical):
+        return numbers.softmax(-1)
+    return distribution(StudentTDistribution if isinstance(likelihood, StudentT) else Normal, numbers.unbind(-1))
+
+
+def distribution(kind: Any, parts: Iterable[Tensor]) -> Any:
+    """Return a distribution of these parameters, whose values were looked at when they were packed."""
+    return kind(*parts, validate_args=False)
+
+
+def parameters(prediction: Normal | StudentTDistribution) -> list[Tensor]:
+    """Return a distribution's parameters, in the order in which its class takes them."""
+    return [getattr(prediction, name) for name in PARAMETERS[type(prediction)]]
+
+
+def doubles(prediction: Normal | StudentTDistribution) -> list[Tensor]:
+    """Return them in float64."""
+    return [part.double() for part in parameters(prediction)]
 
 
 # ---- Reading. ----
 
 
 @cache
-def record(task: str, name: str, seed: int) -> tuple[dict[str, Any], dict[str, Tensor | Normal]]:
+def record(task: str, name: str, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return what is kept of a run: facts about it, and predictions by set.
 
     Raises:
@@ -639,16 +842,16 @@ def record(task: str, name: str, seed: int) -> tuple[dict[str, Any], dict[str, T
         raise FileNotFoundError(f"the ledger must hold {task}, {name}, seed {seed}, got no such run: {COMMAND}")
     with np.load(path, allow_pickle=False) as file:
         facts = json.loads(str(file["facts"]))
-        arrays = {key: torch.from_numpy(file[key]).float() for key in file.files if key != "facts"}
+        sets = [key for key in file.files if key != "facts" and not key.endswith(" crps")]
+        arrays = {key: torch.from_numpy(file[key]).float() for key in sets}
     if "rows" in facts:  # a network that is chosen three times is three members
         arrays = {key: array[facts["rows"]] for key, array in arrays.items()}
-    if isinstance(TASKS[task].likelihood, Categorical):
-        return facts, {key: array.softmax(-1) for key, array in arrays.items()}
-    return facts, {key: Normal(array[..., 0], array[..., 1], validate_args=False) for key, array in arrays.items()}
+    likelihood = TASKS[task].likelihood
+    return facts, {key: restored(array, likelihood) for key, array in arrays.items()}
 
 
 def predictions(task: str, name: str, seed: int, split: str = "test") -> Any:
-    """Return every member's prediction: probabilities (members, n, classes), or a Normal (members, n)."""
+    """Return every member's prediction: probabilities (members, n, classes), or a distribution (members, n)."""
     return record(task, name, seed)[1][split]
 
 
@@ -663,15 +866,27 @@ def pool(task: str, split: str = "test", seed: int = 0) -> Any:
     found = [predictions(task, "deep ensemble", s, split) for s in range(TASKS[task].seeds)]
     if isinstance(found[0], Tensor):
         return torch.cat(found)
-    return Normal(torch.cat([p.loc for p in found]), torch.cat([p.scale for p in found]), validate_args=False)
+    parts = zip(*map(parameters, found), strict=True)
+    return distribution(type(found[0]), map(torch.cat, parts))
 
 
-def log_likelihoods(prediction: Tensor | Normal, y: Tensor) -> Tensor:
+def kept_crps(task: str, name: str, seed: int, split: str = "test") -> Tensor:
+    """Return what was kept of the continuous ranked probability score of each example, (n,), in units of y.
+
+    Raises:
+        KeyError: none was kept: the members are no Student's t.
+    """
+    record(task, name, seed)  # says what is missing
+    with np.load(folder(task, name) / f"{seed}.npz", allow_pickle=False) as file:
+        return torch.from_numpy(file[f"{split} crps"])
+
+
+def log_likelihoods(prediction: Prediction, y: Tensor) -> Tensor:
     """Return each member's log likelihood of each target, (members, n), float64."""
-    if isinstance(prediction, Normal):
-        logs: Tensor = Normal(prediction.loc.double(), prediction.scale.double()).log_prob(y)
-        return logs
-    return scores.of_labels(prediction, y).log()
+    if isinstance(prediction, Tensor):
+        return scores.of_labels(prediction, y).log()
+    logs: Tensor = distribution(type(prediction), doubles(prediction)).log_prob(y)
+    return logs
 
 
 def mixed(logs: Tensor) -> Tensor:
@@ -679,20 +894,24 @@ def mixed(logs: Tensor) -> Tensor:
     return logs.logsumexp(0) - math.log(len(logs))
 
 
-def score(prediction: Tensor | Normal, y: Tensor) -> dict[str, float]:
+def score(prediction: Prediction, y: Tensor) -> dict[str, float]:
     """Return the scores of a prediction of the members.
 
     In nats: nll, member_nll, diversity_gain. In percent: accuracy, ece, disagreement, coverage of the 95% band. In
-    units of y: crps, width of that band, spread of the members' means.
+    units of y: crps (of normal members), width of that band, spread of the members' means.
     """
     logs = log_likelihoods(prediction, y)
     result = {"nll": -mixed(logs).mean(), "member_nll": -logs.mean()}
     result["diversity_gain"] = result["member_nll"] - result["nll"]
-    if isinstance(prediction, Normal):
-        total = (prediction.variance.mean(0) + prediction.loc.var(0, correction=0)).sqrt()
-        result["crps"] = scores.crps(prediction, y)
-        result["coverage"] = 100 * ((y - prediction.loc.mean(0)).abs() <= 1.96 * total).float().mean()
-        result["width"] = 2 * 1.96 * total.mean()
+    if not isinstance(prediction, Tensor):
+        if isinstance(prediction, Normal):
+            total = (prediction.variance.mean(0) + prediction.loc.var(0, correction=0)).sqrt()
+            low, high = (prediction.loc.mean(0) + side * 1.96 * total for side in (-1, 1))
+            result["crps"] = scores.crps(prediction, y)
+        else:
+            low, high = (risk.quantile(prediction, p) for p in (0.025, 0.975))
+        result["coverage"] = 100 * ((low <= y) & (y <= high)).float().mean()
+        result["width"] = (high - low).mean()
         result["spread"] = prediction.loc.std(0, correction=0).mean()
     else:
         result["accuracy"] = 100 * scores.accuracy(prediction, y)
@@ -700,6 +919,12 @@ def score(prediction: Tensor | Normal, y: Tensor) -> dict[str, float]:
         result["ece"] = 100 * scores.ece(prediction, y)
         result["disagreement"] = 100 * scores.disagreement(prediction).mean()
     return {key: float(value) for key, value in result.items()}
+
+
+def daily_crps(prediction: StudentTDistribution, y: Tensor) -> Tensor:
+    """Return the continuous ranked probability score of each example, (n,), float64."""
+    df, location, scale = doubles(prediction)
+    return scores.crps_of_students(df, location, scale, y.double())
 
 
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(64)
@@ -731,6 +956,10 @@ def seed_scores(task: str, name: str, seed: int, split: str) -> dict[str, float]
         prediction = tempered(task, seed, prediction)
     parts = groups(prediction, TASKS[task].members) if name == "deep ensemble" else [prediction]
     rows = [score(part, y) for part in parts]
+    if isinstance(TASKS[task].likelihood, StudentT):
+        new = name in BASELINES
+        daily = daily_crps(prediction, y) if new else kept_crps(task, name, seed, split)
+        rows[0]["crps"] = float(daily.mean())
     if (truth := TASKS[task].truth) is not None:
         exact = truth(seed, split)
         rows = [{**row, "divergence": divergence(exact, part)} for row, part in zip(rows, parts, strict=True)]
@@ -754,24 +983,40 @@ def groups(prediction: Any, members: int) -> list[Any]:
 
 def pool_size(prediction: Any) -> int:
     """Return how many members a prediction has."""
-    return len(prediction.loc if isinstance(prediction, Normal) else prediction)
+    return len(prediction if isinstance(prediction, Tensor) else prediction.loc)
 
 
 def members_of(prediction: Any, index: Tensor) -> Any:
     """Return the prediction of some of the members."""
-    if isinstance(prediction, Normal):
-        return Normal(prediction.loc[index], prediction.scale[index], validate_args=False)
-    return prediction[index]
+    if isinstance(prediction, Tensor):
+        return prediction[index]
+    return distribution(type(prediction), (part[index] for part in parameters(prediction)))
 
 
-def tempered(task: str, seed: int, prediction: Tensor | Normal) -> Tensor | Normal:
+def tempered(task: str, seed: int, prediction: Any) -> Any:
     """Return the single network's prediction, its confidence set on validation data by one number."""
     y = targets(task, seed, "val")
     val = predictions(task, "single", seed, "val")
     if isinstance(prediction, Normal):  # the scale of the standard deviation that fits best, in closed form
         factor = ((y - val.loc) / val.scale).square().mean().sqrt()
         return Normal(prediction.loc, prediction.scale * factor, validate_args=False)
+    if isinstance(prediction, StudentTDistribution):
+        return stretched(prediction, stretch(val, y))
     return scores.temper(prediction, scores.temperature(val, y))
+
+
+def stretched(prediction: StudentTDistribution, factor: float) -> StudentTDistribution:
+    """Return the same with every scale multiplied."""
+    return StudentTDistribution(prediction.df, prediction.loc, prediction.scale * factor, validate_args=False)
+
+
+def stretch(prediction: StudentTDistribution, y: Tensor) -> float:
+    """Return the factor of the scales that fits best."""
+
+    def loss(log_factor: float) -> float:
+        return -float(mixed(log_likelihoods(stretched(prediction, math.exp(log_factor)), y)).mean())
+
+    return math.exp(optimize.minimize_scalar(loss, bounds=(-2, 2), method="bounded").x)
 
 
 def values(task: str, name: str, metric: str = PRIMARY, split: str = "test") -> Tensor:
@@ -905,13 +1150,48 @@ def curve(task: str, members: Iterable[int], metric: str = PRIMARY, split: str =
     return torch.stack(rows)
 
 
-def costs(task: str, name: str) -> dict[str, Any]:
-    """Return what a method costs on the machine on which the ledger was made: the fields of `effens.Costs`."""
-    path = folder(task, BASELINES.get(name, name)) / "costs.json"
+def choices(task: str, name: str, seed: int, members: int) -> list[Tensor]:
+    """Return every way to take so many of the members that a run kept; all of them where it has no more.
+
+    A search adds its networks in an order, so of those it is the first: what it would have chosen of this size.
+    """
+    facts, found = record(task, name, seed)
+    if "rows" in facts:
+        rows = facts["rows"]
+        return [torch.arange(max(k for k in range(len(rows) + 1) if len(set(rows[:k])) <= members))]
+    kept = min(pool_size(found["test"]), TASKS[task].members)
+    return [torch.tensor(index) for index in itertools.combinations(range(kept), min(members, kept))]
+
+
+def at_members(task: str, name: str, members: int, split: str = "test") -> tuple[float, float]:
+    """Return (member_nll, diversity_gain) of a smaller ensemble: a mean over seeds and over all choices of members."""
+    points = []
+    for seed in range(TASKS[task].seeds):
+        logs = log_likelihoods(predictions(task, name, seed, split), targets(task, seed, split))
+        parts = [logs[index] for index in choices(task, name, seed, members)]
+        points.append(np.mean([[-part.mean(), mixed(part).mean() - part.mean()] for part in parts], 0))
+    loss, gain = np.mean(points, 0)
+    return float(loss), float(gain)
+
+
+def costs(task: str, name: str, device: str = "cpu") -> dict[str, Any]:
+    """Return what a method costs on the machine on which the ledger was made: the fields of `effens.Costs`.
+
+    Args:
+        task: its name.
+        name: of the method.
+        device: ``"cpu"``, or ``"cuda"``: the GPU on which ``python -m effens.ledger --gpu`` was run.
+
+    Raises:
+        FileNotFoundError: that was not measured.
+    """
+    name = BASELINES.get(name, name)
+    path = folder(task, name) / "costs.json" if device == "cpu" else device_costs_path(task, device)
     if not path.exists():
-        raise FileNotFoundError(f"the ledger must hold the costs of {task}, {name}, got none: {COMMAND}")
+        where, option = ("", "") if device == "cpu" else (f" on {device}", " --gpu")
+        raise FileNotFoundError(f"the ledger must hold the costs of {task}, {name}{where}, got none: {COMMAND}{option}")
     facts: dict[str, Any] = json.loads(path.read_text())
-    return facts
+    return facts if device == "cpu" else {**facts, **facts["methods"][name]}
 
 
 def names(controls: bool = False) -> list[str]:
@@ -946,15 +1226,15 @@ def table(
 DECIMALS = {"accuracy": 1, "ece": 1, "disagreement": 1, "coverage": 1, "auroc": 1}  # percentages
 
 
-def relative_costs(task: str, name: str) -> dict[str, float]:
-    """Return a method's costs as multiples of the single network's.
+def relative_costs(task: str, name: str, device: str = "cpu") -> dict[str, float]:
+    """Return a method's costs as multiples of the single network's, on the CPU or on a GPU, ``"cuda"``.
 
     Training is the time of a step of the task's epochs, at batch 128; prediction the median latency at batch 1 and 256;
     memory the bytes of all weights.
     """
 
     def facts(row: str) -> dict[str, float]:
-        found = costs(task, row)
+        found = costs(task, row, device)
         return {
             "training": found["train_seconds"],
             "batch 1": found["latency_p50"]["1"],
@@ -966,9 +1246,9 @@ def relative_costs(task: str, name: str) -> dict[str, float]:
     return {key: value / one[key] for key, value in facts(name).items()}
 
 
-def cost_table(task: str, rows: Iterable[str] | None = None) -> str:
+def cost_table(task: str, rows: Iterable[str] | None = None, device: str = "cpu") -> str:
     """Return a table of what each method costs, as multiples of the single network's cost; all methods by default."""
-    found = {name: relative_costs(task, name) for name in (names() if rows is None else rows)}
+    found = {name: relative_costs(task, name, device) for name in (names() if rows is None else rows)}
     lines = [" " * 20 + "".join(f"{title:>12}" for title in next(iter(found.values())))]
     lines += [f"{name:20}" + "".join(f"{value:11.1f}x" for value in row.values()) for name, row in found.items()]
     return "\n".join(lines)
@@ -1005,9 +1285,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--no-costs", action="store_true", help="measure no costs: another program is running")
+    parser.add_argument("--gpu", action="store_true", help="only measure costs, of all methods, on the GPU at hand")
     chosen = parser.parse_args(arguments)
+    if chosen.gpu and not torch.cuda.is_available():
+        parser.error("--gpu needs a CUDA device, got none")
     torch.set_num_threads(1)  # so that numbers and times do not depend on how many cores there are
-    pairs = [(TASKS[task], name) for task in chosen.tasks for name in chosen.methods]
+    if chosen.gpu:
+        for task in tqdm(chosen.tasks, desc="costs on the GPU", unit="task"):
+            run_device_costs(TASKS[task], "cuda")
+        for task in chosen.tasks:
+            print(f"\n{task}: {costs(task, 'single', 'cuda')['device']}\n{cost_table(task, device='cuda')}")
+        return
+    pairs = [(TASKS[task], name) for task in chosen.tasks for name in chosen.methods if name in methods(task)]
     with tqdm(total=sum(task.seeds for task, _ in pairs), desc="ledger", unit="run") as shown:
         for task, name in pairs:
             for seed in range(task.seeds):

@@ -12,7 +12,18 @@ from torch.nn import functional as F
 
 
 class Likelihood:
-    """Base class: a likelihood reads outputs ``(..., batch, outputs)`` for targets ``(batch,)`` or ``(..., batch)``."""
+    """Base class: a likelihood reads outputs ``(..., batch, outputs)`` for targets ``(batch,)`` or ``(..., batch)``.
+
+    Example:
+        >>> class Poisson(Likelihood):
+        ...     outputs = 1
+        ...     def nll(self, outputs, y):
+        ...         return torch.nn.functional.poisson_nll_loss(outputs[..., 0], y, reduction="none")
+        ...     def predict(self, outputs):
+        ...         return outputs[..., 0].exp()
+        >>> Poisson().nll(torch.zeros(2, 5, 1), torch.ones(2, 5)).shape
+        torch.Size([2, 5])
+    """
 
     outputs: int | None = None  # how many outputs the network must have; None: any
 
@@ -43,23 +54,37 @@ def check_targets(outputs: Tensor, y: Tensor) -> None:
         raise ValueError(f"{rule}, got {tuple(y.shape)}")
 
 
+NO_LABEL = torch.iinfo(torch.int64).min  # PyTorch would ignore -100, which is out of range as any other
+
+
+def check_integers(y: Tensor) -> None:
+    """Raise `ValueError` unless labels are integers: anything else would be cut off."""
+    if y.is_floating_point() or y.is_complex():
+        raise ValueError(f"labels must be integers, got {y.dtype}")
+
+
 @dataclass(frozen=True)
 class Categorical(Likelihood):
     r"""Classes: outputs are logits ``(..., batch, classes)``, targets are integers ``0 ... classes - 1``.
 
     .. math:: -\log p(y) = -z_y + \log \sum_c e^{z_c}
+
+    Example:
+        >>> Categorical().nll(torch.zeros(4, 2), torch.tensor([0, 1, 1, 0]))
+        tensor([0.6931, 0.6931, 0.6931, 0.6931])
     """
 
     def nll(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Return the cross-entropy of each example, ``(..., batch)``, in nats."""
         check_targets(outputs, y)
-        labels = y.long().expand(outputs.shape[:-1])
-        return F.cross_entropy(outputs.flatten(0, -2), labels.flatten(), reduction="none").view(labels.shape)
+        check_integers(y)
+        labels = y.long().expand(outputs.shape[:-1]).flatten()
+        losses = F.cross_entropy(outputs.flatten(0, -2), labels, reduction="none", ignore_index=NO_LABEL)
+        return losses.view(outputs.shape[:-1])
 
     def check(self, outputs: Tensor, y: Tensor) -> None:
         """Raise `ValueError` unless all labels are integers that name a class."""
-        if y.is_floating_point():
-            raise ValueError(f"labels must be integers, got {y.dtype}")
+        check_integers(y)
         low, high = (int(y.min()), int(y.max())) if y.numel() else (0, 0)
         if low < 0 or high >= outputs.shape[-1]:
             raise ValueError(f"labels must be in 0 ... {outputs.shape[-1] - 1}, got {low} ... {high}")
@@ -81,6 +106,10 @@ class Gaussian(Likelihood):
         -\log p(y) = \tfrac12 \log 2 \pi \sigma^2 + \frac{(y - \mu)^2}{2 \sigma^2}
 
     Lakshminarayanan et al. (2017), section 2.4, with the constant kept, so that it is a density's.
+
+    Example:
+        >>> Gaussian().predict(torch.zeros(3, 10, 2))  # three members, ten examples
+        Normal(loc: torch.Size([3, 10]), scale: torch.Size([3, 10]))
     """
 
     outputs = 2
@@ -104,6 +133,10 @@ class StudentT(Likelihood):
     .. math:: \sigma = \mathrm{softplus}(\cdot) + 10^{-3}, \qquad \nu = 2 + 10^{-2} + \mathrm{softplus}(\cdot)
 
     Degrees of freedom above 2 keep the variance finite.
+
+    Example:
+        >>> StudentT().predict(torch.zeros(3, 10, 3)).batch_shape
+        torch.Size([3, 10])
     """
 
     outputs = 3
@@ -114,7 +147,7 @@ class StudentT(Likelihood):
         check_targets(outputs, y)
         df, location, scale = self.parameters(outputs)  # no distribution: it would refuse a network that diverged
         z = (y - location) / scale
-        normalizer = torch.lgamma((df + 1) / 2) - torch.lgamma(df / 2) - 0.5 * (math.pi * df).log() - scale.log()
+        normalizer = log_gamma_ratio(df / 2) - 0.5 * (math.pi * df).log() - scale.log()
         return (df + 1) / 2 * torch.log1p(z.square() / df) - normalizer
 
     def predict(self, outputs: Tensor) -> StudentTDistribution:
@@ -128,6 +161,13 @@ class StudentT(Likelihood):
         return 2.01 + F.softplus(df), location, F.softplus(scale) + 1e-3
 
 
+def log_gamma_ratio(x: Tensor) -> Tensor:
+    """Return log Γ(x + 1/2) - log Γ(x), by its series where x is large: a difference would lose its digits there."""
+    large = x.clamp_min(30)
+    series = 0.5 * large.log() - 1 / (8 * large) + 1 / (192 * large**3) - 1 / (640 * large**5)
+    return torch.where(x < 30, torch.lgamma(x.clamp_max(30) + 0.5) - torch.lgamma(x.clamp_max(30)), series)
+
+
 def mixture(distribution: Distribution) -> MixtureSameFamily:
     """Return the equal mixture of the members: batch shape ``(members, batch)`` to ``(batch,)``.
 
@@ -137,6 +177,11 @@ def mixture(distribution: Distribution) -> MixtureSameFamily:
     Raises:
         TypeError: the distribution is neither normal nor Student's t.
         ValueError: its batch shape is not ``(members, batch)``.
+
+    Example:
+        >>> said = torch.distributions.Normal(torch.tensor([[-1.0], [1.0]]), torch.ones(2, 1))  # two members
+        >>> mixture(said).mean, mixture(said).variance  # within 1, between 1
+        (tensor([0.]), tensor([2.]))
     """
     if len(distribution.batch_shape) != 2:
         raise ValueError(f"batch shape must be (members, batch), got {tuple(distribution.batch_shape)}")

@@ -6,6 +6,7 @@ without script and on paper it is its first frame.
 
 import base64
 import html
+import inspect
 import io
 import json
 import math
@@ -15,13 +16,19 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from IPython.display import HTML, Markdown
+from IPython.display import HTML
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 from PIL import Image
+from torch import Tensor
 
 from effens.chooser import BUDGETS, GOALS, choose, score_of
+from effens.data import GapRegression
+from effens.ensembles.base import Ensemble
+from effens.likelihoods import Gaussian, mixture
+from effens.training import predict
 
 
 def player(
@@ -72,24 +79,64 @@ def player(
 
     pictures = _pictures(draw, values, axes, figsize, dpi, colors)
     width, height = (round(inches * mpl.rcParams["figure.dpi"]) for inches in figsize or mpl.rcParams["figure.figsize"])
-    # One frame a line, "<" never: text in it cannot end the script.
-    frames = json.dumps(list(zip(pictures, alts, said, strict=True)), indent=0).replace("<", "\\u003c")
-    controls = _CONTROLS.format(label=html.escape(label), last=len(values) - 1, words=html.escape(said[0]))
-    script = f'<script type="application/json">{frames}</script>\n{_SCRIPT.replace("INTERVAL", str(int(interval)))}'
-    lines = math.ceil(max(map(len, said)) / 40)  # on a phone, so that longer words move nothing
-    page = f"""<div class="effens-player" data-lm-suppress-shortcuts="true" style="max-width: {width}px">
-{_STYLE}
-<img src="{pictures[0]}" alt="{html.escape(alts[0])}" width="{width}" height="{height}">
-{controls if len(values) > 1 else ""}
-<output aria-live="polite" style="min-height: {1.5 * lines}em">{html.escape(said[0])}</output>
-{script if len(values) > 1 else ""}
-</div>"""
-    if len(page) > 1000 * max_kb:
-        raise ValueError(
-            f"a player must take at most {max_kb:g} KB, got {len(page) / 1000:.0f} KB for {len(values)} frames: "
-            "fewer values or colors, or a smaller figsize or dpi, make it smaller"
-        )
+    frames = list(zip(pictures, alts, said, strict=True))
+    page = _page(pictures[0], width, height, alts[0], label, frames, _STYLE, _SCRIPT, interval, max_kb)
     return HTML(page)
+
+
+def reveal(
+    draw: Callable[[Any], object],
+    stops: Sequence[Any],
+    *,
+    words: Sequence[str],
+    alt: str,
+    label: str = "day",
+    axes: tuple[int, int] = (1, 1),
+    figsize: tuple[float, float] | None = None,
+    dpi: float | None = None,
+    colors: int = 64,
+    interval: int = 150,
+    max_kb: float = 300,
+) -> HTML:
+    """A figure that a slider uncovers from left to right, as time did: what lies right of a stop is not shown.
+
+    It stores one picture, so hundreds of stops cost little. Without script and on paper all of it is seen.
+
+    Args:
+        draw: `draw(ax)` draws the whole on empty axes; an array of them where `axes` asks for more than one.
+        stops: where the slider stops, on the first axes' x-axis, ascending.
+        words: what to say at each stop.
+        alt: what the whole picture shows; the words of a stop are added.
+        label: of the slider.
+        axes: rows and columns of axes, of which all that share a column should share x.
+        figsize: inches; the style's when None.
+        dpi: pixels stored per inch; the style's when None.
+        colors: of the picture.
+        interval: milliseconds per stop while it plays.
+        max_kb: the most the HTML may take, in thousands of bytes.
+
+    Raises:
+        ValueError: fewer than two stops, not as many words, no alt text, or a picture over `max_kb`.
+    """
+    if len(stops) < 2 or len(words) != len(stops):
+        raise ValueError(f"stops must be at least 2, with words for each, got {len(stops)} and {len(words)} words")
+    if not alt.strip():
+        raise ValueError(f"alt must say what the picture shows, got {alt!r}")
+    figure = Figure(figsize=figsize, dpi=dpi, layout="constrained")
+    drawn = figure.subplots(*axes)
+    draw(drawn)
+    figure.draw_without_rendering()
+    first = np.ravel(drawn)[0]
+    at = [first.transData.transform((first.convert_xunits(stop), 0))[0] / figure.bbox.width for stop in stops]
+    covered = [f"{100 * (1 - share):.2f}" for share in at]
+    (picture,) = _encoded([_rendered(figure)], colors)
+    width, height = (round(inches * mpl.rcParams["figure.dpi"]) for inches in figsize or mpl.rcParams["figure.figsize"])
+    frames = [[share, f"{alt}: {text}", text] for share, text in zip(covered, words, strict=True)]
+    script = _SCRIPT.replace("image.src = frames[i][0]", 'image.style.clipPath = "inset(0 " + frames[i][0] + "% 0 0)"')
+    paper = "@media print { .effens-player img { clip-path: none !important; } }\n</style>"
+    style = _STYLE.replace("</style>", paper)
+    page = _page(picture, width, height, alt, label, frames, style, script, interval, max_kb)
+    return HTML(page.replace("effens-player", "effens-reveal"))
 
 
 def bet(question: str, choices: Sequence[str], *, answer: str, because: str) -> HTML:
@@ -180,33 +227,193 @@ def chooser(task: str = "digits") -> HTML:
 </script></div>""")
 
 
-def live(update: Callable[..., Any], **controls: Any) -> Any:
-    """Controls that recompute: with a kernel, moving one calls `update` and shows what it draws or prints.
-
-    A page has no kernel: where `EFFENS_STATIC` is set, as when the book's outputs are stored, a sentence says how to
-    get the controls, and nothing is computed.
+def planner(trainings: int, seconds: float, start: float) -> HTML:
+    """Return a table of what 1 ... 1000 machines bring, whose inputs can be changed with no kernel.
 
     Args:
-        update: called with one keyword argument per control, at once and after each change; an error is shown in
-            place of its output.
-        controls: ipywidgets, or what `ipywidgets.interact` takes for them: `members=(1, 10)`, `rate=[1e-3, 1e-2]`.
+        trainings: how many, all alike.
+        seconds: of each.
+        start: seconds until a machine begins, and whatever else no machine can share.
+    """
+    machines = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+    rows = ""
+    for count in machines:
+        took = start + seconds * math.ceil(trainings / count)
+        speed, busy = (start + seconds * trainings) / took, 100 * trainings * seconds / (count * took)
+        cells = _duration(took), f"{speed:.1f}x", f"{busy:.0f}%", f"{count * took / 3600:.2f}", "0.00"
+        rows += f"<tr><th scope='row'>{count}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+    asked = {"trainings": trainings, "seconds of each": seconds, "seconds to start": start, "price of an hour": 0}
+    fields = "".join(
+        f"<label>{words} <input type='number' min='0' step='any' value='{value:g}'></label>"
+        for words, value in asked.items()
+    )
+    heads = ("machines", "time", "faster", "busy", "machine-hours", "price")
+    return HTML(f"""<div class="effens-planner" data-lm-suppress-shortcuts="true">
+<style>
+{_DARK.replace("div.effens-player", "div.effens-planner")}
+.effens-planner {{ overflow-x: auto; color: inherit; }}
+.effens-planner form {{ display: flex; flex-wrap: wrap; gap: 0.5rem 1rem; margin-bottom: 0.75rem; }}
+.effens-planner input {{ font: inherit; width: 6em; min-height: 2.2em; color: CanvasText; background: Canvas; }}
+.effens-planner table {{ border-collapse: collapse; }}
+.effens-planner td, .effens-planner th {{ padding: 0.2rem 0.7rem; text-align: right; font-weight: normal; }}
+</style>
+<form onsubmit="return false">{fields}</form>
+<table><thead><tr>{"".join(f"<th scope='col'>{head}</th>" for head in heads)}</tr></thead><tbody>{rows}</tbody></table>
+<script>
+document.querySelectorAll(".effens-planner").forEach(box => {{
+  const fields = [...box.querySelectorAll("input")], rows = [...box.querySelector("tbody").rows];
+  const words = s => s < 60 ? s.toFixed(0) + " s" :
+    s < 3600 ? (s / 60).toFixed(1) + " min" : (s / 3600).toFixed(1) + " h";
+  function show() {{
+    const [n, t, start, price] = fields.map(field => Math.max(0, +field.value || 0));
+    for (const row of rows) {{
+      const count = +row.cells[0].textContent, took = start + t * Math.ceil(n / count), hours = count * took / 3600;
+      const busy = took ? 100 * n * t / (count * took) : 0, faster = took ? (start + t * n) / took : 1;
+      [words(took), faster.toFixed(1) + "x", busy.toFixed(0) + "%", hours.toFixed(2), (hours * price).toFixed(2)]
+        .forEach((text, i) => {{ row.cells[i + 1].textContent = text; }});
+    }}
+  }}
+  fields.forEach(field => {{ field.oninput = show; }});
+}});
+</script></div>""")
+
+
+def _duration(seconds: float) -> str:
+    """A time in the unit that suits them."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
+def live(draw: Callable[..., str], *, alt: str, **controls: Sequence[Any]) -> Any:
+    """A figure with sliders that computes: with a kernel, moving one calls `draw` again with the values of all.
+
+    A page has no kernel: where `EFFENS_STATIC` is set, as when the book's outputs are stored, this is the first picture
+    and a sentence that says how to wake the sliders.
+
+    Args:
+        draw: `draw(ax, **values)` computes, draws on empty axes and returns a line of text, shown under them. Each
+            argument has a default, from which its slider starts.
+        alt: what the picture shows, for those who do not see it; the sliders' values are added.
+        controls: for each argument of `draw` the values that its slider goes through.
 
     Returns:
-        An `ipywidgets.interactive`: what `update` gave last is its `result`; or the sentence, as Markdown.
-    """
-    if not controls:
-        raise ValueError("controls must hold at least one control, got none")
-    if os.environ.get("EFFENS_STATIC", "0") not in ("", "0"):
-        *others, last = controls
-        names = f"{', '.join(others)} and {last}" if others else last
-        return Markdown(f"*Run this cell in Colab or Jupyter to change {names}.*")
-    from ipywidgets import interactive  # only a live cell needs it
+        An `ipywidgets.VBox` of the sliders, the picture and the line; or HTML. An error after the first picture takes
+        the place of the line.
 
-    box = interactive(update, **controls)
-    for control in box.kwargs_widgets:
-        if control.has_trait("continuous_update"):
-            control.continuous_update = False  # recompute when the slider rests
-    return box
+    Raises:
+        ValueError: the controls are not the arguments of `draw`, a default is not among the values, or no alt text.
+
+    Example:
+        >>> box = live(lambda ax, power=2: f"2 to the {power} is {2**power}", alt="Empty axes", power=range(5))
+        >>> box.children[0].value = 4  # a reader moves the slider
+        >>> box.children[-1].value
+        '2 to the 4 is 16'
+    """
+    start = {name: p.default for name, p in list(inspect.signature(draw).parameters.items())[1:]}
+    if not start or start.keys() != controls.keys():
+        raise ValueError(f"controls must be the arguments of draw after ax, {list(start)}, got {list(controls)}")
+    for name, values in controls.items():
+        if start[name] not in values:
+            raise ValueError(f"values of {name} must hold its default, {start[name]!r}, got {list(values)}")
+    if not alt.strip():
+        raise ValueError(f"alt must say what the picture shows, got {alt!r}")
+
+    def spoken(values: dict[str, Any]) -> str:
+        return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
+
+    def answer(values: dict[str, Any]) -> tuple[str, str]:
+        """The picture as HTML, and the line under it."""
+        lines: list[str] = []
+        (picture,) = _pictures(lambda ax, _: lines.append(draw(ax, **values)), [values], (1, 1), None, None, 64)
+        width, height = (round(inches * mpl.rcParams["figure.dpi"]) for inches in mpl.rcParams["figure.figsize"])
+        size = f'width="{width}" height="{height}" style="max-width: 100%; height: auto"'
+        said = html.escape(f"{alt}; {spoken(values)}")
+        return f'<img src="{picture}" alt="{said}" {size}>', html.escape(lines[0], quote=False)
+
+    first = answer(start)
+    if os.environ.get("EFFENS_STATIC", "0") not in ("", "0"):
+        return HTML(f"""<div class="effens-live">
+{first[0]}
+<p>Here: {html.escape(spoken(start))}. <em>Run the imports and this cell in Colab (the badge under the title) or in
+Jupyter, and sliders change them.</em></p>
+</div>""")
+    import ipywidgets as widgets  # only a live cell needs them
+
+    looks = {"continuous_update": False, "style": {"description_width": "6em"}, "layout": {"width": "min(100%, 40em)"}}
+    sliders = [
+        widgets.SelectionSlider(options=list(values), value=start[name], description=name.replace("_", " "), **looks)
+        for name, values in controls.items()
+    ]
+    picture, line = (widgets.HTML(value=part) for part in first)
+
+    def update(_: object) -> None:
+        line.value = "Computing ..."
+        try:
+            picture.value, line.value = answer({s: slider.value for s, slider in zip(controls, sliders, strict=True)})
+        except Exception as error:  # nobody else would see it
+            line.value = html.escape(f"{type(error).__name__}: {error}")
+
+    for slider in sliders:
+        slider.observe(update, names="value")
+    return widgets.VBox([*sliders, picture, line])
+
+
+def gap_band(ensemble: Ensemble, task: GapRegression, *, color: str, ax: Axes) -> str:
+    """Draw what an ensemble with a `Gaussian` likelihood says along the curve with the gap, its members and its band.
+
+    Returns:
+        How its loss is made up on test data and in the gap, in words.
+    """
+    from effens.figures import regression_band  # and with it pyplot, which players do not need
+
+    said = predict(ensemble, task.x_grid, likelihood=Gaussian())
+    mixed, data = mixture(said), (task.x_train[:, 0], task.y_train)
+    lines = said.mean if len(said.mean) > 1 else None
+    regression_band(task.x_grid[:, 0], mixed.mean, mixed.stddev, members=lines, data=data, color=color, ax=ax)
+    ax.set(xlim=(-3, 3), ylim=(-4, 4), xlabel="x", ylabel="y")
+
+    def parts(x: Tensor, y: Tensor) -> str:
+        said = predict(ensemble, x, likelihood=Gaussian())
+        loss, nll = -said.log_prob(y).mean(), -mixture(said).log_prob(y).mean()
+        return f"{loss:.3f} − {(loss - nll).clamp_min(0):.3f} = {nll:.3f}"
+
+    on, off = parts(task.x_test, task.y_test), parts(task.x_gap, task.y_gap)
+    return f"Members' loss − diversity gain = NLL. On the data: {on}; in the gap: {off}."
+
+
+def _page(
+    picture: str,
+    width: int,
+    height: int,
+    alt: str,
+    label: str,
+    frames: Sequence[Sequence[str]],
+    style: str,
+    script: str,
+    interval: int,
+    max_kb: float,
+) -> str:
+    """A picture, and controls for its frames if it has more than one; raise if it is too large."""
+    first, last = frames[0][2], len(frames) - 1
+    # One frame a line, "<" never: text in it cannot end the script.
+    content = json.dumps(frames, indent=0).replace("<", "\\u003c")
+    controls = _CONTROLS.format(label=html.escape(label), last=last, words=html.escape(first))
+    content = f'<script type="application/json">{content}</script>\n{script.replace("INTERVAL", str(int(interval)))}'
+    lines = math.ceil(max(len(said) for _, _, said in frames) / 40)  # on a phone, so that longer words move nothing
+    page = f"""<div class="effens-player" data-lm-suppress-shortcuts="true" style="max-width: {width}px">
+{style}
+<img src="{picture}" alt="{html.escape(alt)}" width="{width}" height="{height}">
+{controls if last else ""}
+<output aria-live="polite" style="min-height: {1.5 * lines}em">{html.escape(first)}</output>
+{content if last else ""}
+</div>"""
+    if len(page) > 1000 * max_kb:
+        raise ValueError(
+            f"a player must take at most {max_kb:g} KB, got {len(page) / 1000:.0f} KB for {len(frames)} frames: "
+            "fewer values or colors, or a smaller figsize or dpi, make it smaller"
+        )
+    return page
 
 
 def _pictures(
@@ -226,12 +433,16 @@ def _pictures(
         figures.append(figure)
     _align(figures)
 
-    rows = [_rendered(figure) for figure in figures]
+    return _encoded([_rendered(figure) for figure in figures], colors)
+
+
+def _encoded(rows: list[np.ndarray], colors: int) -> list[str]:
+    """Pictures of one size as the data URLs of PNGs."""
     height, width, _ = rows[0].shape
     # One palette for all frames, or colors would flicker.
     sheet = Image.fromarray(np.concatenate(rows)).quantize(colors, dither=Image.Dither.NONE)
     urls = []
-    for i in range(len(values)):
+    for i in range(len(rows)):
         file = io.BytesIO()
         sheet.crop((0, i * height, width, (i + 1) * height)).save(file, "png", optimize=True)
         urls.append("data:image/png;base64," + base64.b64encode(file.getvalue()).decode())

@@ -8,21 +8,28 @@ memory, from products with one row, which read every weight once and compute nex
 ``python -m effens.roofline`` measures them, and then the layers that they are to predict, and keeps both in the bank.
 """
 
+import itertools
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from effens import ledger
+from effens.ensembles.base import Ensemble
 from effens.ensembles.batch import BatchEnsemble
 from effens.ensembles.deep import DeepEnsemble
 
-WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096)
+WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)  # weights of 16 KB to 268 MB: from the nearest cache to memory
 BATCHES = (1, 4, 16, 64, 256)
 MEMBERS = (1, 2, 4, 8, 16)
 LARGEST = 2**28  # numbers in the weights of a layer that is timed: 1 GiB
@@ -66,24 +73,31 @@ class Machine:
         return self.peak / self.bandwidth(size) * 4 / 2
 
 
-def measured() -> Machine:
-    """Measure this machine, on the threads that PyTorch uses now; it takes some ten seconds."""
-    with torch.inference_mode():
-        x, w = torch.randn(2048, 2048), torch.randn(2048, 2048)
-        peak = 2 * 2048**3 / one(partial(F.linear, x, w), 2.0)
-        tiny, small = torch.randn(1, 1), torch.randn(1, 1)
-        call = one(partial(F.linear, tiny, small), 0.5)
-        pairs = []
-        for width in WIDTHS:
-            x, w = torch.randn(1, width), torch.randn(width, width)
-            seconds = one(partial(F.linear, x, w), 1.0)
-            pairs.append((4.0 * width**2, 4 * width**2 / max(seconds - call, 0.05 * seconds)))
-    return Machine(peak, call, tuple(pairs))
-
-
 def one(call: Any, seconds: float) -> float:
     """Return the median time of a call."""
     return ledger.interleaved({"it": call}, seconds)["it"]
+
+
+def measured(timed: Callable[[Any, float], float] = one) -> Machine:
+    """Measure this machine, on the threads that PyTorch uses now; it takes some ten seconds.
+
+    Args:
+        timed: (call, seconds) -> the median time of the call, timed for so long.
+    """
+    with torch.inference_mode():
+        x, w = torch.randn(2048, 2048), torch.randn(2048, 2048)
+        peak = 2 * 2048**3 / timed(partial(F.linear, x, w), 2.0)
+        tiny, small = torch.randn(1, 1), torch.randn(1, 1)
+        call = timed(partial(F.linear, tiny, small), 0.5)
+    return Machine(peak, call, tuple((4.0 * width**2, read_speed(width, call, timed)) for width in WIDTHS))
+
+
+def read_speed(width: int, call: float, timed: Callable[[Any, float], float] = one) -> float:
+    """Return the bytes in a second at which a product with one row reads its weights; ``call`` is an empty one's."""
+    x, w = torch.randn(1, width), torch.randn(width, width)
+    with torch.inference_mode():
+        seconds = timed(partial(F.linear, x, w), 1.0)
+    return 4 * width**2 / max(seconds - call, 0.05 * seconds)
 
 
 def points() -> Iterable[tuple[int, int, int]]:
@@ -96,21 +110,27 @@ def points() -> Iterable[tuple[int, int, int]]:
 
 
 def run() -> None:
-    """Measure the machine and every point, unless that is kept already."""
+    """Measure the machine and every point; what is kept already is not measured again."""
     path = ledger.BANK / "roofline.json"
-    if path.exists():
-        return
     torch.set_num_threads(1)
-    machine = measured()
-    rows = []
-    for width, batch, members in points():
+    if path.exists():
+        machine, times = read()
+    else:
+        machine, times = measured(), {}
+    sizes = dict(machine.bandwidths)
+    speeds = tuple((4.0 * w**2, sizes.get(4.0 * w**2) or read_speed(w, machine.call)) for w in WIDTHS)
+    missing = [point for point in points() if ("deep ensemble", *point) not in times]
+    if not missing and speeds == machine.bandwidths:
+        return
+    for width, batch, members in missing:
         make = partial(nn.Linear, width, width)
         x = torch.randn(batch, width)
         layers = {"deep ensemble": DeepEnsemble(make, members), "BatchEnsemble": BatchEnsemble(make, members)}
         with torch.inference_mode():
-            times = ledger.interleaved({name: partial(layer, x) for name, layer in layers.items()}, SECONDS)
-        rows += [[name, width, batch, members, float(f"{t:.4g}")] for name, t in times.items()]
-    facts = {"peak": machine.peak, "call": machine.call, "bandwidths": machine.bandwidths, "threads": 1}
+            found = ledger.interleaved({name: partial(layer, x) for name, layer in layers.items()}, SECONDS)
+        times |= {(name, width, batch, members): float(f"{t:.4g}") for name, t in found.items()}
+    facts = {"peak": machine.peak, "call": machine.call, "bandwidths": speeds, "threads": 1}
+    rows = [[*key, t] for key, t in times.items()]
     ledger.write_json(path, {**facts, "rows": rows, **ledger.provenance()})
     read.cache_clear()
 
@@ -128,6 +148,116 @@ def read() -> tuple[Machine, dict[tuple[str, int, int, int], float]]:
     kept = json.loads(path.read_text())
     machine = Machine(kept["peak"], kept["call"], tuple((size, speed) for size, speed in kept["bandwidths"]))
     return machine, {(name, width, batch, members): t for name, width, batch, members, t in kept["rows"]}
+
+
+def by_rows(times: Mapping[tuple[str, int, int, int], float], width: int) -> dict[int, float]:
+    """Return the measured seconds of a layer whose members share weights, by rows (members times batch), ascending.
+
+    Several members with few rows each and few with many have the same rows: of these, the median.
+    """
+    found: dict[int, list[float]] = {}
+    for (name, w, batch, members), seconds in times.items():
+        if name == "BatchEnsemble" and w == width:
+            found.setdefault(batch * members, []).append(seconds)
+    return {rows: statistics.median(found[rows]) for rows in sorted(found)}
+
+
+def doubled(seconds: Mapping[int, float]) -> float:
+    """Return the rows at which the time is twice that of the fewest, on straight lines between the points, log-log.
+
+    Infinite where it is never reached.
+    """
+    points = sorted(seconds.items())
+    target = 2 * points[0][1]
+    for (r0, t0), (r1, t1) in itertools.pairwise(points):
+        if t1 >= target:
+            return float(r0 * (r1 / r0) ** (math.log(target / t0) / math.log(t1 / t0)))
+    return math.inf
+
+
+def words(size: float) -> str:
+    """Return a number of bytes as people say it."""
+    return f"{size / 1e6:.0f} MB" if size >= 1e6 else f"{size / 1e3:.0f} KB"
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What one prediction asks of a machine.
+
+    Attributes:
+        calls: operators that PyTorch starts.
+        reads: the bytes of the tensors that each operator reads and writes; views move none.
+        work: its floating-point operations, of products and convolutions, one number for each operator.
+    """
+
+    calls: int
+    reads: tuple[int, ...]
+    work: tuple[int, ...]
+
+    def predict(self, machine: Machine) -> tuple[float, float, float]:
+        """Return the seconds of calls, of what waits for memory, and of what waits for arithmetic.
+
+        Each operator waits for the slower of its two; the prediction is the sum of all three.
+        """
+        memory = compute = 0.0
+        for size, flops in zip(self.reads, self.work, strict=True):
+            read, count = (size / machine.bandwidth(size) if size else 0.0), flops / machine.peak
+            memory, compute = (memory + read, compute) if read >= count else (memory, compute + count)
+        return self.calls * machine.call, memory, compute
+
+
+class Watched(TorchDispatchMode):
+    """Notes each operator's bytes and operations while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: list[tuple[int, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func.overloadpacket)
+        flops = count(*args, **(kwargs or {}), out_val=out) if count else 0
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
+        size = 0 if func.is_view else sum(t.numel() * t.element_size() for t in tensors)
+        self.notes.append((size, int(flops)))
+        return out
+
+
+def watched(call: Callable[[], object]) -> Forward:
+    """Run a call and return what it asks of a machine, counted and not timed."""
+    with Watched() as seen:
+        call()
+    sizes, work = zip(*seen.notes, strict=True) if seen.notes else ((), ())
+    return Forward(len(seen.notes), sizes, work)
+
+
+def brief(task: str, name: str) -> Ensemble:
+    """Train a method for as many steps as it has members: what a prediction costs does not depend on how good it is.
+
+    Raises:
+        ValueError: the method is one whose networks a search chooses.
+    """
+    method = ledger.METHODS[name]
+    if not method.tuned:
+        raise ValueError(f"name must be a method whose networks are known beforehand, got {name!r}")
+    full = ledger.TASKS[task]
+    x, y = full.load(0)["train"]
+    assert y is not None
+    few = slice(full.batch_size)
+    short = replace(full, pool=full.members, epochs=full.members)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return method.train(short, (x[few], y[few]), ledger.tune(full, name), 0).eval()
+
+
+def forward(task: str, name: str, batch: int) -> Forward:
+    """Return what one prediction of a method of the ledger asks of a machine."""
+    ensemble = brief(task, name)
+    x, _ = ledger.TASKS[task].load(0)["train"]
+    rows = x[torch.arange(batch) % len(x)]
+    with torch.no_grad():
+        ensemble(rows)  # a first call may look the network over
+        return watched(partial(ensemble, rows))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
-"""Weights on disk: safetensors, so that a file can hold numbers and nothing that runs."""
+"""Weights and checkpoints on disk: safetensors, so that a file can hold numbers and nothing that runs."""
 
+import glob
+import json
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 FORMAT = "effens 1"
+CHECKPOINT = "effens checkpoint 1"  # to be raised when a step of training, or what is kept of it, changes
 
 
 def save(ensemble: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -21,6 +26,12 @@ def save(ensemble: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         TypeError: the state holds more than tensors (a module has an extra state).
+
+    Example:
+        >>> path = Path(tempfile.mkdtemp()) / "ensemble.safetensors"
+        >>> save(effens.DeepEnsemble(lambda: nn.Linear(3, 2), members=4), path)
+        >>> path.stat().st_size < 1000
+        True
     """
     if others := [name for name, value in ensemble.state_dict().items() if not isinstance(value, Tensor)]:
         raise TypeError(f"the state must hold nothing but tensors, got {others}")
@@ -39,18 +50,20 @@ def load(ensemble: nn.Module, path: str | os.PathLike[str]) -> None:
         FileNotFoundError: there is no such file.
         ValueError: the file was cut or was not written by `save`, or holds another kind of ensemble, other names, other
             shapes, or numbers of another kind (real ones for integers).
+
+    Example:
+        >>> make = lambda: effens.DeepEnsemble(lambda: nn.Linear(3, 2), members=4)
+        >>> path, trained, again = Path(tempfile.mkdtemp()) / "ensemble.safetensors", make(), make()
+        >>> effens.save(trained, path)
+        >>> load(again, path)
+        >>> x = torch.randn(5, 3)
+        >>> torch.equal(again(x), trained(x))
+        True
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"path must be a file that effens.save wrote, got {path.name}, which is no file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path.name} must be a whole safetensors file, got one that cannot be read: {error}"
-        ) from None
+    tensors, found = read_whole(path)
     expected = {"format": FORMAT, **kind(ensemble)}
     if wrong := {key: found.get(key) for key in expected if found.get(key) != expected[key]}:
         raise ValueError(f"{path.name} must hold {expected}, got {wrong}")
@@ -72,6 +85,122 @@ def kind(ensemble: nn.Module) -> dict[str, str]:
     """Return what must agree between the ensemble that was saved and the one that is loaded."""
     facts: dict[str, Any] = {"kind": type(ensemble).__name__, "members": getattr(ensemble, "members", 1)}
     return {key: str(value) for key, value in facts.items()}
+
+
+class Checkpoint:
+    """The state of a training run in one file: its tensors, and as JSON in the file's header whatever is no tensor.
+
+    Args:
+        path: of the file; what an earlier run left of a write that was cut short is removed.
+        call: what decides the run. A file that another call wrote is refused.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        IsADirectoryError: ``path`` is a folder.
+
+    Example:
+        >>> path = Path(tempfile.mkdtemp()) / "run.safetensors"
+        >>> Checkpoint(path, {"epochs": 5}).write({"step": 3, "weights": [torch.zeros(2)]})
+        >>> Checkpoint(path, {"epochs": 5}).read()
+        {'step': 3, 'weights': [tensor([0., 0.])]}
+    """
+
+    def __init__(self, path: str | os.PathLike[str], call: dict[str, Any]) -> None:
+        self.path = Path(path)
+        self.call = json.loads(re.sub(r" at 0x[0-9a-f]+", "", json.dumps(call, default=repr)))  # as it will be read
+        if not self.path.parent.is_dir():
+            raise FileNotFoundError(f"checkpoint must be in a folder that exists, got {self.path}")
+        if self.path.is_dir():
+            raise IsADirectoryError(f"checkpoint must name a file, got the folder {self.path}")
+        for part in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.part"):
+            part.unlink(missing_ok=True)
+
+    def write(self, state: Any) -> None:
+        """Replace the file by one that holds this state, whole or not at all.
+
+        Args:
+            state: tensors, numbers, strings and None, in dicts, lists and tuples.
+
+        Raises:
+            TypeError: there is anything else in it.
+            OSError: it cannot be written, the disk is full, say; then the file is as it was.
+        """
+        tensors: dict[str, Tensor] = {}
+        content = json.dumps({"call": self.call, "state": packed(state, "state", tensors)})
+        whole = to_bytes(tensors, metadata={"format": CHECKPOINT, "content": content})
+        try:
+            write_whole(self.path, whole)
+        except OSError as error:
+            left = "what it held before is kept" if self.path.exists() else "there is none yet"
+            rule = f"checkpoint {self.path.name} must be written ({len(whole):,} bytes)"
+            raise OSError(error.errno, f"{rule}, got {error.strerror}: {left}") from error
+
+    def read(self) -> Any:
+        """Return the state that was written, each tensor on the kind of device where it was; None if there is no file.
+
+        Raises:
+            ValueError: the file was cut or was not written by `write`, in this version; or another call wrote it.
+        """
+        if not self.path.exists():
+            return None
+        name = self.path.name
+        tensors, found = read_whole(self.path)
+        if found.get("format") != CHECKPOINT:
+            raise ValueError(f"{name} must hold {CHECKPOINT!r}, got {found.get('format')!r}")
+        content = json.loads(found["content"])
+        if different := list(differences(self.call, content["call"])):
+            more = f", and {len(different) - 3} more" if len(different) > 3 else ""
+            raise ValueError(f"{name} must be a checkpoint of the same call, got {'; '.join(different[:3])}{more}")
+        return unpacked(content["state"], tensors)
+
+
+def packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Return nested values as JSON can hold them; put the tensors among them into ``tensors``, and their names here."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"tensor": [name, value.device.type]}
+    if isinstance(value, dict):
+        return {"dict": [[key, packed(inner, f"{name}/{key}", tensors)] for key, inner in value.items()]}
+    if isinstance(value, list | tuple):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [packed(inner, f"{name}/{i}", tensors) for i, inner in enumerate(value)]}
+    raise TypeError(f"a checkpoint must hold nothing but tensors, numbers and strings, got {type(value)} at {name}")
+
+
+def unpacked(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Return what `packed` was given."""
+    if not isinstance(value, dict):
+        return value
+    ((kind, inner),) = value.items()
+    if kind == "tensor":
+        name, device = inner
+        return tensors[name].clone().to(device)  # a copy, for the file may be replaced while it is read from
+    if kind == "dict":
+        return {key: unpacked(each, tensors) for key, each in inner}
+    return {"list": list, "tuple": tuple}[kind](unpacked(each, tensors) for each in inner)
+
+
+def differences(expected: Any, found: Any, name: str = "") -> Iterator[str]:
+    """Say where nested values differ."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        for key in {**expected, **found}:
+            yield from differences(expected.get(key), found.get(key), f"{name}.{key}" if name else key)
+    elif expected != found:
+        yield f"{name} {found} instead of {expected}"
+
+
+def read_whole(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a safetensors file, and its metadata."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+            return tensors, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path.name} must be a whole safetensors file, got one that cannot be read: {error}"
+        ) from None
 
 
 def write_whole(path: Path, content: bytes) -> None:

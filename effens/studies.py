@@ -20,18 +20,23 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from effens import ledger
+from effens import data, ledger
+from effens.data import markets
 from effens.ensembles.base import Ensemble
+from effens.ensembles.batch import BatchEnsemble
 from effens.ensembles.deep import DeepEnsemble
 from effens.ensembles.hyper import HyperEnsemble, greedy_select
 from effens.ensembles.mimo import MIMO
 from effens.ensembles.snapshot import SnapshotEnsemble
 from effens.ensembles.swag import SWAG
 from effens.ledger import MOMENTUM_SGD, Settings, Task
-from effens.training import MakeOptimizer, predict
+from effens.likelihoods import Gaussian
+from effens.nets import mlp
+from effens.training import MakeOptimizer, fit, predict
 
 Row = dict[str, Any]
 Answer = Callable[..., list[Row]]
+Labelled = dict[str, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -217,6 +222,126 @@ def decay(task: str, method: str, weight_decay: float, seed: int) -> list[Row]:
         return [scored(ledger.TASKS[task], ensemble, seed)]
     except FloatingPointError:
         return [{"diverged": 1}]
+
+
+PANEL_DAYS, PANEL_ASSETS, PANEL_FEATURES = 400, 50, 8
+PANEL_GRID = [(rate, decay) for rate in (1e-3, 3e-3, 1e-2) for decay in (0.01, 0.3, 3.0)]
+POOL = 32
+
+
+@study(
+    8, {"source": ["R2 0.002", "R2 0.01", "R2 0.05", "stocks"], "kind": ["linear", "single", "deep", "BatchEnsemble"]}
+)
+def panel(source: str, kind: str, seed: int) -> list[Row]:
+    """Forecast many assets at once, train again, and see what changes: a row for each number of members.
+
+    Half of the simulated signal is linear, half a product of two features. Two retrainings are compared: "ranks" is the
+    rank correlation of their forecasts over the assets, the mean over days; "turnover" the share of a book that would
+    change hands because of the retraining alone; "skill" the rank correlation with the signal, where it is known, and
+    with what happened, of stocks. Settings come from validation data of other draws (of the stocks: of other starts),
+    nine trials for each kind.
+    """
+    sets, target = panel_sets(source, seed)
+    if kind == "linear":
+        x, y = (part.double() for part in sets["train"])
+        weights = torch.linalg.lstsq(x, y[:, None]).solution
+        said = (sets["test"][0].double() @ weights)[:, 0].view(target.shape)
+        return [{"members": 1, "ranks": 1.0, "turnover": 0.0, "skill": ranked(said, target)}]
+    rate, decay = panel_settings(source, kind)
+    sizes = {"single": [1], "deep": [1, 2, 4, 8, 16], "BatchEnsemble": [2, 4, 8, 16]}[kind]
+    rows = []
+    pool = panel_forecasts(sets, kind, POOL, rate, decay, seed) if kind != "BatchEnsemble" else None
+    for members in sizes:
+        if pool is not None:
+            books = [part.mean(0).view(target.shape) for part in pool.split(members)]
+        else:
+            books = [
+                panel_forecasts(sets, kind, members, rate, decay, 1000 * (1 + again) + seed).mean(0).view(target.shape)
+                for again in range(2)
+            ]
+        pairs = list(zip(books[::2], books[1::2], strict=False))
+        rows.append(
+            {
+                "members": members,
+                "ranks": sum(ranked(a, b) for a, b in pairs) / len(pairs),
+                "turnover": sum(turnover(a, b) for a, b in pairs) / len(pairs),
+                "skill": sum(ranked(book, target) for book in books) / len(books),
+                "rate": rate,
+                "weight_decay": decay,
+            }
+        )
+    return rows
+
+
+def panel_sets(source: str, seed: int) -> tuple[Labelled, Tensor]:
+    """Return rows (days * assets, features) to train, choose and judge on, and what to rank by, (days, assets)."""
+    if source == "stocks":
+        task = markets.task(data.stock_prices())
+        (split,) = markets.walk_forward(task, ["2015-01-01"], end="2018-01-01", validation=500)
+        x = markets.standardize(task.x, split.train)
+        y = task.y - task.y.mean(1, keepdim=True)  # against the other stocks
+        y = y / y[split.train].std()
+        parts = {"train": split.train, "val": split.val, "test": split.test}
+        sets = {name: (x[rows].flatten(0, 1), y[rows].flatten()) for name, rows in parts.items()}
+        return sets, y[split.test]
+    r2 = float(source.removeprefix("R2 "))
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(PANEL_FEATURES, generator=generator)
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, days in {"train": PANEL_DAYS, "val": 100, "test": 100}.items():
+        x = torch.randn(days * PANEL_ASSETS, PANEL_FEATURES, generator=generator)
+        signal = (x @ weights / weights.norm() + x[:, 0] * x[:, 1]) / math.sqrt(2)  # of variance 1
+        noise = torch.randn(len(x), generator=generator)
+        found[name] = (x, math.sqrt(r2) * signal + math.sqrt(1 - r2) * noise)
+    return found, signal.view(-1, PANEL_ASSETS)
+
+
+@cache
+def panel_settings(source: str, kind: str) -> tuple[float, float]:
+    """Return the rate and the decay with the lowest validation loss, of eight members or one, over two draws."""
+    members = 1 if kind == "single" else 8
+    losses = []
+    for rate, decay in PANEL_GRID:
+        total = 0.0
+        for seed in ledger.TUNING_SEEDS:
+            sets, _ = panel_sets(source, seed)
+            said = panel_forecasts(sets, kind, members, rate, decay, seed, "val").mean(0)
+            total += float((said - sets["val"][1]).square().mean())
+        losses.append(total)
+    return PANEL_GRID[losses.index(min(losses))]
+
+
+def panel_forecasts(
+    sets: Labelled, kind: str, members: int, rate: float, decay: float, seed: int, split: str = "test"
+) -> Tensor:
+    """Train, and return every member's forecasts, (members, rows)."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        make = partial(mlp, PANEL_FEATURES, 2, width=32)
+        ensemble = (BatchEnsemble if kind == "BatchEnsemble" else DeepEnsemble)(make, members)
+        likelihood = Gaussian()
+        given: Any = {"epochs": 4, "batch_size": 256, "rate": rate, "weight_decay": decay, "likelihood": likelihood}
+        fit(ensemble, sets["train"], **given, device="cpu", seed=seed, progress=False)
+    said: Tensor = predict(ensemble, sets[split][0], likelihood=likelihood).loc
+    return said
+
+
+def ranks_of(x: Tensor) -> Tensor:
+    """Return ranks over the last dimension, centered: (days, assets)."""
+    ranks = x.argsort(-1).argsort(-1).double()
+    return ranks - ranks.mean(-1, keepdim=True)
+
+
+def ranked(a: Tensor, b: Tensor) -> float:
+    """Return the rank correlation over assets, the mean over days."""
+    first, second = ranks_of(a), ranks_of(b)
+    return float(((first * second).sum(-1) / first.square().sum(-1)).mean())
+
+
+def turnover(a: Tensor, b: Tensor) -> float:
+    """Return how much of a book that is proportional to ranks changes hands from one to the other, in percent."""
+    first, second = (each / each.abs().sum(-1, keepdim=True) for each in (ranks_of(a), ranks_of(b)))
+    return 100 * float((first - second).abs().sum(-1).mean()) / 2
 
 
 # ---- What they share. ----

@@ -1,12 +1,14 @@
 """The one training loop and the one way to predict, for every method."""
 
 import math
+import os
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, cast
 
 import torch
@@ -17,10 +19,12 @@ from tqdm import tqdm
 from effens.ensembles.base import Ensemble, MemberLayer
 from effens.ensembles.deep import DeepEnsemble, LoopedLayer
 from effens.likelihoods import Categorical, Likelihood
+from effens.storage import Checkpoint
 
 Data = tuple[Tensor, Tensor] | Dataset[Any] | DataLoader[Any]
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
 FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+GRAPHS = 10_000_000  # weights: up to here a GPU waits for its next kernel, and a compiled network runs as a CUDA graph
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,13 @@ class History:
     Attributes:
         losses: mean loss of each network at each step, ``(steps, streams)``, in nats.
         rates: rate at each step, ``(steps,)``; with rates of the members' own ``(steps, streams)``.
-        seconds: training time.
+        seconds: training time, that of runs which were cut short and continued included.
+
+    Example:
+        >>> ensemble = effens.DeepEnsemble(lambda: nn.Linear(3, 2), members=2)
+        >>> history = effens.fit(ensemble, (torch.randn(8, 3), torch.randint(2, (8,))), epochs=3, progress=False)
+        >>> history.losses.shape  # 3 steps of 2 networks
+        torch.Size([3, 2])
     """
 
     losses: Tensor
@@ -48,7 +58,12 @@ class History:
 
 
 def device() -> torch.device:
-    """Return the best device at hand: cuda, then mps, then cpu."""
+    """Return the best device at hand: cuda, then mps, then cpu.
+
+    Example:
+        >>> device().type in ("cuda", "mps", "cpu")
+        True
+    """
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -67,8 +82,17 @@ def fit(
     device: torch.device | str | None = None,
     seed: int = 0,
     progress: bool = True,
+    precision: str = "float32",
+    compile: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    every: int | None = None,
 ) -> History:
     """Train an ensemble. What makes a method is in its hooks: see `Ensemble`.
+
+    With a ``checkpoint``, a run that was killed goes on where that was last written, when it is called again in the
+    same way, and ends bit by bit as if it had never stopped: weights, buffers, optimizer, schedule, every source of
+    random numbers that PyTorch has (on the same machine, with as many threads). A finished run returns at once.
+    What is no tensor, such as a counter that a network keeps in an attribute, is not kept.
 
     Args:
         ensemble: any ensemble; it is moved to ``device`` and stays there, in eval mode.
@@ -83,15 +107,32 @@ def fit(
         device: where to train; by default `effens.device`.
         seed: of the shuffles and of dropout. The global random state is left as it was.
         progress: whether to show a progress bar when training takes longer than two seconds.
+        precision: ``"float32"``: every product in the weights' own precision. ``"bfloat16"``: `torch.autocast`, which
+            takes the products in bfloat16 and leaves weights, losses and the optimizer as they are. Faster on a GPU
+            from Ampere on, and on CPUs with instructions for it; elsewhere slower.
+        compile: whether to compile the network with `torch.compile`, which takes some seconds at the first step of each
+            shape, and on a CPU a C++ compiler. On a GPU a small network then runs as a CUDA graph.
+        checkpoint: a file, by custom ``*.safetensors``, in which the run is kept as it goes, and from which it goes on.
+            It is replaced once the new one is complete, and belongs to one run at a time.
+        every: steps from one checkpoint to the next; by default there is one after each epoch.
 
     Returns:
         The losses, the rates and the time taken.
 
     Raises:
         ValueError: there are no examples, labels are out of range, or targets are not one per example; or there are
-            rates or decays for each member where there cannot be, or not one for each.
-        FloatingPointError: a loss is not finite.
+            rates or decays for each member where there cannot be, or not one for each; or ``checkpoint`` is no whole
+            file, or of another call: other settings, shapes, numbers in tensors ``data``, version of PyTorch ...
+        FloatingPointError: a loss is not finite. No checkpoint is written after it.
+        OSError: the checkpoint cannot be written, the disk is full, say. The last one is kept.
         TypeError: ``ensemble`` is none, but a plain network, say.
+
+    Example:
+        >>> ensemble = effens.DeepEnsemble(lambda: nn.Linear(3, 2), members=4)
+        >>> x, y = torch.randn(50, 3), torch.randint(2, (50,))
+        >>> history = fit(ensemble, (x, y), epochs=2, progress=False)
+        >>> history.steps
+        2
     """
     check_ensemble(ensemble)
     check_positive(epochs=epochs, batch_size=batch_size)
@@ -108,36 +149,55 @@ def fit(
         descent = make_optimizer(optimizer, ensemble.parameter_groups(rate, weight_decay), rate, weight_decay)
     highest = [group["lr"] for group in descent.param_groups]
     steps = epochs * len(batches)
-    losses: list[Tensor] = []
-    rates: list[Any] = []
-    began = time.perf_counter()
+    ask = asker(ensemble if ensemble.shared_batch else ensemble.forward_members, ensemble, place, precision, compile)
+    run = Run(ensemble, descent.optimizer if isinstance(descent, PerMember) else descent, batches)
+    if checkpoint is not None:
+        settings = dict(epochs=epochs, batch_size=batch_size, rate=rate, weight_decay=weight_decay, seed=seed)
+        how = dict(likelihood=repr(likelihood), precision=precision, compile=compile)
+        run.keep_in(checkpoint, every, {**settings, **how})
+    elif every is not None:
+        raise ValueError(f"every must be None without a checkpoint, got {every}")
     with seeded(seed, place), bar(steps, progress) as shown:
-        for _ in range(epochs):
+        run.resume()
+        shown.update(len(run.rates))
+        for _ in range(run.epoch, epochs):
             ensemble.train()
             for xs, ys, unchecked in batches:
-                step = len(rates)
+                step = len(run.rates)
                 multiplier = ensemble.schedule(step, steps)
                 for group, top in zip(descent.param_groups, highest, strict=True):
                     group["lr"] = top * multiplier
-                outputs = ensemble(xs) if ensemble.shared_batch else ensemble.forward_members(xs)
+                descent.zero_grad()
+                outputs = ask(xs)
                 if unchecked is not None:
                     likelihood.check(outputs, unchecked)
                 each = likelihood.nll(outputs, ys)  # (streams, batch)
-                descent.zero_grad()
                 ensemble.reduce(each).backward()
                 descent.step()
                 ensemble.collect(step, steps)
-                losses.append(each.detach().mean(1))
-                rates.append([r * multiplier for r in rate] if isinstance(rate, Sequence) else rate * multiplier)
+                run.losses.append(each.detach().mean(1))
+                run.rates.append([r * multiplier for r in rate] if isinstance(rate, Sequence) else rate * multiplier)
+                run.after_step()
                 shown.update()
-            check_finite(losses, len(batches))
-        ensemble.eval()
-        ensemble.finish(batches.inputs())
-    return History(torch.stack(losses).cpu(), torch.tensor(rates), time.perf_counter() - began)
+            check_finite(run.losses, len(batches))
+            run.after_epoch()
+        if not run.finished:
+            ensemble.eval()
+            ensemble.finish(batches.inputs())
+            run.finish()
+    return History(torch.stack(run.losses).cpu(), torch.tensor(run.rates), run.seconds)
 
 
 @torch.no_grad()
-def predict(ensemble: Ensemble, x: Tensor, *, likelihood: Likelihood | None = None, chunk: int = 1024) -> Any:
+def predict(
+    ensemble: Ensemble,
+    x: Tensor,
+    *,
+    likelihood: Likelihood | None = None,
+    chunk: int = 1024,
+    precision: str = "float32",
+    compile: bool = False,
+) -> Any:
     """Ask every member, in eval mode, without gradients, in chunks of rows.
 
     Args:
@@ -145,23 +205,83 @@ def predict(ensemble: Ensemble, x: Tensor, *, likelihood: Likelihood | None = No
         x: inputs ``(batch, ...)``.
         likelihood: what the outputs mean; `Categorical` by default.
         chunk: rows in a chunk.
+        precision: ``"float32"``, the weights' own, or ``"bfloat16"``, as of `fit`; outputs are never below float32.
+        compile: whether to compile the network, as of `fit`: it pays where the same shape is asked often.
 
     Returns:
         With `Categorical` probabilities ``(members, batch, classes)``; with `Gaussian` or `StudentT` a
         `torch.distributions` object of batch shape ``(members, batch)``; either on the device of ``x``.
+
+    Raises:
+        ValueError: ``chunk`` is below 1, or ``precision`` is unknown.
+
+    Example:
+        >>> ensemble = effens.DeepEnsemble(lambda: nn.Linear(3, 2), members=4)
+        >>> predict(ensemble, torch.randn(10, 3)).shape  # probabilities
+        torch.Size([4, 10, 2])
+        >>> predict(ensemble, torch.randn(10, 3), likelihood=effens.Gaussian()).batch_shape
+        torch.Size([4, 10])
     """
     check_ensemble(ensemble)
     check_positive(chunk=chunk)
     likelihood = Categorical() if likelihood is None else likelihood
     modes = [(module, module.training) for module in ensemble.modules()]
     home = next(chain(ensemble.parameters(), ensemble.buffers()), x).device
+    ask = asker(ensemble, ensemble, home, precision, compile)
     ensemble.eval()
     try:
-        outputs = torch.cat([ensemble(part.to(home)).to(x.device) for part in x.split(chunk)], dim=1)
+        parts = [returned(ask(moved(part, home)), x.device) for part in x.split(chunk)]
     finally:
         for module, mode in modes:
             module.training = mode
-    return likelihood.predict(outputs)
+    if home.type == "cuda":
+        torch.cuda.current_stream(home).synchronize()  # the last answers may still be on their way
+    return likelihood.predict(torch.cat(parts, dim=1))
+
+
+def asker(
+    ask: Callable[[Tensor], Tensor], ensemble: Ensemble, place: torch.device, precision: str, compile: bool
+) -> Callable[[Tensor], Tensor]:
+    """Return a function that asks an ensemble in this precision, compiled or not; what it returns is to be used up.
+
+    The outputs of a CUDA graph are overwritten when it runs again.
+    """
+    if precision not in ("float32", "bfloat16"):
+        raise ValueError(f"precision must be 'float32' or 'bfloat16', got {precision!r}")
+    if compile:
+        small = sum(parameter.numel() for parameter in ensemble.parameters()) <= GRAPHS
+        ask = torch.compile(ask, mode="reduce-overhead" if place.type == "cuda" and small else "default")
+
+    def call(x: Tensor) -> Tensor:
+        if compile and place.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()
+        if precision == "float32":
+            return ask(x)
+        with torch.autocast(place.type, torch.bfloat16):
+            outputs = ask(x)
+        return outputs.float() if outputs.dtype == torch.bfloat16 else outputs
+
+    return call
+
+
+def moved(tensor: Tensor, place: torch.device) -> Tensor:
+    """Return a tensor on this device; on its way to a GPU from memory that stays put, so that nobody waits for it."""
+    if place.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(place, non_blocking=True)
+    return tensor.to(place)
+
+
+def picked(tensor: Tensor, index: Tensor) -> Tensor:
+    """Return ``tensor[index]``, whole rows copied at a time: of images five times sooner than number by number."""
+    rows = tensor.index_select(0, index.flatten())
+    return rows.view(*index.shape, *rows.shape[1:])
+
+
+def returned(outputs: Tensor, place: torch.device) -> Tensor:
+    """Return outputs on this device, in memory of their own; from a GPU they may still be on their way."""
+    if outputs.device == place:
+        return outputs.clone()
+    return outputs.to(place, non_blocking=outputs.device.type == "cuda")
 
 
 class Batches:
@@ -186,6 +306,7 @@ class Batches:
         if len(self) == 0:
             raise ValueError("data must hold at least one example for each member, got none")
         self.looked = False
+        self.begun, self.taken = generator.get_state(), 0  # this epoch's random state, and how many batches it gave
 
     def __len__(self) -> int:
         """Return how many steps an epoch has."""
@@ -197,15 +318,26 @@ class Batches:
         return math.ceil(self.ensemble.examples(n) / self.ensemble.examples(self.batch_size))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        if isinstance(self.data, DataLoader):
-            for batch in self.data:
-                x, y = as_pair(batch)
-                index = self.choose(self.ensemble.order(len(x), generator=self.generator))
-                if index.numel():  # a last batch may be too small to be split
-                    yield x[index].to(self.place), y[index].to(self.place), y
-        else:
-            for index in self.indices():
-                yield self.fetch(self.choose(index))
+        """Yield the batches of this epoch that were not taken yet."""
+        self.generator.set_state(self.begun)
+        for batch in self.loaded() if isinstance(self.data, DataLoader) else self.chosen():
+            self.taken += 1
+            yield batch
+        self.begun, self.taken = self.generator.get_state(), 0
+
+    def loaded(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Yield what a `DataLoader` gives."""
+        for batch in cast(DataLoader[Any], self.data):
+            x, y = as_pair(batch)
+            index = self.choose(self.ensemble.order(len(x), generator=self.generator))
+            if index.numel():  # a last batch may be too small to be split
+                index = moved(index, self.place)
+                yield picked(moved(x, self.place), index), moved(y, self.place)[index], y
+
+    def chosen(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Yield what the indices name, from the first batch that was not taken yet."""
+        for index in islice(self.indices(), self.taken, None):
+            yield self.fetch(self.choose(index))
 
     def indices(self) -> Iterator[Tensor]:
         """Yield indices ``(streams, batch)`` into the data, for one epoch."""
@@ -215,6 +347,7 @@ class Batches:
                 yield part[self.ensemble.order(len(part), generator=self.generator)]
         else:
             order = self.ensemble.order(n, generator=self.generator)
+            order = order.to(self.place) if self.tensors else order  # once an epoch, not at every step
             yield from order.split(self.ensemble.examples(self.batch_size), dim=1)
 
     def choose(self, index: Tensor) -> Tensor:
@@ -226,11 +359,11 @@ class Batches:
         if self.tensors:
             unchecked = None if self.looked else self.tensors[1]
             self.looked = True
-            x, y = (tensor[index.to(self.place)] for tensor in self.tensors)
-            return x, y, unchecked
+            index = moved(index, self.place)
+            return picked(self.tensors[0], index), self.tensors[1][index], unchecked
         dataset = cast(Dataset[Any], self.data)
         x, y = as_pair(default_collate([dataset[i] for i in index.flatten().tolist()]))
-        return x.unflatten(0, index.shape).to(self.place), y.unflatten(0, index.shape).to(self.place), y
+        return moved(x, self.place).unflatten(0, index.shape), moved(y, self.place).unflatten(0, index.shape), y
 
     def inputs(self) -> Iterator[Tensor]:
         """Yield every training input once, in batches, for `Ensemble.finish`."""
@@ -238,10 +371,162 @@ class Batches:
             yield from self.tensors[0].split(self.batch_size)
         elif isinstance(self.data, DataLoader):
             for batch in self.data:
-                yield as_pair(batch)[0].to(self.place)
+                yield moved(as_pair(batch)[0], self.place)
         else:
             for part in torch.arange(len(cast(Sized, self.data))).split(self.batch_size):
                 yield self.fetch(part)[0]
+
+    def look(self) -> dict[str, str]:
+        """Describe the data: of tensors the shape and a check sum, of anything else the length."""
+        if self.tensors is None:
+            return {"kind": type(self.data).__name__, "length": str(len(cast(Sized, self.data)))}
+        return {
+            name: f"{summary(t)}, CRC {zlib.crc32(t.cpu().contiguous().flatten().view(torch.uint8).numpy().data):08x}"
+            for name, t in zip("xy", self.tensors, strict=True)
+        }
+
+
+class Run:
+    """Where a training run is, and the checkpoint, if any, in which it is kept.
+
+    Args:
+        ensemble: that is trained.
+        optimizer: that trains it.
+        batches: on which it is trained.
+
+    Attributes:
+        epoch: how many epochs were finished when it was resumed.
+        finished: whether there was nothing left to do.
+        losses: of every step, each ``(streams,)``.
+        rates: of every step.
+    """
+
+    def __init__(self, ensemble: Ensemble, optimizer: torch.optim.Optimizer, batches: "Batches") -> None:
+        self.ensemble, self.optimizer, self.batches = ensemble, optimizer, batches
+        self.epoch, self.finished = 0, False
+        self.losses: list[Tensor] = []
+        self.rates: list[Any] = []
+        self.began = time.perf_counter()
+        self.checkpoint: Checkpoint | None = None
+        self.every: int | None = None
+
+    @property
+    def seconds(self) -> float:
+        """How long it has taken so far."""
+        return time.perf_counter() - self.began
+
+    def keep_in(self, path: str | os.PathLike[str], every: int | None, settings: dict[str, Any]) -> None:
+        """Keep it in this file, every so many steps; the settings, and all else that decides it, must stay the same."""
+        if every is not None:
+            check_positive(every=every)
+            if isinstance(self.batches.data, DataLoader):
+                raise ValueError(f"every must be None with a DataLoader, which is kept between epochs, got {every}")
+        if others := [name for name, value in self.tensors().items() if not isinstance(value, Tensor)]:
+            raise TypeError(f"the state must hold nothing but tensors, got {others}")
+        self.every = every
+        call = {
+            "torch": torch.__version__,
+            "device": self.batches.place.type,
+            **settings,
+            "data": self.batches.look(),
+            "modules": {name: f"{type(m).__name__}({m.extra_repr()})" for name, m in self.ensemble.named_modules()},
+            "shared batch": self.ensemble.shared_batch,
+            "tensors": {name: summary(tensor) for name, tensor in self.tensors().items()},
+            "trained": [name for name, p in self.ensemble.named_parameters() if p.requires_grad],
+            "optimizer": type(self.optimizer).__name__,
+            "groups": [{**group, "params": len(group["params"])} for group in self.optimizer.param_groups],
+        }
+        self.checkpoint = Checkpoint(path, call)
+
+    def resume(self) -> None:
+        """Go on where the checkpoint was written, if there is one."""
+        kept = self.checkpoint.read() if self.checkpoint else None
+        if kept is None:
+            return
+        self.epoch, self.finished = kept["epoch"], kept["finished"]
+        self.losses, self.rates = list(kept["losses"].to(self.batches.place)), kept["rates"].tolist()
+        self.began -= kept["seconds"]
+        self.batches.begun, self.batches.taken = kept["begun"], kept["taken"]
+        self.ensemble.load_state_dict({name: kept["tensors"][name] for name in self.ensemble.state_dict()})
+        for name, buffer in self.ensemble.named_buffers():
+            buffer.copy_(kept["tensors"][name])
+        self.ensemble.eval()
+        for group, values in zip(self.optimizer.param_groups, kept["groups"], strict=True):
+            group.update(values)
+        for parameter, values in zip(self.parameters(), kept["optimizer"], strict=True):
+            if values:
+                self.optimizer.state[parameter] = {name: beside(parameter, value) for name, value in values.items()}
+        for source, state in zip(self.sources(), kept["random"], strict=True):
+            source.set_rng_state(state)
+        for generator, state in zip(self.generators(), kept["loader"], strict=True):
+            generator.set_state(state)
+
+    def after_step(self) -> None:
+        """Keep it, if it is time to."""
+        if self.checkpoint and self.every and len(self.rates) % self.every == 0:
+            check_finite(self.losses, self.every)
+            self.write()
+
+    def after_epoch(self) -> None:
+        """Keep it, unless it is kept every so many steps."""
+        self.epoch += 1
+        if self.checkpoint and not self.every:
+            self.write()
+
+    def finish(self) -> None:
+        """Keep what came out."""
+        self.finished = True
+        if self.checkpoint:
+            self.write()
+
+    def write(self) -> None:
+        """Write the checkpoint."""
+        assert self.checkpoint
+        state = {
+            "epoch": self.epoch,
+            "finished": self.finished,
+            "losses": torch.stack(self.losses),
+            "rates": torch.tensor(self.rates, dtype=torch.float64),
+            "seconds": self.seconds,
+            "begun": self.batches.begun,
+            "taken": self.batches.taken,
+            "tensors": self.tensors(),
+            "optimizer": [self.optimizer.state.get(parameter, {}) for parameter in self.parameters()],
+            "groups": [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups],
+            "random": [source.get_rng_state() for source in self.sources()],
+            "loader": [generator.get_state() for generator in self.generators()],
+        }
+        self.checkpoint.write(state)
+
+    def tensors(self) -> dict[str, Any]:
+        """Return the ensemble's weights and buffers, also those that `effens.save` does not keep."""
+        return {**self.ensemble.state_dict(), **dict(self.ensemble.named_buffers())}
+
+    def parameters(self) -> list[Tensor]:
+        """Return what the optimizer moves."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def sources(self) -> list[Any]:
+        """Return where the CPU and the device get random numbers from."""
+        return random_sources(self.batches.place)
+
+    def generators(self) -> list[torch.Generator]:
+        """Return the generators of a `DataLoader`."""
+        data = self.batches.data
+        found = [data.generator, getattr(data.sampler, "generator", None)] if isinstance(data, DataLoader) else []
+        return [generator for generator in found if generator is not None]
+
+
+def summary(tensor: Tensor) -> str:
+    """Return a tensor's dtype and shape."""
+    return f"{tensor.dtype} {tuple(tensor.shape)}".removeprefix("torch.")
+
+
+def beside(parameter: Tensor, value: Any) -> Any:
+    """Return what an optimizer remembered of a parameter; what has its shape, where and as it is in memory."""
+    if not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def as_pair(batch: Any) -> tuple[Tensor, Tensor]:
@@ -376,7 +661,7 @@ def check_positive(**values: int) -> None:
 @contextmanager
 def seeded(seed: int, place: torch.device) -> Iterator[None]:
     """Seed the CPU's and the device's random numbers; at the end, put both back as they were."""
-    devices: list[Any] = [torch.random] if place.type == "cpu" else [torch.random, torch.get_device_module(place)]
+    devices = random_sources(place)
     with torch.cuda.device(place) if place.type == "cuda" else nullcontext():
         states = [device.get_rng_state() for device in devices]
         try:
@@ -387,6 +672,11 @@ def seeded(seed: int, place: torch.device) -> Iterator[None]:
         finally:
             for device, state in zip(devices, states, strict=True):
                 device.set_rng_state(state)
+
+
+def random_sources(place: torch.device) -> list[Any]:
+    """Return the modules that have the random state of the CPU and, if that is another, of the device."""
+    return [torch.random] if place.type == "cpu" else [torch.random, torch.get_device_module(place)]
 
 
 def check_finite(losses: list[Tensor], last: int) -> None:

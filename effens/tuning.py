@@ -46,6 +46,14 @@ class Candidates:
         losses: validation NLL of each, (candidates,), in nats.
         failed: settings whose training diverged, or did not fit into memory.
         seconds: time of all trainings, those that failed included.
+
+    Example:
+        >>> make_net = lambda: effens.nets.mlp(3, 2, width=8)
+        >>> x, y = torch.randn(60, 3), torch.randint(2, (60,))
+        >>> settings = [{"rate": 1e-2, "weight_decay": 0.1}]
+        >>> found = effens.stratify(make_net, (x, y), (x, y), settings, seeds=[0, 1, 2], epochs=1, progress=False)
+        >>> index = effens.greedy_select(found.probs, y, size=2)
+        >>> ensemble = effens.HyperEnsemble(found.networks, index)
     """
 
     networks: list[nn.Module]
@@ -86,8 +94,8 @@ def search(
 
     What a trial samples, where its network starts and how it shuffles depend on the seed and the trial's number, and
     with ``"tpe"`` on the trials before it. So a search that stopped goes on as if it had not: call it again with the
-    same storage and folder; a trial that was cut off is lost. Several processes, on any machines that share the two,
-    share the trials.
+    same storage and folder; a trial that was cut off is lost, save that of the default settings, which is tried again
+    at the end. Several processes, on any machines that share the two, share the trials.
 
     With ``batched``, up to 64 trials are drawn at once, and those that agree in all but rate and decay are trained as
     one `DeepEnsemble`. Each network is the one that it would be alone, to rounding, save where dropout, or a loader
@@ -121,6 +129,15 @@ def search(
         ValueError: ``default`` is outside the space, a storage has no folder, it holds another search by this name;
             or ``batched`` with ``"tpe"``, with an optimizer other than AdamW or SGD, with networks that share weights.
         FloatingPointError: every trial failed.
+
+    Example:
+        >>> make_net = lambda dropout: effens.nets.mlp(3, 2, width=8, dropout=dropout)
+        >>> x, y = torch.randn(60, 3), torch.randint(2, (60,))
+        >>> default = {"rate": 1e-2, "weight_decay": 0.1, "dropout": 0.1}
+        >>> space = {"rate": (1e-3, 1e-1), "dropout": (0.0, 0.5)}
+        >>> found = search(make_net, (x, y), (x, y), default=default, space=space, trials=3, epochs=1, progress=False)
+        >>> len(found.networks), found.trainings
+        (3, 3)
     """
     try:
         from optuna.trial import TrialState
@@ -134,32 +151,33 @@ def search(
         raise ValueError("sampler must be 'random' for a batched search, got 'tpe', which waits for each trial")
     facts = {"default": default, "space": space, "sampler": sampler, "seed": seed}
     budget = {key: options[key] for key in ("epochs", "batch_size") if key in options}
-    study = open_study(storage, name, json.dumps({**facts, **budget}, sort_keys=True))
-    if not any(trial.state != TrialState.RUNNING for trial in study.trials):  # one left running may have been killed
-        study.enqueue_trial(default)
+    study = open_study(storage, name, json.dumps({**facts, **budget}, sort_keys=True), default)
     networks: dict[int, nn.Module] = {}
     with tqdm(total=trials, desc="search", unit="trial", delay=2, leave=False, disable=not progress) as shown:
         while (done := sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))) < trials:
             shown.update(done - shown.n)
             asked: list[optuna.Trial] = []
             pairs: list[Pair] = []
-            for _ in range(min(trials - done, TOGETHER) if batched else 1):
+            size = min(trials - done, TOGETHER) if batched else 1
+            if done + size == trials and lost(study, default, space):
+                study.enqueue_trial(default)
+            for _ in range(size):
                 asked.append(study.ask())
                 sampling, starting = seeds_of(seed, asked[-1].number)
                 study.sampler = make_sampler(sampler, sampling)
                 pairs.append(({**default, **suggested(asked[-1], space)}, starting))
-            for i, ended in trainings(make_net, data, validation, pairs, options, batched):
+            for i, training in trainings(make_net, data, validation, pairs, options, batched):
                 trial = asked[i]
-                trial.set_user_attr("seconds", ended.seconds)
-                if ended.network is None:
-                    trial.set_user_attr("error", ended.error)
+                trial.set_user_attr("seconds", training.seconds)
+                if training.network is None:
+                    trial.set_user_attr("error", training.error)
                     study.tell(trial, state=TrialState.FAIL)
                     continue
-                networks[trial.number] = ended.network
+                networks[trial.number] = training.network
                 if folder is not None:  # before the trial counts as done
                     Path(folder).mkdir(parents=True, exist_ok=True)
-                    save(ended.network, weights_of(folder, name, trial.number))
-                study.tell(trial, ended.loss)
+                    save(training.network, weights_of(folder, name, trial.number))
+                study.tell(trial, training.loss)
     trained, failed = (
         {trial.number: {**default, **trial.params} for trial in study.get_trials(states=(state,))}
         for state in (TrialState.COMPLETE, TrialState.FAIL)
@@ -202,6 +220,14 @@ def stratify(
     Raises:
         ValueError: there are no settings, or no seeds.
         FloatingPointError: every training failed.
+
+    Example:
+        >>> make_net = lambda: effens.nets.mlp(3, 2, width=8)
+        >>> x, y = torch.randn(60, 3), torch.randint(2, (60,))
+        >>> settings = [{"rate": 1e-2, "weight_decay": 0.1}, {"rate": 1e-3, "weight_decay": 1.0}]
+        >>> found = stratify(make_net, (x, y), (x, y), settings, seeds=[0, 1], epochs=1, progress=False)
+        >>> found.trainings
+        4
     """
     seeds = list(seeds)
     pairs = [(dict(each), seed) for each in settings for seed in seeds]
@@ -383,20 +409,57 @@ def judged(
     return Candidates(networks, settings, probs, -log_likelihoods(probs, y).mean(1), failed, seconds)
 
 
-def open_study(storage: "str | optuna.storages.BaseStorage | None", name: str, facts: str) -> "optuna.Study":
-    """Make a study, or open the one of this name if it is of the same search; Optuna's log stays quiet."""
+def open_study(
+    storage: "str | optuna.storages.BaseStorage | None", name: str, facts: str, first: Settings
+) -> "optuna.Study":
+    """Make a study, or open the one of this name if it is of the same search; Optuna's log stays quiet.
+
+    Of processes that come at the same time one makes it, and queues the first settings.
+    """
     import optuna
 
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
+        place = open_storage(storage) if isinstance(storage, str) else storage
+        try:
+            study = optuna.create_study(storage=place, study_name=name)
+            study.enqueue_trial(dict(first))
+        except optuna.exceptions.DuplicatedStudyError:
+            assert place is not None
+            study = optuna.load_study(storage=place, study_name=name)
+            for _ in range(20):  # whoever made it may not have queued the first settings yet
+                if "search" in study.user_attrs:
+                    break
+                time.sleep(0.1)
     finally:
         optuna.logging.set_verbosity(level)
     if (held := study.user_attrs.get("search", facts)) != facts:
         raise ValueError(f"the study {name!r} must be of this search, {facts}, got {held}: give it another name")
     study.set_user_attr("search", facts)
     return study
+
+
+def lost(study: "optuna.Study", default: Settings, space: Space) -> bool:
+    """Say whether the trial of the default settings neither waits nor ended: whoever had it was killed, it seems."""
+    from optuna.trial import TrialState
+
+    first = {key: default[key] for key in space}
+    trials = study.get_trials(deepcopy=False)
+    return not any(t.state == TrialState.WAITING or (t.state.is_finished() and t.params == first) for t in trials)
+
+
+def open_storage(address: str) -> "optuna.storages.BaseStorage":
+    """Open a storage. Processes that make the tables of a new one at the same time fail, all but one: try again."""
+    import optuna
+    from sqlalchemy.exc import SQLAlchemyError
+
+    for seconds in (0.1, 0.3, 1.0, 3.0):
+        try:
+            return optuna.storages.get_storage(address)
+        except (SQLAlchemyError, optuna.exceptions.StorageInternalError):
+            time.sleep(seconds)
+    return optuna.storages.get_storage(address)
 
 
 def make_sampler(sampler: str, seed: int) -> "optuna.samplers.BaseSampler":

@@ -29,6 +29,11 @@ class Ensemble(nn.Module):
 
     Raises:
         ValueError: ``members`` is below 1.
+
+    Example:
+        >>> ensemble = effens.DeepEnsemble(lambda: nn.Linear(3, 2), members=4)
+        >>> isinstance(ensemble, Ensemble), ensemble.members
+        (True, 4)
     """
 
     order_within_batch = False  # True: `order` permutes within each batch, not over the epoch
@@ -178,7 +183,7 @@ class RowEnsemble(Ensemble):
             got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
             rule = f"the network must return one row of outputs per example, ({self.members * batch}, outputs)"
             raise ValueError(f"{rule}, got {got}")
-        return torch.unflatten(rows, 0, (self.members, batch))
+        return rows.view(self.members, batch, *rows.shape[1:])
 
     def member(self, m: int) -> nn.Module:
         """Return a copy of member ``m`` as a plain network, equal to ``ensemble(x)[m]``."""
@@ -280,14 +285,19 @@ def joined(outputs: list[Any]) -> Any:
 
 def row_parts(rows: Tensor, members: int) -> Sequence[Tensor]:
     """Divide member-major rows into each member's; unlike those of `unbind`, the parts may be changed in place."""
-    return torch.unsafe_split_with_sizes(rows, [split_rows(rows, members).shape[1]] * members)
+    return torch.unsafe_split_with_sizes(rows, [rows_each(rows, members)] * members)
+
+
+def rows_each(rows: Tensor, members: int) -> int:
+    """Return how many of the rows are each member's."""
+    if rows.shape[0] % members:
+        raise ValueError(f"rows must be divisible by members, got {rows.shape[0]} rows and {members} members")
+    return rows.shape[0] // members
 
 
 def split_rows(rows: Tensor, members: int) -> Tensor:
     """View member-major rows ``(members * batch, ...)`` as ``(members, batch, ...)``."""
-    if rows.shape[0] % members:
-        raise ValueError(f"rows must be divisible by members, got {rows.shape[0]} rows and {members} members")
-    return torch.unflatten(rows, 0, (members, rows.shape[0] // members))
+    return rows.view(members, rows_each(rows, members), *rows.shape[1:])
 
 
 def slices(weight: Tensor, bias: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
@@ -310,18 +320,27 @@ def member_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     x = split_rows(rows, weight.shape[0])  # (members, batch, ..., in)
     inner = x.shape[1:-1]
     x = x.reshape(weight.shape[0], inner.numel(), x.shape[-1])  # (members, batch * ..., in)
-    y = torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias[:, None], x, weight.mT)
-    return y.view(*rows.shape[:-1], weight.shape[1])
+    return product(x, weight, bias).view(*rows.shape[:-1], weight.shape[1])
 
 
 def shared_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Apply every member's linear map to the same ``x`` (batch, ..., in), as one plain product.
+    """Apply every member's linear map to the same ``x`` (batch, ..., in), as one batched matrix product.
+
+    One plain product with all rows of ``weight`` would have to be rearranged, which costs more than it saves.
 
     Returns:
         (members * batch, ..., out), member-major.
     """
-    y = F.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())  # (batch, ..., members * out)
-    return torch.unflatten(y, -1, weight.shape[:2]).movedim(-2, 0).flatten(0, 1)
+    members, out, inputs = weight.shape
+    rows = x.reshape(1, -1, inputs).expand(members, -1, -1)  # (members, batch * ..., in), no copy
+    return product(rows, weight, bias).view(members * x.shape[0], *x.shape[1:-1], out)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``x @ weight.mT + bias``, of x (members, rows, in), weight (members, out, in), bias (members, out)."""
+    if x.shape[-1] == 1:  # numbers times numbers: a batched product of so little was measured to take twice as long
+        return x * weight.mT if bias is None else torch.addcmul(bias[:, None], x, weight.mT)
+    return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias[:, None], x, weight.mT)
 
 
 def member_conv2d(rows: Tensor, weight: Tensor, bias: Tensor | None, **geometry: Any) -> Tensor:

@@ -10,6 +10,7 @@ rows by r, makes one plain product, and multiplies by s. Folding touches M weigh
 activation, so the layers fold when ``activations >= 4 * weights`` for each member, the rule that was measured fastest.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -28,6 +29,7 @@ from effens.ensembles.base import (
     member_linear,
     refusal,
     replace_layers,
+    rows_each,
     shared_conv2d,
     shared_linear,
     slices,
@@ -126,6 +128,8 @@ class RankOneLayer(MemberLayer):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    size: int  # how many weights
+    touched: int  # how many numbers a row, or a pixel, reads and writes
 
     def _set(self, weight: Tensor, bias: Tensor | None, inputs: int, members: int, init: str) -> None:
         """Take over a plain layer's weight, the same object, and copy its bias for each member."""
@@ -136,10 +140,11 @@ class RankOneLayer(MemberLayer):
         self.r = nn.Parameter(start(init, members, inputs).to(weight))
         self.s = nn.Parameter(start(init, members, weight.shape[0]).to(weight))
         self.bias = None if bias is None else nn.Parameter(bias.detach().repeat(members, 1), bias.requires_grad)
+        self.size, self.touched = weight.numel(), sum(weight.shape[:2])
 
     def folds(self, activations: int) -> bool:
         """Say whether to build each member's weights: if each member reads and writes 4 numbers or more per weight."""
-        return activations >= 4 * self.weight.numel()
+        return activations >= 4 * self.size
 
 
 class BatchEnsembleLinear(RankOneLayer):
@@ -183,18 +188,28 @@ class BatchEnsembleLinear(RankOneLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(members * batch, ..., in)`` to ``(members * batch, ..., out)``, each member its own rows."""
-        rows = x.shape[:-1].numel() // self.members
-        if self.folds(rows * sum(self.weight.shape)):
+        *rows, inputs = x.shape
+        if rows == [self.members]:  # one row each: the factors fit as they are, and views would take half the time
+            return scaled(F.linear(x * self.r, self.weight), self.s, self.bias)
+        each = rows_each(x, self.members) * math.prod(rows[1:])
+        if self.folds(each * self.touched):
             return member_linear(x, self.weights(), self.bias)
-        x = split_rows(x, self.members)  # (members, batch, ..., in)
-        y = F.linear(x * across(self.r, x), self.weight)
-        return scaled(y, self.s, self.bias).flatten(0, 1)
+        return self._scale(x.reshape(self.members, each, inputs), rows)
 
     def forward_shared(self, x: Tensor) -> Tensor:
         """Map ``(batch, ..., in)``, the same for all members, to ``(members * batch, ..., out)``."""
-        if self.folds(2 * x.shape[:-1].numel() * sum(self.weight.shape)):  # x is read once: folding pays sooner
+        batch, *rows, inputs = x.shape
+        each = batch * math.prod(rows)
+        if self.folds(2 * each * self.touched):  # x is read once: folding pays sooner
             return shared_linear(x, self.weights(), self.bias)
-        return self.forward(x.expand(self.members, *x.shape).flatten(0, 1))
+        return self._scale(x.reshape(1, each, inputs), [self.members * batch, *rows])
+
+    def _scale(self, x: Tensor, rows: list[int]) -> Tensor:
+        """Map ``(members or 1, each, in)`` to ``(*rows, out)``, with one product."""
+        s, bias = self.s, self.bias
+        y = F.linear(x * self.r.unsqueeze(1), self.weight)  # (members, each, out)
+        y = scaled(y, s.unsqueeze(1), None if bias is None else bias.unsqueeze(1))
+        return y.view(*rows, y.shape[-1])
 
     def apart(self) -> list[Callable[[Tensor], Any]]:
         """Return each member's own map, which scales: it builds no matrix of its own."""
@@ -281,11 +296,12 @@ class BatchEnsembleConv2d(RankOneLayer):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(members * batch, in, height, width)`` to ``(members * batch, out, height', width')``."""
         batch = x.shape[0] // self.members
-        if self.folds(batch * x[0, 0].numel() * sum(self.weight.shape[:2]) if len(x) else 0):
+        if self.folds(batch * math.prod(x.shape[2:]) * self.touched):
             return member_conv2d(x, self.weights(), self.bias, **self.geometry)
         x = split_rows(x, self.members)  # (members, batch, in, height, width)
         y = F.conv2d((x * across(self.r, x, axis=2)).flatten(0, 1), self.weight, **self.geometry)
-        return scaled(split_rows(y, self.members), self.s, self.bias, axis=2).flatten(0, 1)
+        y, s = split_rows(y, self.members), across(self.s, x, axis=2)
+        return scaled(y, s, None if self.bias is None else across(self.bias, x, axis=2)).flatten(0, 1)
 
     def forward_shared(self, x: Tensor) -> Tensor:
         """Map ``(batch, in, height, width)``, the same for all members, to ``(members * batch, out, ...)``."""
@@ -326,10 +342,13 @@ def across(factors: Tensor, x: Tensor, axis: int = -1) -> Tensor:
     return factors.view(shape)
 
 
-def scaled(y: Tensor, s: Tensor, bias: Tensor | None, axis: int = -1) -> Tensor:
-    """Return ``y * s + bias`` for y (members, batch, ...) and s, bias (members, size) along ``axis``."""
-    s = across(s, y, axis).to(y.dtype)  # under autocast y is shorter than s, and stays so, as a plain layer's result
-    return y * s if bias is None else torch.addcmul(across(bias, y, axis).to(y.dtype), y, s)
+def scaled(y: Tensor, s: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``y * s + bias``, for s and bias that broadcast to y."""
+    if y.dtype != s.dtype:  # under autocast y is shorter than s, and stays so, as a plain layer's result
+        s, bias = s.to(y.dtype), None if bias is None else bias.to(y.dtype)
+    if bias is None:
+        return y * s
+    return y * s + bias if y.requires_grad else torch.addcmul(bias, y, s)  # its backward would multiply twice more
 
 
 def start(init: str, members: int, size: int) -> Tensor:

@@ -131,6 +131,11 @@ def greedy_select(probs: Tensor | Distribution, y: Tensor, size: int) -> list[in
 
     Raises:
         ValueError: ``size`` is below 1, shapes do not agree, or these are no probabilities.
+
+    Example:
+        >>> probs = torch.tensor([[[0.9, 0.1], [0.1, 0.9]], [[0.2, 0.8], [0.8, 0.2]]])  # two candidates
+        >>> greedy_select(probs, torch.tensor([0, 1]), size=2)  # the second is always wrong
+        [0]
     """
     if size < 1:
         raise ValueError(f"size must be >= 1, got {size}")

@@ -116,6 +116,8 @@ class MIMO(RowEnsemble):
             raise ValueError(f"x must be (batch, ...), got shape {tuple(x.shape)}")
         if self._unchecked and len(x):
             self._check(x)
+        if torch.compiler.is_dynamo_compiling():  # which cannot follow a context variable
+            return self.forward_members(x.expand(self.members, *x.shape))
         token = SAME_INPUT.set(True)
         try:
             return self._answers(self.network(x), len(x))
@@ -158,6 +160,10 @@ class MIMO(RowEnsemble):
         """Return how many examples each slot sees in a step: the batch, ``repeats`` times."""
         return batch_size * self.repeats
 
+    def extra_repr(self) -> str:
+        """Show the settings."""
+        return f"members={self.members}, share={self.share}, repeats={self.repeats}"
+
 
 class FirstLayer(MemberLayer):
     """A layer that reads M inputs side by side on its channels: ``(members * batch, ...)`` rows to ``(batch, ...)``."""
@@ -170,7 +176,7 @@ class FirstLayer(MemberLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Give each slot its own rows of ``x``; or all of them ``x``, where `MIMO.forward` asks."""
-        if SAME_INPUT.get():
+        if not torch.compiler.is_dynamo_compiling() and SAME_INPUT.get():
             return self.forward_shared(x)
         slots = split_rows(x, self.members).unbind()  # members of (batch, ..., channels, ...)
         y: Tensor = self.layer(torch.cat(slots, channel_axis(self.layer)))

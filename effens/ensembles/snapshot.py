@@ -123,6 +123,11 @@ class SnapshotEnsemble(Ensemble):
             self.snapshots.put(ends.index(step), self.network)
             self.set_count(ends.index(step) + 1)
 
+    def extra_repr(self) -> str:
+        """Show the settings."""
+        how = f"'triangular', pretrain={self.pretrain}, rates={self.rates}" if self.triangular else "'cosine'"
+        return f"members={self.members}, cycles={self.cycles}, schedule={how}"
+
     def set_count(self, count: int) -> None:
         """Set how many members there are."""
         self.count = count

@@ -197,8 +197,9 @@ class SWAG(Ensemble):
             for size in (len(self.mean), self.rank)
         )
         kept = min(int(self.count), self.rank)
-        noise = self.variance.sqrt() * z1 + z2 @ self.deviations / math.sqrt(max(kept - 1, 1))
-        return self.mean + math.sqrt(self.scale) * noise
+        noise = self.variance.sqrt().mul_(z1)  # in place: fresh vectors of this length cost more than what fills them
+        noise += (z2 @ self.deviations).div_(math.sqrt(max(kept - 1, 1)))
+        return noise.mul_(math.sqrt(self.scale)).add_(self.mean)
 
     @torch.no_grad()
     def at(self, weights: Tensor) -> nn.Module:
@@ -235,6 +236,11 @@ class SWAG(Ensemble):
             self.samples.put(m, self.at(self.sample(generator=generator)))
         update_batch_norm(self.samples, batches)
         self.set_drawn(True)
+
+    def extra_repr(self) -> str:
+        """Show the settings."""
+        names = ("members", "rank", "scale", "tail", "tail_rate", "every", "seed")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     def tail_steps(self, steps: int) -> int:
         """Return how many of ``steps`` are in the tail, at least 1."""

@@ -1,0 +1,228 @@
+r"""Decisions that must be quick: what an order flow is worth to one who is late or unsure, and how late each method is.
+
+An event's signal is worth less the later it is acted upon, and every trade costs:
+
+.. math:: \text{profit} = d \, s \, 2^{-t / h} - c \, |d|
+
+with the side and size d in [-1, 1], the signal s of `effens.data.orders`, the delay t from the event to the answer, its
+half-life h and the cost c. ``python -m effens.orders`` times one decision of every method in every way of serving, and
+keeps the times in the bank; it takes some minutes, and needs a C++ compiler.
+"""
+
+import copy
+import ctypes
+import io
+import json
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from effens import ledger, serving
+from effens.data import orders as flows
+from effens.ensembles.base import Ensemble
+from effens.likelihoods import Likelihood
+from effens.storage import write_whole
+
+COST, HALF_LIFE = 0.5, 100e-6  # ticks a trade; seconds
+METHODS = ("single", "wide", "deep ensemble", "BatchEnsemble", "snapshot", "SWAG", "MIMO")
+WAYS = ("eager", "ONNX Runtime", "AOTInductor", "AOTInductor, C++")
+CALLS = 20_000
+KEPT = 2000  # times of each that are kept, equally spaced in rank
+
+
+# ---- Decisions. ----
+
+
+def profit(side: Tensor, signal: Tensor, delay: Tensor | float = 0.0) -> Tensor:
+    """Return the expected profit of each event, in ticks, (n,).
+
+    Args:
+        side: (n,) in [-1, 1]: short, nothing, long.
+        signal: (n,) ticks, the expected move at the event; a realised move has the same mean, and more noise.
+        delay: (n,) seconds from the event to the answer, or one for all.
+
+    Raises:
+        ValueError: a side is beyond 1.
+    """
+    if bool((side.abs() > 1 + 1e-6).any()):
+        raise ValueError(f"sides must be in [-1, 1], got {side.abs().max().item():.4g}")
+    left = torch.as_tensor(0.5, dtype=torch.float64) ** (torch.as_tensor(delay, dtype=torch.float64) / HALF_LIFE)
+    result: Tensor = side * signal * left - COST * side.abs()
+    return result
+
+
+def threshold(value: Tensor, moves: Tensor) -> float:
+    """Return the bound on |value| above which it pays most to trade in its direction, judged by realised moves.
+
+    Args:
+        value: (n,) forecasts, in ticks.
+        moves: (n,) what happened, in ticks: of validation data, as the signal is known to nobody.
+
+    Returns:
+        One of the |value|; infinite if no trade pays.
+    """
+    order = value.abs().argsort(descending=True)
+    gains = (value.sign() * moves - COST)[order].double().cumsum(0)
+    best = int(gains.argmax())
+    return float(value.abs()[order[best]]) if float(gains[best]) > 0 else float("inf")
+
+
+def delays(arrivals: Tensor, service: Tensor) -> Tensor:
+    r"""Return the time from each event to its answer, (n,): one server, in order, that never drops an event.
+
+    .. math:: w_{i+1} = \max(0, w_i + b_i - (a_{i+1} - a_i)), \qquad t_i = w_i + b_i
+
+    (Lindley, 1952, doi:10.1017/S0305004100027638). Events arrive whether or not the server is free: latencies that are
+    measured one call at a time leave this waiting out.
+
+    Args:
+        arrivals: (n,) seconds, ascending.
+        service: (n,) seconds that each answer takes.
+    """
+    if len(arrivals) != len(service):
+        raise ValueError(f"arrivals and service must have the same length, got {len(arrivals)} and {len(service)}")
+    slack = torch.cat([torch.zeros(1, dtype=torch.float64), (service[:-1] - arrivals.diff()).double()]).cumsum(0)
+    waits = slack - torch.minimum(slack.cummin(0).values, torch.zeros(1, dtype=torch.float64))
+    return waits + service
+
+
+# ---- Ways of serving. ----
+
+
+class Locations(Likelihood):
+    """A regression's answer as a decision needs it: the mean of the members' means, and how far they disagree."""
+
+    def predict(self, outputs: Tensor) -> Tensor:
+        """Return ``(members, batch)``."""
+        return outputs[..., 0]
+
+
+def eager(ensemble: Ensemble) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Return what PyTorch does without a compiler."""
+
+    def answer(x: Tensor) -> tuple[Tensor, Tensor]:
+        means = ensemble(x)[..., 0]
+        return means.mean(0), means.std(0, correction=0)
+
+    return answer
+
+
+def timed(call: Callable[[Tensor], Any], x: Tensor, calls: int) -> NDArray[np.float64]:
+    """Return the seconds of each call, on one row at a time."""
+    rows = list(x.split(1))
+    times = np.empty(calls)
+    with torch.inference_mode():
+        for i in range(-200, calls):
+            row = rows[i % len(rows)]
+            began = time.perf_counter()
+            call(row)
+            if i >= 0:
+                times[i] = time.perf_counter() - began
+    return times
+
+
+@cache
+def clock() -> Callable[..., int]:
+    """Compile the clock that has no Python in it, and return it.
+
+    Raises:
+        RuntimeError: it does not compile.
+    """
+    from torch.utils import cpp_extension
+
+    folder = Path(tempfile.mkdtemp())
+    library = folder / "clock.so"
+    libraries = Path(torch.__file__).with_name("lib")
+    command = ["g++", "-O2", "-std=c++20", "-shared", "-fPIC", str(Path(__file__).with_name("clock.cpp"))]
+    command += [f"-I{path}" for path in cpp_extension.include_paths()]
+    command += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}", f"-L{libraries}"]
+    command += ["-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libraries}", "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the clock must compile, got {done.stderr[-500:]}")
+    function: Callable[..., int] = ctypes.CDLL(str(library)).effens_clock
+    return function
+
+
+def timed_without_python(path: Path, x: Tensor, calls: int) -> NDArray[np.float64]:
+    """Return the seconds of each call of a compiled file, timed in C++."""
+    rows = x.float().contiguous()
+    times = np.empty(calls)
+    pointers = (ctypes.c_void_p(rows.data_ptr()), ctypes.c_long(len(x)), ctypes.c_long(x.shape[1]))
+    failed = clock()(str(path).encode(), *pointers, ctypes.c_long(calls), times.ctypes.data_as(ctypes.c_void_p))
+    if failed:
+        raise RuntimeError(f"the compiled file must run in C++, got error {failed}")
+    return times
+
+
+def run(looks: int = 5) -> None:
+    """Time every method in every way, in turns, unless that is kept already."""
+    path = ledger.BANK / "serving.npz"
+    if path.exists():
+        return
+    task = ledger.TASKS["orders"]
+    brief = replace(task, pool=task.members, epochs=task.members)
+    x = flows.order_flow()["test"].x[:500]
+    calls: dict[tuple[str, str], Callable[[int], NDArray[np.float64]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in tqdm(METHODS, desc="exporting"):
+            ensemble, _ = ledger.train_one(brief, name, ledger.tune(task, name), 0)
+            ensemble.eval()
+            calls[name, "eager"] = partial(timed, eager(copy.deepcopy(ensemble)), x)
+            for way, backend in (("ONNX Runtime", "onnx"), ("AOTInductor", "aoti")):
+                file = Path(folder) / f"{len(calls)}.pt2"
+                served = serving.export(ensemble, x[:1], file, backend, likelihood=Locations())
+                calls[name, way] = partial(timed, served.run, x)
+                if backend == "aoti":
+                    calls[name, WAYS[3]] = partial(timed_without_python, file, x)
+        found: dict[tuple[str, str], list[NDArray[np.float64]]] = {key: [] for key in calls}
+        for _ in tqdm(range(looks), desc="timing"):
+            for key, call in calls.items():
+                found[key].append(call(CALLS // looks))
+    at = (np.arange(KEPT) + 0.5) / KEPT
+    arrays: dict[str, Any] = {
+        f"{name} | {way}": np.quantile(np.concatenate(times), at).astype(np.float32)
+        for (name, way), times in found.items()
+    }
+    facts = {"threads": torch.get_num_threads(), "calls": CALLS, "members": task.members, **ledger.provenance()}
+    content = io.BytesIO()
+    np.savez_compressed(content, facts=np.array(json.dumps(facts)), **arrays)
+    write_whole(path, content.getvalue())
+    read.cache_clear()
+
+
+@cache
+def read() -> dict[tuple[str, str], Tensor]:
+    """Return the kept times of one decision by (method, way), ascending, in seconds, float64.
+
+    Raises:
+        FileNotFoundError: they were not measured.
+    """
+    path = ledger.BANK / "serving.npz"
+    if not path.exists():
+        raise FileNotFoundError("the bank must hold the times of serving, got none: run python -m effens.orders")
+    with np.load(path, allow_pickle=False) as file:
+        pairs = [key.partition(" | ")[::2] for key in file.files if key != "facts"]
+        return {(name, way): torch.from_numpy(file[f"{name} | {way}"]).double() for name, way in pairs}
+
+
+def drawn(method: str, way: str, n: int, seed: int = 0) -> Tensor:
+    """Draw n service times of a method in a way of serving, as if independent, (n,) seconds."""
+    times = read()[method, way]
+    return times[torch.randint(len(times), (n,), generator=torch.Generator().manual_seed(seed))]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run()

@@ -1,0 +1,282 @@
+r"""Scaling out: independent trainings over any executor, each kept as a file as soon as it ends.
+
+N trainings of t seconds on W workers, with s seconds that no worker can share, take
+
+.. math:: T(W) = s + t \lceil N / W \rceil
+
+What cannot be shared is Amdahl's (1967), "Validity of the single processor approach to achieving large scale computing
+capabilities", doi:10.1145/1465482.1465560. Trainings of unequal times wait for the one that ends last: `makespan`.
+"""
+
+import heapq
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
+
+import torch
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from effens.ensembles.base import Ensemble
+from effens.ensembles.deep import DeepEnsemble
+from effens.storage import load, save
+from effens.training import Data, as_pair, check_positive, fit
+from effens.tuning import OF_FIT, Settings, build
+
+Source = Data | Callable[[], Data]
+ANYWHERE = ("device", "every")  # options that a file does not depend on
+ALONE = threading.Lock()  # PyTorch's random numbers are one stream a process: workers that are threads take turns
+
+
+def fit_each(
+    make_net: Callable[..., nn.Module],
+    data: Source,
+    seeds: Iterable[int],
+    *,
+    folder: str | os.PathLike[str],
+    settings: Iterable[Settings] | None = None,
+    executor: Executor | None = None,
+    threads: int = 1,
+    checkpoints: bool = False,
+    progress: bool = True,
+    **options: Any,
+) -> list[nn.Module]:
+    """Train a network from each seed, wherever an executor runs it: on the cores of a machine, or on many machines.
+
+    Each training depends on its seed and settings alone, so that the networks are those of training one by one, to the
+    last bit on processors of one kind. Each is kept in the folder, in a file of its own, by the worker that trained it.
+    A second call trains what is missing: after a kill, or with more seeds. A file is found again by the seed, the
+    settings, the options, the data and the name of ``make_net``; where the code of ``make_net`` changes, take another
+    folder.
+
+    Workers that are processes import ``make_net`` by its name, so it must stand in a module: not in a notebook, no
+    lambda; `functools.partial` of one that does, ``partial(effens.nets.mlp, 196, 10)``, will do. (Dask sends functions
+    by value, so there it may stand anywhere.) Workers that are threads of one process train one after the other.
+
+    Args:
+        make_net: returns a fresh network, or an ensemble to be trained on its own: ``partial(effens.SWAG, make)``, for
+            a MultiSWAG. It gets all settings but ``rate`` and ``weight_decay``.
+        data: as of `effens.fit`, sent to each training; or a function that returns them, called where they are needed,
+            so that nothing large travels.
+        seeds: of starts and shuffles, one for each training.
+        folder: keeps the weights. All workers must see it: on many machines a shared one.
+        settings: of each training, for candidates of a hyperparameter ensemble; by default there are none.
+        executor: any `concurrent.futures.Executor`: a `ProcessPoolExecutor`; Dask's ``client.get_executor()``. By
+            default the trainings run here, one by one.
+        threads: of a training on a CPU, the same wherever it runs, because sums depend on it in their last bits.
+        checkpoints: whether each training keeps a checkpoint in the folder as long as it lasts, so that one that was
+            killed goes on from there, on the same worker or on another.
+        progress: whether to show a progress bar when it takes longer than two seconds.
+        options: of `effens.fit`: ``epochs``, ``batch_size``, ``rate``, ``weight_decay``, ``optimizer``,
+            ``likelihood``, ``device``, ``precision``, ``compile``, and ``every``, with checkpoints.
+
+    Returns:
+        The trained networks, or ensembles, in the order of the seeds: `DeepEnsemble.of` puts them side by side.
+
+    Raises:
+        ValueError: there are no seeds, or not one of the settings for each; two trainings are the same; or a process
+            could not import ``make_net`` or ``data``.
+        FileNotFoundError: a worker keeps its files elsewhere.
+        Exception: what the first failed training raised, a worker's death included, after all others have ended.
+
+    Example:
+        >>> from functools import partial
+        >>> make_net = partial(effens.nets.mlp, 3, 2, width=8)
+        >>> data, folder = (torch.randn(50, 3), torch.randint(2, (50,))), tempfile.mkdtemp()
+        >>> networks = fit_each(make_net, data, range(3), folder=folder, epochs=2, progress=False)
+        >>> len(list(Path(folder).iterdir()))  # kept
+        3
+        >>> effens.DeepEnsemble.of(networks)(torch.randn(10, 3)).shape
+        torch.Size([3, 10, 2])
+    """
+    seeds = list(seeds)
+    each = [dict(chosen) for chosen in settings] if settings is not None else [{} for _ in seeds]
+    check_runs(seeds, each)
+    check_positive(threads=threads)
+    if isinstance(executor, ProcessPoolExecutor):
+        check_importable(make_net=make_net, data=data if callable(data) else None, options=options)
+    sent = wrapped(data)
+    facts = described([make_net, sent, {key: value for key, value in options.items() if key not in ANYWHERE}])
+    paths = [Path(folder).resolve() / name_of(seed, [facts, own]) for seed, own in zip(seeds, each, strict=True)]
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"trainings must differ in seed or settings, got {len(paths) - len(set(paths))} twice")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    jobs = [
+        (make_net, sent, own, seed, path, threads, checkpoints, options)
+        for seed, own, path in zip(seeds, each, paths, strict=True)
+    ]
+    run([job for job, path in zip(jobs, paths, strict=True) if not path.is_file()], executor, progress)
+    networks = []
+    for seed, own, path in zip(seeds, each, paths, strict=True):
+        if not path.is_file():
+            raise FileNotFoundError(f"folder must be one that every worker sees, got {folder}, without {path.name}")
+        networks.append(build(make_net, own, seed, options).eval())
+        load(networks[-1], path)
+    return networks
+
+
+def run(jobs: Sequence[tuple[Any, ...]], executor: Executor | None, progress: bool) -> None:
+    """Train what is missing; raise the first error once everything else has ended, so that nothing else is lost."""
+    errors: list[BaseException] = []
+    with tqdm(total=len(jobs), desc="fit", unit="training", delay=2, leave=False, disable=not progress) as shown:
+        if executor is None:
+            for job in jobs:
+                try:
+                    train_one(*job)
+                except Exception as error:
+                    errors.append(error)
+                shown.update()
+        else:
+            futures = [executor.submit(train_one, *job) for job in jobs]
+            try:
+                for future in as_completed(futures):
+                    if (failure := future.exception()) is not None:
+                        errors.append(failure)
+                    shown.update()
+            finally:  # whoever interrupts wants no more to begin
+                for future in futures:
+                    future.cancel()
+    if errors:
+        errors[0].add_note(
+            f"{len(errors)} of {len(jobs)} trainings failed; what ended is kept: call again for the rest"
+        )
+        raise errors[0]
+
+
+def train_one(
+    make_net: Callable[..., nn.Module],
+    sent: Any,
+    settings: Settings,
+    seed: int,
+    path: Path,
+    threads: int,
+    checkpoints: bool,
+    options: dict[str, Any],
+) -> None:
+    """Train one network and write its file, wherever this runs; do nothing where the file is there already."""
+    if path.is_file():  # from a worker that was thought to be dead
+        return
+    own: dict[str, Any] = {key: settings[key] for key in OF_FIT if key in settings}
+    if checkpoints:
+        own["checkpoint"] = path.with_suffix(".checkpoint")
+    with ALONE:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            network = build(make_net, settings, seed, options)
+            ensemble = network if isinstance(network, Ensemble) else DeepEnsemble.of([network])
+            fit(ensemble, unwrapped(sent), seed=seed, progress=False, **own, **options)
+            save(network, path)
+            path.with_suffix(".checkpoint").unlink(missing_ok=True)
+        except Exception as error:
+            error.add_note(f"in the training of seed {seed} with settings {dict(settings)}")
+            raise
+        finally:
+            torch.set_num_threads(before)
+
+
+def wrapped(data: Source) -> Any:
+    """Return what is sent to a worker: a pair of tensors as bytes, anything else as it is."""
+    if not isinstance(data, tuple | list):
+        return data
+    x, y = as_pair(data)
+    return to_bytes({"x": x.cpu().contiguous(), "y": y.cpu().contiguous()})
+
+
+def unwrapped(sent: Any) -> Data:
+    """Return the data from what was sent: bytes, or a function that returns them, or the data themselves."""
+    if isinstance(sent, bytes):
+        tensors = from_bytes(sent)
+        return tensors["x"], tensors["y"]
+    data: Data = sent() if callable(sent) else sent
+    return data
+
+
+def described(value: Any) -> Any:
+    """Return what tells a value from others, the same in every process, as something JSON can hold."""
+    if isinstance(value, partial):
+        return described([value.func, value.args, value.keywords])
+    if isinstance(value, dict):
+        return {key: described(value[key]) for key in value}
+    if isinstance(value, tuple | list):
+        return [described(part) for part in value]
+    if isinstance(value, Tensor):
+        return described(to_bytes({"": value.detach().cpu().contiguous()}))
+    if isinstance(value, bytes):
+        return sha256(value).hexdigest()
+    if hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    if " at 0x" in (text := repr(value)):  # an address
+        return described([type(value), getattr(value, "__dict__", {})])
+    return text
+
+
+def name_of(seed: int, facts: Any) -> str:
+    """Return the name of the file of a training."""
+    content = json.dumps(described(facts), sort_keys=True)
+    return f"seed-{seed}-{sha256(content.encode()).hexdigest()[:12]}.safetensors"
+
+
+def check_runs(seeds: Sequence[int], settings: Sequence[Settings]) -> None:
+    """Raise `ValueError` unless there are seeds, and settings for each."""
+    if not seeds:
+        raise ValueError("seeds must hold at least one seed, got none")
+    if len(settings) != len(seeds):
+        raise ValueError(f"settings must hold those of each of {len(seeds)} trainings, got {len(settings)}")
+
+
+def check_importable(**values: Any) -> None:
+    """Raise `ValueError` unless another process can import what it is sent."""
+    interactive = not hasattr(sys.modules["__main__"], "__file__")  # a notebook: no process can import from it
+    for name, value in values.items():
+        for part in imported(value):
+            module, path = part.__module__, part.__qualname__
+            found: Any = sys.modules.get(module)
+            for attribute in path.split("."):
+                found = getattr(found, attribute, None)
+            here = module == "__main__" and interactive
+            if found is not part or here:
+                rule = f"{name} must stand in a module that a process can import (a file, no notebook, no lambda)"
+                raise ValueError(f"{rule}, got {path} of {'a notebook' if here else module}")
+
+
+def imported(value: Any) -> Iterable[Any]:
+    """Return the functions and classes that a value is made of, which a process would import by their names."""
+    if isinstance(value, partial):
+        return imported([value.func, *value.args, *value.keywords.values()])
+    if isinstance(value, dict | list | tuple):
+        parts = value.values() if isinstance(value, dict) else value
+        return [each for part in parts for each in imported(part)]
+    kind = value if isinstance(value, type | FunctionType | BuiltinFunctionType) else type(value)
+    return [] if kind.__module__ == "builtins" else [kind]
+
+
+def makespan(seconds: Iterable[float], workers: int) -> float:
+    """Return when the last of some trainings ends, where each worker that is free takes the longest one that is left.
+
+    It is at most 4/3 of the best there could be (Graham, 1969, "Bounds on multiprocessing timing anomalies",
+    doi:10.1137/0117039).
+
+    Args:
+        seconds: of each training.
+        workers: how many run at once.
+
+    Example:
+        >>> makespan([60.0] * 12, workers=11)  # as long as on six
+        120.0
+    """
+    check_positive(workers=workers)
+    ends = [0.0] * workers
+    for each in sorted(seconds, reverse=True):
+        heapq.heappush(ends, heapq.heappop(ends) + each)
+    return max(ends)
