@@ -9,13 +9,22 @@ from typing import Any
 from sphinx.application import Sphinx
 from sphinx.ext.mathjax import html_visit_displaymath, html_visit_math
 
-# The last line lets a formula that is wider than a phone be scrolled by keyboard.
+# The last lines keep a full stop with the letter before it, and let keys scroll a formula wider than a phone.
 RENDER_MATH = r"""
 addEventListener("DOMContentLoaded", () => {
   document.querySelectorAll(".math").forEach(formula => renderMathInElement(formula, {delimiters: [
     {left: "\\(", right: "\\)", display: false}, {left: "\\[", right: "\\]", display: true},
     ...["align", "align*", "equation", "equation*", "gather", "gather*"].map(name =>
       ({left: `\\begin{${name}}`, right: `\\end{${name}}`, display: true}))]}));
+  document.querySelectorAll("span.math").forEach(formula => {
+    const text = formula.nextSibling;
+    if (!/^[-.,;:!?)’”]/.test(text?.data) || formula.querySelectorAll(".base").length > 1) return;
+    const whole = document.createElement("span");
+    whole.style.whiteSpace = "nowrap";
+    formula.before(whole);
+    text.splitText(1);
+    whole.append(formula, text);
+  });
   document.querySelectorAll(".katex-display").forEach(f => { if (f.scrollWidth > f.clientWidth) f.tabIndex = 0; });
 });
 """
@@ -27,7 +36,10 @@ ACCESSIBLE = (
     (r'(<i class="theme-switch [^>]*) title="[^"]*"', r"\1"),
     (r'(<div id="pst-primary-sidebar")', r'\1 role="complementary" aria-label="The book"'),
 )
+# Fetched by the theme on every page; only the page that searches needs them, and they grow with the book.
+SEARCH = re.compile(r'\s*<script src="[^"]*(searchtools|language_data|searchindex)\.js"></script>')
 ICON = re.compile(r'"?([\w-]+)"?:\[\d+,\d+,(\[[^\]]*\]),"[^"]*","[^"]*"\],?')
+ICON_LETTER = re.compile(r'\.fa-[^{}]*:before\{content:"[^"]*"\}')
 
 
 def add_math(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
@@ -45,17 +57,22 @@ def drop_thebe(app: Sphinx, page: str, template: str, context: dict[str, Any], d
     context["script_files"] = [s for s in scripts if "thebe" not in f"{s}{getattr(s, 'attributes', '')}".lower()]
 
 
-def make_accessible(app: Sphinx, error: Exception | None) -> None:
-    """Mend, in the finished pages, what the theme and its extensions get wrong for those who do not see the page."""
+def mend_pages(app: Sphinx, error: Exception | None) -> None:
+    """Mend, in the finished pages, what the theme gets wrong: for those who do not see the page, and in weight."""
     for page in Path(app.outdir).rglob("*.html"):
         text = page.read_text("utf-8")
         for wrong, right in ACCESSIBLE:
             text = re.sub(wrong, right, text)
+        if page.name != "search.html":
+            text = SEARCH.sub("", text)
         page.write_text(text, "utf-8")
 
 
 def keep_used_icons(app: Sphinx, error: Exception | None) -> None:
-    """Cut the theme's icon script (1.5 MB, 2,000 icons) down to the icons that some page or script names."""
+    """Cut the theme's icon script (1.5 MB, 2,000 icons) down to the icons that some page or script names.
+
+    The script draws them all, so the style sheet's letters for them (90 KB) can go.
+    """
     script = Path(app.outdir, "_static/scripts/fontawesome.js")
     if error or not script.exists():
         return
@@ -67,6 +84,8 @@ def keep_used_icons(app: Sphinx, error: Exception | None) -> None:
         return icon[0] if names & used else ""
 
     script.write_text(ICON.sub(keep, script.read_text("utf-8")), "utf-8")
+    style = Path(app.outdir, "_static/styles/pydata-sphinx-theme.css")
+    style.write_text(ICON_LETTER.sub("", style.read_text("utf-8")), "utf-8")
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
@@ -74,6 +93,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_html_math_renderer("katex", (html_visit_math, None), (html_visit_displaymath, None))
     app.connect("html-page-context", add_math)
     app.connect("html-page-context", drop_thebe, priority=900)
-    app.connect("build-finished", make_accessible)
+    app.connect("build-finished", mend_pages)
     app.connect("build-finished", keep_used_icons)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
