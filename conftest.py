@@ -12,6 +12,11 @@ from rerun import ENVIRONMENT
 ROOT = Path(__file__).parent
 
 
+# Workers of `pytest -n 2` share the cores: threads beside them would mostly wait for one another. Before torch starts.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.option.nbval_sanitize_with = str(ROOT / "tests/nbval_sanitize.cfg")
 

@@ -1,6 +1,10 @@
-"""Run chapters and store their outputs: `python tests/rerun.py [chapter ...]`, all of them when none is named."""
+"""Run chapters and store their outputs: `python tests/rerun.py [--time] [chapter ...]`, all of them when none is named.
+
+With `--time` a chapter also says how long it ran: for two cores that have nothing else to do.
+"""
 
 import base64
+import math
 import os
 import re
 import sys
@@ -8,38 +12,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import address
 import nbformat
-import yaml
 from nbclient import NotebookClient
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = address.ROOT
 # A chapter's stored outputs come from the CPU, at the small scale, with no control that needs a kernel.
 ENVIRONMENT = {"EFFENS_STATIC": "1", "EFFENS_SCALE": "small", "CUDA_VISIBLE_DEVICES": ""}
-METADATA = {
-    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-    "language_info": {"name": "python"},
-}
-
-
-def settings() -> dict[str, Any]:
-    """What `_config.yml` says."""
-    return dict(yaml.safe_load((ROOT / "_config.yml").read_text("utf-8")))
 
 
 def chapters() -> list[Path]:
     """The notebooks that `_toc.yml` names, in its order."""
-    toc = yaml.safe_load((ROOT / "_toc.yml").read_text("utf-8"))
-    files = [ROOT / f"{name}.ipynb" for name in [toc["root"], *(chapter["file"] for chapter in toc["chapters"])]]
-    return [file for file in files if file.exists()]
-
-
-def colab(chapter: Path) -> str:
-    """The address that opens a chapter in Colab, from the one place where the book's address is written."""
-    repository = settings()["repository"]
-    owner_and_name = repository["url"].removeprefix("https://github.com/")
-    return (
-        f"https://colab.research.google.com/github/{owner_and_name}/blob/{repository['branch']}/chapters/{chapter.name}"
-    )
+    names = re.findall(r"(?:root|file): (\S+)", (ROOT / "_toc.yml").read_text("utf-8"))
+    return [file for name in names if (file := ROOT / f"{name}.ipynb").exists()]
 
 
 def rerun(chapter: Path) -> None:
@@ -60,17 +45,23 @@ def rerun(chapter: Path) -> None:
         extra_arguments=["--log-level=ERROR"],
         coalesce_streams=True,
     ).execute()
-    notebook.metadata = nbformat.NotebookNode(METADATA)
+    address.dress(notebook, chapter)
     for cell in notebook.cells:
         for key in cell.metadata.keys() - {"tags", "mystnb"}:
             del cell.metadata[key]
         if cell.cell_type == "code":
             cell.outputs = [clean(output) for output in cell.outputs if output.get("name") != "stderr"]
-        else:
-            cell.source = re.sub(r"https://colab\.research\.google\.com/github/[^)\s]*", colab(chapter), cell.source)
     nbformat.write(notebook, chapter)
     if chapter.stem == "introduction":
         (ROOT / "chapters/_static/cover.png").write_bytes(last_frame(notebook))
+
+
+def note_time(chapter: Path, seconds: float) -> None:
+    """Write into a chapter's first cell how long it ran, rounded up to 5 seconds."""
+    notebook = nbformat.read(chapter, as_version=4)
+    says = f"runs in about {5 * math.ceil(seconds / 5)} seconds"
+    notebook.cells[0].source = re.sub(r"runs in about \d+ seconds", says, notebook.cells[0].source)
+    nbformat.write(notebook, chapter)
 
 
 def last_frame(notebook: Any) -> bytes:
@@ -104,14 +95,17 @@ def without_text(png: bytes) -> bytes:
 def main(names: list[str]) -> None:
     """Run the chapters with these names, or all, and print how long each took."""
     known = {chapter.stem: chapter for chapter in chapters()}
-    wanted = [Path(name).stem for name in names] or list(known)
+    wanted = [Path(name).stem for name in names if name != "--time"] or list(known)
     if unknown := [name for name in wanted if name not in known]:
         sys.exit(f"chapter must be one of {', '.join(known)}, got {', '.join(unknown)}")
     os.environ.update(ENVIRONMENT)
     for name in wanted:
         start = time.perf_counter()
         rerun(known[name])
-        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+        seconds = time.perf_counter() - start
+        print(f"{name}: {seconds:.0f} s", flush=True)
+        if "--time" in names:
+            note_time(known[name], seconds)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.autograd.functional import hessian
 
 import effens
-from effens.baselines import LastLayerLaplace, MCDropout, categorical_fisher, gaussian_fisher
+from effens.baselines import LastLayerLaplace, MCDropout, categorical_fisher, gaussian_fisher, student_fisher
 
 
 def make_dropped(p: float = 0.5) -> nn.Module:
@@ -74,6 +74,18 @@ def test_the_fisher_information_of_a_gaussian_is_the_mean_of_squared_scores() ->
     torch.testing.assert_close(gaussian_fisher(row.detach()[None])[0], expected, rtol=0.02, atol=0.02)
 
 
+def test_the_fisher_information_of_student_is_the_mean_of_squared_scores() -> None:
+    torch.manual_seed(0)
+    row = torch.tensor([0.3, -0.4, 0.5], dtype=torch.float64)
+    y = effens.StudentT().predict(row[None]).sample(torch.Size([2_000_000])).flatten()
+    outputs = row.expand(len(y), 3).clone().requires_grad_()
+    (grads,) = torch.autograd.grad(effens.StudentT().nll(outputs, y).sum(), outputs)
+    expected = grads.T @ grads / len(y)
+    found = student_fisher(row[None])[0]
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.004)
+    assert torch.linalg.eigvalsh(found).min() > 0
+
+
 def test_the_covariance_of_the_samples_is_the_inverse_of_the_information() -> None:
     torch.manual_seed(0)
     x = torch.randn(60, 3)
@@ -109,5 +121,5 @@ def test_what_laplace_refuses() -> None:
         LastLayerLaplace(lambda: effens.nets.mlp(3, 2), 4, precision=0)
     with pytest.raises(ValueError, match="must be an nn.Sequential that ends in nn.Linear with a bias"):
         LastLayerLaplace(lambda: nn.Sequential(nn.Linear(3, 2), nn.ReLU()), 4)
-    with pytest.raises(TypeError, match="likelihood must be Categorical or Gaussian, got StudentT"):
-        LastLayerLaplace(lambda: effens.nets.mlp(3, 3), 4, likelihood=effens.StudentT())
+    with pytest.raises(TypeError, match="likelihood must be Categorical, Gaussian or StudentT, got Likelihood"):
+        LastLayerLaplace(lambda: effens.nets.mlp(3, 3), 4, likelihood=effens.Likelihood())

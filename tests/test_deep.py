@@ -331,10 +331,10 @@ def test_layers_are_stacked_where_they_can_be() -> None:
     assert type(effens.DeepEnsemble(residual, 2).network) is LoopedLayer
 
 
-@pytest.mark.parametrize("shape", [(5, 3), (5, 7, 3), (5, 2, 7, 3), (0, 3)])
+@pytest.mark.parametrize("shape", [(5, 3), (5, 7, 3), (5, 2, 7, 3), (0, 3), (5, 1), (5, 7, 1), (0, 1)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_maps(shape: tuple[int, ...], bias: bool) -> None:
-    weight = torch.randn(MEMBERS, 2, 3, dtype=torch.float64)
+    weight = torch.randn(MEMBERS, 2, shape[-1], dtype=torch.float64)
     biases = torch.randn(MEMBERS, 2, dtype=torch.float64) if bias else None
     xs = torch.randn(MEMBERS, *shape, dtype=torch.float64)
     each = [F.linear(xs[m], weight[m], None if biases is None else biases[m]) for m in range(MEMBERS)]

@@ -1,5 +1,8 @@
 """Every tensor carries its device: checked on a made-up accelerator without a GPU, and on a GPU where there is one.
 
+So is what is there for a GPU's sake: products in bfloat16, compiled networks, CUDA graphs, transfers that nobody waits
+for. Each has its plain form on a CPU.
+
 The made-up accelerator stores nothing, and raises where tensors of two devices meet. It changes the process that it is
 in, so that its cases run in one of their own: ``python tests/test_device.py``. It does not see everything (convolution
 weights left on the CPU, fused optimizers, generators): that is left to the tests marked ``gpu``.
@@ -7,20 +10,24 @@ weights left on the CPU, fused optimizers, generators): that is left to the test
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import scenarios
+import test_ledger
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import effens
+from effens import ledger, training
 
 DEVICE = "fakeacc"
 
@@ -222,6 +229,337 @@ def test_scores_on_a_gpu(cuda: torch.device) -> None:
         assert float(score(probs.to(cuda), y.to(cuda))) == pytest.approx(float(score(probs, y)))
     for uncertainty in (effens.total_entropy, effens.expected_entropy, effens.mutual_information):
         assert uncertainty(probs.to(cuda)).is_cuda
+
+
+# ---- Products in bfloat16. ----
+
+PLACES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU, or a GPU where there is one."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return torch.device(request.param)
+
+
+def singles(data: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    x, y = data()
+    return x.float(), y
+
+
+def made(make: Callable[[], effens.Ensemble]) -> effens.Ensemble:
+    """The same ensemble at every call, in float32."""
+    torch.manual_seed(0)
+    return make().float()
+
+
+SHORT: dict[str, Any] = {"epochs": 2, "batch_size": 8, "rate": 0.01, "weight_decay": 0.1}
+EVERY = list(zip(ENSEMBLES, [scenarios.vectors] * 4 + [scenarios.images] * 6, strict=True))
+
+
+class Spy(nn.Linear):
+    """A layer that writes down in which precision it answers."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+        self.seen: list[torch.dtype] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        self.seen.append(y.dtype)
+        return y
+
+
+@pytest.mark.parametrize("place", PLACES, indirect=True)
+def test_products_are_taken_in_the_precision_that_was_asked_for(place: torch.device) -> None:
+    x, y = singles(scenarios.vectors)
+    for precision, expected in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        spy = Spy()
+        ensemble = effens.DeepEnsemble.of([spy])
+        history = effens.fit(ensemble, (x, y), **SHORT, device=place, precision=precision)
+        probs = effens.predict(ensemble, x, precision=precision)
+        assert set(spy.seen) == {expected}
+        assert len(spy.seen) == 7
+        assert {probs.dtype, history.losses.dtype, *(p.dtype for p in ensemble.parameters())} == {torch.float32}
+        assert torch.allclose(probs.sum(2), torch.ones(1, len(x)))  # in bfloat16 the sum would be 1% off
+    with torch.autocast(place.type, torch.bfloat16):  # a reader's own is left alone
+        effens.predict(ensemble, x)
+    assert spy.seen[-1] == torch.bfloat16
+
+
+@pytest.mark.parametrize("place", PLACES, indirect=True)
+@pytest.mark.parametrize(("make", "data"), EVERY)
+def test_bfloat16_costs_digits_and_nothing_else(make: Any, data: Any, place: torch.device) -> None:
+    x, y = singles(data)
+    full, half = made(make), made(make)
+    expected = effens.fit(full, (x, y), **SHORT, device=place)
+    found = effens.fit(half, (x, y), **SHORT, device=place, precision="bfloat16")
+    assert torch.equal(found.rates, expected.rates)
+    assert not torch.equal(found.losses, expected.losses)
+    assert torch.allclose(found.losses, expected.losses, rtol=0.05, atol=0.05)
+    assert all(p.dtype == torch.float32 for p in half.parameters())
+    probs = effens.predict(full, x)
+    assert torch.allclose(effens.predict(full, x, precision="bfloat16"), probs, atol=0.03)
+
+
+@pytest.mark.parametrize("place", PLACES, indirect=True)
+def test_bfloat16_leaves_doubles_alone(place: torch.device) -> None:
+    x, y = scenarios.vectors()
+    losses = [
+        effens.fit(made(ENSEMBLES[0]).double(), (x, y), **SHORT, device=place, precision=precision).losses
+        for precision in ("float32", "bfloat16")
+    ]
+    assert torch.equal(*losses)
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    ensemble, (x, y) = made(ENSEMBLES[0]), singles(scenarios.vectors)
+    message = "precision must be 'float32' or 'bfloat16', got 'float16'"
+    with pytest.raises(ValueError, match=message):
+        effens.fit(ensemble, (x, y), precision="float16", device="cpu")
+    with pytest.raises(ValueError, match=message):
+        effens.predict(ensemble, x, precision="float16")
+
+
+# ---- Compiled networks. ----
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Compile without generating code, which takes seconds; the modes that were asked for."""
+    modes: list[str] = []
+    compile = torch.compile
+
+    def quick(ask: Any, *, mode: str) -> Any:
+        modes.append(mode)
+        return compile(ask, backend="eager")
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", quick)
+    return modes
+
+
+def compiles(
+    make: Callable[[], effens.Ensemble], data: Callable[[], tuple[Tensor, Tensor]], place: torch.device
+) -> None:
+    """A compiled ensemble must train and answer as one that is not, whatever the shapes of its batches."""
+    x, y = data()
+    plain, ensemble = made(make).to(x.dtype), made(make).to(x.dtype)
+    expected = effens.fit(plain, (x, y), **SHORT, device=place)
+    history = effens.fit(ensemble, (x, y), **SHORT, device=place, compile=True)
+    assert torch.allclose(history.losses, expected.losses, rtol=1e-4, atol=1e-5)
+    ensemble.load_state_dict(plain.state_dict())
+    probs = effens.predict(plain, x)
+    for _ in range(2):  # the second time a CUDA graph is replayed
+        for rows in (x, x.to(place)):
+            found = effens.predict(ensemble, rows, chunk=8, compile=True)
+            assert found.device == rows.device
+            assert torch.allclose(found.cpu(), probs, rtol=1e-4, atol=1e-5)
+    assert ensemble.state_dict().keys() == plain.state_dict().keys()
+    assert torch.equal(ensemble.member(0)(x.to(place)), plain.member(0)(x.to(place)))
+
+
+@pytest.mark.parametrize("make", [ENSEMBLES[0], ENSEMBLES[2], lambda: effens.MIMO(scenarios.mlp, 3)])
+def test_networks_can_be_traced(make: Any, traced: list[str]) -> None:
+    compiles(make, scenarios.vectors, torch.device("cpu"))
+    assert traced == ["default"] * 5
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("make", "data"), [EVERY[0], EVERY[9]])
+def test_networks_compile_on_a_cpu(make: Any, data: Any) -> None:
+    torch.compiler.reset()
+    compiles(make, data, torch.device("cpu"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_run_resumes(tmp_path: Path) -> None:
+    torch.compiler.reset()
+    make = partial(effens.DeepEnsemble, partial(effens.nets.mlp, 4, 3, dropout=0.5), 2)
+    resumed(make, tmp_path / "run", torch.device("cpu"), compile=True)
+
+
+def test_only_small_networks_run_as_cuda_graphs(traced: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    ensemble, cuda = made(ENSEMBLES[0]), torch.device("cuda")
+    weights = sum(p.numel() for p in ensemble.parameters())
+    for most in (weights, weights - 1):
+        monkeypatch.setattr(training, "GRAPHS", most)
+        training.asker(ensemble, ensemble, cuda, "float32", True)
+    training.asker(ensemble, ensemble, cuda, "float32", False)
+    assert traced == ["reduce-overhead", "default"]
+
+
+@pytest.fixture
+def compiler(cuda: torch.device) -> torch.device:
+    """A GPU for which networks can be compiled."""
+    pytest.importorskip("triton")
+    if not (shutil.which("gcc") or shutil.which("clang")):
+        pytest.skip("needs a C compiler")
+    torch.compiler.reset()
+    return cuda
+
+
+GRAPHED = [EVERY[0], EVERY[2], EVERY[8], (lambda: effens.MIMO(scenarios.mlp, 3), scenarios.vectors)]
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # compilers warn of what could be faster
+@pytest.mark.parametrize(
+    ("make", "data", "graphs"), [(*EVERY[0], 0), *((make, data, training.GRAPHS) for make, data in GRAPHED)]
+)
+def test_networks_compile_on_a_gpu(
+    make: Any, data: Any, graphs: int, compiler: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "GRAPHS", graphs)
+    compiles(make, data, compiler)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")
+def test_dropout_in_a_cuda_graph_is_drawn_anew_and_follows_the_seed(compiler: torch.device) -> None:
+    x, y = singles(scenarios.vectors)
+    losses = []
+    for seed in (0, 0, 1):
+        ensemble = made(lambda: effens.DeepEnsemble(partial(effens.nets.mlp, 4, 3, dropout=0.5), 2))
+        still: dict[str, Any] = {"epochs": 6, "batch_size": 22, "rate": 0.0}  # all that moves is dropout
+        losses.append(effens.fit(ensemble, (x, y), **still, device=compiler, compile=True, seed=seed).losses)
+    assert torch.equal(losses[0], losses[1])
+    assert not torch.equal(losses[0], losses[2])
+    assert len(losses[0].unique()) == 12
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")
+def test_bfloat16_compiles_on_a_gpu(compiler: torch.device) -> None:
+    x, y = singles(scenarios.vectors)
+    plain, compiled = [
+        effens.fit(made(ENSEMBLES[0]), (x, y), **SHORT, device=compiler, precision="bfloat16", compile=compile).losses
+        for compile in (False, True)
+    ]
+    assert torch.allclose(compiled, plain, rtol=0.05, atol=0.05)
+
+
+# ---- Transfers. ----
+
+
+def test_on_a_cpu_nothing_is_moved() -> None:
+    x, cpu = torch.randn(5, 3), torch.device("cpu")
+    assert training.moved(x, cpu) is x
+    assert torch.equal(training.returned(x, cpu), x)
+    assert training.returned(x, cpu).data_ptr() != x.data_ptr()  # what a CUDA graph returned will be overwritten
+
+
+class Slow(Dataset[Any]):
+    """Large examples, that take longer to copy than a step takes."""
+
+    def __len__(self) -> int:
+        return 96
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(i)
+        return torch.randn(20_000, generator=generator), torch.tensor(i % 3)
+
+
+@pytest.mark.gpu
+def test_every_kind_of_data_trains_the_same(cuda: torch.device) -> None:
+    data = Slow()
+    x, y = (torch.stack(part) for part in zip(*[data[i] for i in range(len(data))], strict=True))
+    options: dict[str, Any] = {"epochs": 3, "batch_size": 16, "rate": 1e-5, "optimizer": torch.optim.SGD}
+    losses = []
+    for kind in ((x, y), (x.to(cuda), y.to(cuda)), data):
+        ensemble = made(lambda: effens.DeepEnsemble(lambda: nn.Linear(20_000, 3), 2))
+        losses.append(effens.fit(ensemble, kind, **options, device=cuda).losses)
+    for pinned in (False, True):
+        loader = DataLoader(data, batch_size=16, pin_memory=pinned)
+        ensemble = made(lambda: effens.BatchEnsemble(lambda: nn.Linear(20_000, 3), 2))
+        losses.append(effens.fit(ensemble, loader, **options, device=cuda).losses)
+    for one, other in ((0, 1), (0, 2), (3, 4)):
+        assert torch.allclose(losses[one], losses[other], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_answers_have_arrived_when_they_are_read(cuda: torch.device) -> None:
+    ensemble = made(lambda: effens.DeepEnsemble(partial(effens.nets.mlp, 4, 10, width=512), 8)).to(cuda)
+    x = torch.randn(50_000, 4)
+    probs = effens.predict(ensemble, x, chunk=512)
+    again = effens.predict(ensemble, x.to(cuda), chunk=512)
+    assert again.is_cuda
+    torch.testing.assert_close(probs, again.cpu(), rtol=0, atol=1e-6)  # each device has its own softmax
+    assert torch.allclose(probs.sum(2), torch.ones(8, 50_000))
+
+
+# ---- Checkpoints. ----
+
+
+class Stopped(BaseException):
+    pass
+
+
+def resumed(make: Callable[[], effens.Ensemble], path: Path, place: torch.device, **options: Any) -> None:
+    """A run that is stopped in its fourth step must end, once resumed, bit by bit as one that was not."""
+    x, y = singles(scenarios.vectors)
+    options = {**SHORT, **options, "device": place}
+    whole, part, last = made(make), made(make), made(make)
+    expected = effens.fit(whole, (x, y), **options)
+    steps, backward = iter(range(3)), Tensor.backward
+
+    def stop(loss: Tensor) -> None:
+        if next(steps, None) is None:
+            raise Stopped
+        backward(loss)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "backward", stop)
+        with pytest.raises(Stopped):
+            effens.fit(part, (x, y), **options, checkpoint=path, every=2)
+    found = effens.fit(last, (x, y), **options, checkpoint=path, every=2)
+    assert torch.equal(found.losses, expected.losses)
+    state = last.state_dict()
+    assert [name for name, tensor in whole.state_dict().items() if not torch.equal(tensor, state[name])] == []
+
+
+@pytest.mark.parametrize("place", PLACES, indirect=True)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "method", [effens.DeepEnsemble, effens.BatchEnsemble, effens.SnapshotEnsemble, effens.SWAG, effens.MIMO]
+)
+def test_a_run_resumes_on_its_device(method: Any, precision: str, place: torch.device, tmp_path: Path) -> None:
+    net = partial(effens.nets.mlp, 4, 3, dropout=0.5)
+    resumed(lambda: method(net, 2), tmp_path / "run", place, precision=precision)
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[precision]
+    options: dict[str, Any] = {**SHORT, "device": place, "precision": other, "checkpoint": tmp_path / "run"}
+    with pytest.raises(ValueError, match="must be a checkpoint of the same call, got precision"):
+        effens.fit(method(net, 2), singles(scenarios.vectors), **options)
+
+
+@pytest.mark.gpu
+def test_a_run_of_a_gpu_is_not_continued_on_a_cpu(cuda: torch.device, tmp_path: Path) -> None:
+    options: dict[str, Any] = {**SHORT, "checkpoint": tmp_path / "run"}
+    data = singles(scenarios.vectors)
+    effens.fit(made(ENSEMBLES[0]), data, **options, device=cuda)
+    with pytest.raises(ValueError, match="must be a checkpoint of the same call, got device cuda instead of cpu"):
+        effens.fit(made(ENSEMBLES[0]), data, **options, device="cpu")
+
+
+# ---- The ledger's GPU column. ----
+
+
+@pytest.mark.gpu
+def test_the_ledger_measures_every_method_on_a_gpu(
+    cuda: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TASKS", "TRIALS", "BANK"):
+        monkeypatch.setattr(ledger, name, getattr(ledger, name))  # put back at the end
+    test_ledger.set_up(tmp_path)
+    ledger.run_device_costs(test_ledger.LINE, "cuda")
+    assert [path.name for path in tmp_path.rglob("costs*")] == ["costs-cuda.json"]
+    found = {name: ledger.costs("line", name, "cuda") for name in test_ledger.METHODS}
+    assert {costs["device"] for costs in found.values()} == {torch.cuda.get_device_name()}
+    assert all(costs["train_seconds"] > 0 and costs["peak_bytes"] > 0 for costs in found.values())
 
 
 def report(case: Callable[[], None]) -> str:

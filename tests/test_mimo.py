@@ -266,7 +266,7 @@ def test_widened_layers_start_as_their_own_wider_layer_would(make_net: Any, firs
     ]
     for mine, its in zip(ensemble.parameters(), expected.parameters(), strict=True):
         assert torch.equal(mine, its)
-    assert [m for m in str(ensemble).split() if "=" in m] == [m for m in str(expected).split() if "=" in m]
+    assert [m for m in str(ensemble.network).split() if "=" in m] == [m for m in str(expected).split() if "=" in m]
 
 
 def test_a_wide_residual_network_gains_13684_parameters() -> None:
@@ -630,3 +630,14 @@ def test_inputs_are_checked() -> None:
         ensemble.forward_members(torch.randn(2, 5, 4, dtype=torch.float64))
     with pytest.raises(IndexError, match="member must be in 0 ... 2, got 3"):
         ensemble.member(3)
+
+
+def test_layers_may_stand_deep_inside() -> None:
+    inner = lambda: nn.Sequential(nn.Sequential(nn.Sequential(nn.Linear(4, 8)), nn.ReLU()), nn.Linear(8, 3))  # noqa: E731
+    ensemble = effens.MIMO(inner, 2, first="0.0.0", last="1")
+    assert ensemble(torch.randn(5, 4)).shape == (2, 5, 3)
+    assert ensemble.get_parameter("network.0.0.0.layer.weight").shape == (8, 8)
+
+
+def test_it_says_its_settings() -> None:
+    assert effens.MIMO(mlp, members=3, share=0.25, repeats=2).extra_repr() == "members=3, share=0.25, repeats=2"

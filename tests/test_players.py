@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,11 +15,14 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from IPython.display import HTML, Markdown
+import torch
+from IPython.display import HTML
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 
-from effens import figures, players
+import effens
+from effens import chooser, figures, players
 
 X = np.linspace(0, 1, 50)
 VOID = {"img", "input", "br"}
@@ -126,7 +131,8 @@ def test_same_input_gives_the_same_bytes_and_a_stable_repr(made: HTML) -> None:
 def test_same_bytes_in_another_process(made: HTML) -> None:
     code = """
 import sys, numpy as np
-from effens import figures, players
+import effens
+from effens import chooser, figures, players
 figures.use_style()
 X = np.linspace(0, 1, 50)
 def draw(ax, value):
@@ -172,8 +178,9 @@ def test_rows_of_axes_reach_draw_as_an_array() -> None:
 
 
 def test_draws_leave_pyplot_alone() -> None:
+    before = plt.get_fignums()
     players.player(draw, [1, 2], alt="x")
-    assert not plt.get_fignums()
+    assert plt.get_fignums() == before
 
 
 def test_twelve_frames_fit_the_budget() -> None:
@@ -234,6 +241,63 @@ def test_a_picture_without_alt_text_is_refused(alt: str | Callable[[int], str]) 
 
 BET = {"answer": "five", "because": "They disagree."}
 
+# ---- Figures that are uncovered. ----
+
+
+def uncovered(stops: list[float] | None = None, **options: Any) -> HTML:
+    stops = [0.25, 0.5, 1.0] if stops is None else stops
+    given = {"words": [f"until {stop}" for stop in stops], "alt": "A line that rises", "label": "time"} | options
+    return players.reveal(lambda ax: draw(ax, 2), stops, **given)
+
+
+def test_one_picture_is_uncovered_up_to_each_stop() -> None:
+    page = uncovered()
+    frames = Page(page).frames()
+    assert [alt for _, alt, _ in frames] == [f"A line that rises: until {stop}" for stop in (0.25, 0.5, 1.0)]
+    covered = [float(share) for share, _, _ in frames]
+    assert (covered[0] - covered[1]) / 0.25 == pytest.approx(
+        (covered[1] - covered[2]) / 0.5, abs=0.05
+    )  # as on the axis
+    assert 0 <= covered[2] < covered[1] < covered[0] < 100
+    assert page.data.count("data:image/png") == 1
+    assert "clipPath" in page.data
+    assert "clip-path: none !important" in page.data  # on paper all of it
+
+
+def test_stops_lie_where_the_axis_has_them() -> None:
+    frames = Page(uncovered([0.0, 1.0])).frames()
+    (left, right) = (1 - float(share) / 100 for share, _, _ in frames)
+    pixels = np.asarray(image(Page(uncovered()).all("img")[0][0]["src"]).convert("L"))
+    columns = np.flatnonzero((pixels < 100).mean(0) > 0.5)  # the y-axis, a dark line from top to bottom
+    assert left * pixels.shape[1] == pytest.approx(columns[0], abs=2)
+    assert 0.9 < right <= 1
+
+
+def test_stops_may_be_dates() -> None:
+    days = np.arange("2008-01-01", "2008-01-05", dtype="datetime64[D]")
+    page = players.reveal(
+        lambda ax: ax.plot(days, range(4)), list(days), words=[str(day) for day in days], alt="Four days"
+    )
+    assert len(Page(page).frames()) == 4
+
+
+def test_an_uncovered_figure_is_no_player_and_controls_are_labeled() -> None:
+    page = uncovered()
+    assert "effens-player" not in page.data  # a player's script would show its frames as pictures
+    (slider,) = [attrs for attrs, _ in Page(page).all("input")]
+    assert (slider["type"], slider["max"], slider["aria-valuetext"]) == ("range", "2", "until 0.25")
+
+
+def test_one_stop_words_that_do_not_fit_and_no_alt_are_refused() -> None:
+    with pytest.raises(ValueError, match="stops must be at least 2, with words for each, got 1 and 1 words"):
+        uncovered([0.5])
+    with pytest.raises(ValueError, match="stops must be at least 2, with words for each, got 3 and 1 words"):
+        uncovered(words=["all"])
+    with pytest.raises(ValueError, match="alt must say what the picture shows, got ' '"):
+        uncovered(alt=" ")
+    with pytest.raises(ValueError, match="a player must take at most 1 KB"):
+        uncovered(max_kb=1)
+
 
 def test_bet_is_plain_html() -> None:
     page = Page(players.bet("Which is wider?", ["one", "five"], **BET))
@@ -263,57 +327,118 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EFFENS_STATIC", raising=False)
 
 
-def test_live_calls_update_at_once_and_after_each_change(kernel: None) -> None:
-    calls = []
-
-    def update(members: int, rate: float) -> float:
-        calls.append((members, rate))
-        return members * rate
-
-    box = players.live(update, members=(1, 9), rate=[0.1, 0.5])
-    assert calls == [(5, 0.1)]
-    assert box.result == 0.5
-    members, rate = box.kwargs_widgets
-    members.value = 2
-    rate.value = 0.5
-    assert calls[1:] == [(2, 0.1), (2, 0.5)]
-    assert box.result == 1.0
+def test_planner_without_script_is_the_formula() -> None:
+    page = players.planner(trainings=12, seconds=3600, start=1800).data
+    rows = re.findall(r"<tr><th scope='row'>(\d+)</th>(.*?)</tr>", page)
+    table = {int(count): re.findall(r"<td>(.*?)</td>", cells) for count, cells in rows}
+    assert list(table) == [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
+    assert table[1] == ["12.5 h", "1.0x", "96%", "12.50", "0.00"]
+    assert table[5] == ["3.5 h", "3.6x", "69%", "17.50", "0.00"]  # three rounds
+    assert table[10][0] == "2.5 h"
+    assert table[20][:2] == table[1000][:2] == ["1.5 h", "8.3x"]
+    assert page.count("<label>") == page.count("<input") == 4
+    assert [players._duration(seconds) for seconds in (59, 60, 3600)] == ["59 s", "1.0 min", "1.0 h"]
 
 
-def test_live_takes_widgets_and_waits_until_a_slider_rests(kernel: None) -> None:
-    from ipywidgets import IntSlider
-
-    box = players.live(lambda members, loud: members, members=IntSlider(3, min=1, max=5), loud=True)
-    assert box.kwargs_widgets[0].continuous_update is False
-    assert box.result == 3
+def power(ax: Axes, members: int = 2, rate: float = 0.5) -> str:
+    ax.plot([0, 1], [0, members * rate])
+    ax.set(ylim=(0, 10))
+    return f"{members} & {rate}"
 
 
-def test_live_refuses_a_control_that_update_does_not_know(kernel: None) -> None:
-    with pytest.raises((TypeError, ValueError), match="members"):
-        players.live(lambda members: members, width=(1, 5))
+LIVE = {"members": range(1, 9), "rate": [0.1, 0.5]}
+
+
+def test_live_draws_at_once_and_after_each_change(kernel: None) -> None:
+    members, rate, picture, line = players.live(power, alt="A line", **LIVE).children
+    assert (members.value, rate.value, line.value) == (2, 0.5, "2 &amp; 0.5")
+    seen = [picture.value]
+    for slider, value, said in ((members, 8, "8 &amp; 0.5"), (rate, 0.1, "8 &amp; 0.1")):
+        slider.value = value
+        assert line.value == said
+        seen.append(picture.value)
+    assert len({re.sub('alt="[^"]*"', "", page) for page in seen}) == 3
+    assert 'alt="A line; members 8, rate 0.1"' in seen[-1]
+
+
+def test_live_waits_until_a_slider_rests_and_spells_names(kernel: None) -> None:
+    box = players.live(lambda ax, fast_rate=1: "", alt="Empty axes", fast_rate=[0, 1])
+    assert box.children[0].continuous_update is False
+    assert box.children[0].description == "fast rate"
+
+
+def test_live_shows_an_error_in_place_of_the_line_and_goes_on(kernel: None) -> None:
+    def inverse(ax: Axes, members: int = 1) -> str:
+        return str(1 / members)
+
+    slider, picture, line = players.live(inverse, alt="Empty axes", members=[0, 1]).children
+    before = picture.value
+    slider.value = 0
+    assert line.value == "ZeroDivisionError: division by zero"
+    assert picture.value == before
+    slider.value = 1
+    assert line.value == "1.0"
+
+
+def test_live_raises_the_error_of_its_first_picture(kernel: None) -> None:
+    with pytest.raises(ZeroDivisionError):
+        players.live(lambda ax, members=0: str(1 / members), alt="Empty axes", members=[0, 1])
+
+
+def test_live_leaves_no_figure_open(kernel: None) -> None:
+    before = plt.get_fignums()
+    players.live(power, alt="A line", **LIVE).children[0].value = 5
+    assert plt.get_fignums() == before
 
 
 @pytest.mark.parametrize(
-    ("names", "said"),
-    [(["width"], "width"), (["members", "width"], "members and width"), (["a", "b", "c"], "a, b and c")],
+    ("controls", "rule"),
+    [
+        ({}, r"controls must be the arguments of draw after ax, \['members', 'rate'\], got \[\]"),
+        ({"members": [2]}, r"controls must be the arguments of draw .* got \['members'\]"),
+        ({**LIVE, "width": [1]}, "controls must be the arguments of draw"),
+        ({**LIVE, "members": range(5, 9)}, r"values of members must hold its default, 2, got \[5, 6, 7, 8\]"),
+    ],
 )
-def test_live_is_one_sentence_on_a_static_page(monkeypatch: pytest.MonkeyPatch, names: list[str], said: str) -> None:
+def test_live_refuses_controls_that_draw_does_not_have(controls: dict[str, Any], rule: str) -> None:
+    with pytest.raises(ValueError, match=rule):
+        players.live(power, alt="A line", **controls)
+    with pytest.raises(ValueError, match="alt must say what the picture shows, got ' '"):
+        players.live(power, alt=" ", **LIVE)
+
+
+def test_live_is_a_picture_and_a_sentence_on_a_static_page(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EFFENS_STATIC", "1")
-    calls = []
-    shown = players.live(lambda **values: calls.append(values), **dict.fromkeys(names, (1, 5)))
-    assert isinstance(shown, Markdown)
-    assert not calls
-    assert shown.data == f"*Run this cell in Colab or Jupyter to change {said}.*"
+    shown = players.live(power, alt=NASTY, **LIVE)
+    page = Page(shown)
+    ((image, _),) = page.all("img")
+    assert image["src"].startswith("data:image/png;base64,")
+    assert image["alt"] == f"{NASTY}; members 2, rate 0.5"
+    assert not any(page.all(tag) for tag in ("script", "input", "button"))
+    ((_, said),) = page.all("p")
+    assert said.startswith("Here: members 2, rate 0.5.")
+    assert "2 &amp; 0.5" not in shown.data  # the line is a network's digits
 
 
 def test_static_zero_means_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EFFENS_STATIC", "0")
-    assert players.live(lambda members: members, members=(1, 5)).result == 3
+    assert len(players.live(power, alt="A line", **LIVE).children) == 4
 
 
-def test_live_without_controls_is_refused() -> None:
-    with pytest.raises(ValueError, match="controls must hold at least one control"):
-        players.live(lambda: None)
+def test_gap_band_draws_and_splits_the_loss() -> None:
+    torch.manual_seed(0)
+    task = effens.data.gap_regression()
+    net = effens.DeepEnsemble(lambda: effens.nets.mlp(1, 2, width=8), members=3)
+    ax = Figure().subplots()
+    said = players.gap_band(net, task, color="black", ax=ax)
+    numbers = [float(number) for number in re.findall(r"-?\d+\.\d{3}", said)]
+    dist = effens.predict(net, task.x_gap, likelihood=effens.Gaussian())
+    mean = -torch.logsumexp(dist.log_prob(task.y_gap), 0).mean() + math.log(3)
+    assert numbers[5] == pytest.approx(mean.item(), abs=1e-3)
+    for loss, gain, nll in (numbers[:3], numbers[3:]):
+        assert gain >= 0
+        assert nll == pytest.approx(loss - gain, abs=2e-3)
+    assert len(ax.lines) == 3 + 2  # members, mean, data
 
 
 def test_a_static_page_needs_no_widgets() -> None:
@@ -321,3 +446,13 @@ def test_a_static_page_needs_no_widgets() -> None:
         "import sys, effens.players; assert 'ipywidgets' not in sys.modules and 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_table_of_choices_holds_every_method_in_order_with_its_costs() -> None:
+    page = players.chooser().data
+    rows = re.findall(r"<tr data-costs=\"(.*?)\" data-scores=\"(.*?)\"><th scope='row'>(.*?)</th>", page)
+    choices = effens.choose()
+    assert [name for _, _, name in rows] == [choice.method for choice in choices]
+    for (costs, scores, _), choice in zip(rows, choices, strict=True):
+        assert json.loads(costs) == [round(choice.costs[key], 2) for key in chooser.BUDGETS.values()]
+        assert json.loads(scores)[0] == round(choice.score, 4)

@@ -1,6 +1,7 @@
 """The roofline: its arithmetic by hand, and what the book's machine measured."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from effens import ledger, roofline
 from effens.roofline import Machine
 
+EXPLAINED = ("digits", "gap", "diamonds")  # the tasks whose latencies the book predicts
 MACHINE = Machine(peak=100.0, call=1.0, bandwidths=((16.0, 8.0), (1600.0, 2.0)))
 
 
@@ -63,4 +65,80 @@ def test_what_is_missing_says_what_to_run(tmp_path: object, monkeypatch: pytest.
         with pytest.raises(FileNotFoundError, match="the bank must hold the roofline, got none: run python -m"):
             roofline.read()
     finally:
+        roofline.read.cache_clear()
+
+
+def test_rows_are_members_times_batch_and_splits_of_the_same_rows_share_a_median() -> None:
+    layer = {("BatchEnsemble", 8, 2, 1): 1.0, ("BatchEnsemble", 8, 1, 4): 4.0, ("BatchEnsemble", 8, 2, 2): 6.0}
+    others = {("BatchEnsemble", 16, 1, 1): 9.0, ("deep ensemble", 8, 1, 4): 9.0}
+    assert roofline.by_rows(layer | others, 8) == {2: 1.0, 4: 5.0}
+
+
+def test_where_the_time_has_doubled_is_read_between_the_points() -> None:
+    assert roofline.doubled({1: 3.0, 4: 3.0, 16: 12.0}) == pytest.approx(8)  # on a line of slope 1, log-log
+    assert roofline.doubled({1: 3.0, 4: 6.0}) == pytest.approx(4)
+    assert roofline.doubled({1: 3.0, 4: 5.9}) == math.inf
+    shared = {rows: MACHINE.predict(20, rows, 1, shared=True) - MACHINE.call for rows in range(1, 1000)}
+    assert roofline.doubled(shared) == pytest.approx(2 * MACHINE.knee(20), rel=0.01)
+
+
+@pytest.mark.parametrize(("size", "said"), [(16384, "16 KB"), (2**20, "1 MB"), (2**28, "268 MB")])
+def test_bytes_in_words(size: int, said: str) -> None:
+    assert roofline.words(size) == said
+
+
+def test_a_prediction_is_counted_by_hand() -> None:
+    x, w = torch.randn(5, 3), torch.randn(3, 2)
+    found = roofline.watched(lambda: (x @ w).T.relu())  # a product, a view, an elementwise operator
+    assert found == roofline.Forward(3, (4 * (15 + 6 + 10), 0, 4 * (10 + 10)), (2 * 5 * 3 * 2, 0, 0))
+    calls, memory, compute = found.predict(Machine(peak=1.0, call=2.0, bandwidths=((1.0, 4.0),)))
+    assert calls == 3 * 2
+    assert compute == 60  # the product: 60 operations against 31 seconds of reading
+    assert memory == 20
+    assert roofline.watched(lambda: None) == roofline.Forward(0, (), ())
+
+
+@pytest.mark.parametrize("name", ["single", "deep ensemble", "BatchEnsemble", "SWAG", "MIMO"])
+def test_operations_are_those_of_the_ledger(name: str) -> None:
+    for task in EXPLAINED:
+        assert sum(roofline.forward(task, name, 1).work) == ledger.costs(task, name)["flops"]
+
+
+def test_predictions_are_bounds_from_below_for_every_latency() -> None:
+    machine, _ = roofline.read()
+    for task in EXPLAINED:
+        for name in ("single", "deep ensemble", "BatchEnsemble"):
+            for batch in (1, 256):
+                said = sum(roofline.forward(task, name, batch).predict(machine))
+                assert 1 < ledger.costs(task, name)["latency_p50"][str(batch)] / said < 8
+
+
+def test_networks_of_a_search_cannot_be_made_again_briefly() -> None:
+    with pytest.raises(ValueError, match="whose networks are known beforehand, got 'hyper'"):
+        roofline.brief("digits", "hyper")
+
+
+def test_what_is_kept_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "BANK", tmp_path)
+    monkeypatch.setattr(roofline, "WIDTHS", (8,))
+    monkeypatch.setattr(roofline, "BATCHES", (1,))
+    monkeypatch.setattr(roofline, "SECONDS", 0.01)
+    monkeypatch.setattr(roofline, "measured", lambda: Machine(100.0, 1.0, ((256.0, 8.0),)))
+    threads = torch.get_num_threads()
+    roofline.read.cache_clear()
+    try:
+        roofline.run()
+        first = (tmp_path / "roofline.json").read_bytes()
+        roofline.run()
+        assert (tmp_path / "roofline.json").read_bytes() == first
+        monkeypatch.setattr(roofline, "WIDTHS", (8, 16))
+        monkeypatch.setattr(roofline, "read_speed", lambda width, call: 3.0)
+        kept = dict(roofline.read()[1])
+        roofline.run()
+        machine, times = roofline.read()
+        assert machine.bandwidths == ((256.0, 8.0), (1024.0, 3.0))
+        assert times.items() >= kept.items()
+        assert {width for _, width, _, _ in times} == {8, 16}
+    finally:
+        torch.set_num_threads(threads)
         roofline.read.cache_clear()

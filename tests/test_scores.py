@@ -533,9 +533,9 @@ def test_scores_that_cannot_be_ranked_are_refused() -> None:
         (torch.randn(5, 1), r"must be \(n,\) numbers, n >= 1, got shape \(5, 1\)"),
         (torch.tensor([1.0, math.nan]), r"must hold no NaN, got 1 among 2"),
     ):
-        with pytest.raises(ValueError, match=f"inside {message}"):
+        with pytest.raises(ValueError, match=f"^inside {message}"):
             effens.auroc(bad, good)
-        with pytest.raises(ValueError, match=f"outside {message}"):
+        with pytest.raises(ValueError, match=f"^outside {message}"):
             effens.auroc(good, bad)
 
 

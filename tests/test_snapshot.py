@@ -343,6 +343,14 @@ def test_refuses(options: dict[str, Any], message: str) -> None:
         effens.SnapshotEnsemble(mlp, **options)
 
 
+@pytest.mark.parametrize(
+    "options", [{"rates": (1.0, 0.5)}, {"rates": (0.3, 0.3)}, {"rates": (0.5, 0.0)}, {"pretrain": 0.0}]
+)
+def test_limits_are_allowed(options: dict[str, Any]) -> None:
+    ensemble = effens.SnapshotEnsemble(mlp, 2, schedule="triangular", **options)
+    assert {key: getattr(ensemble, key) for key in options} == options
+
+
 def test_a_network_is_no_make_net() -> None:
     with pytest.raises(TypeError, match="make_net must be a function"):
         effens.SnapshotEnsemble(mlp())
@@ -357,3 +365,19 @@ def test_there_must_be_a_step_for_each_cycle() -> None:
 def test_a_lazy_network_is_refused() -> None:
     with pytest.raises(ValueError, match="the network's weights must exist"):
         effens.SnapshotEnsemble(lambda: nn.Sequential(nn.LazyLinear(3)), 3)
+
+
+def test_members_of_an_earlier_training_are_forgotten_when_the_next_one_begins() -> None:
+    x, y = vectors()
+    ensemble = effens.SnapshotEnsemble(mlp, 2)
+    effens.fit(ensemble, (x, y), epochs=2, batch_size=22, device="cpu")
+    with pytest.raises(FloatingPointError, match="losses must be finite"):
+        effens.fit(ensemble, (x * math.nan, y), epochs=4, batch_size=22, device="cpu")  # the first cycle has two steps
+    with pytest.raises(RuntimeError, match="^no members yet: call effens.fit"):
+        ensemble(x)
+
+
+def test_it_says_its_settings() -> None:
+    assert effens.SnapshotEnsemble(mlp, 3, cycles=4).extra_repr() == "members=3, cycles=4, schedule='cosine'"
+    triangular = effens.SnapshotEnsemble(mlp, 3, schedule="triangular", pretrain=0.5, rates=(0.4, 0.1))
+    assert triangular.extra_repr() == "members=3, cycles=3, schedule='triangular', pretrain=0.5, rates=(0.4, 0.1)"

@@ -233,6 +233,33 @@ def test_a_state_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_checkpoint_gives_back_what_it_was_given(tmp_path: Path) -> None:
+    path, call = tmp_path / "run", {"rate": 0.1, "betas": (0.9, 0.99), "function": test_tied_weights_stay_tied}
+    assert storage.Checkpoint(path, call).read() is None
+    big = torch.arange(6.0).view(2, 3).T
+    state: dict[Any, Any] = {
+        "numbers": (1, 0.1, float("inf"), True, None, "text", []),
+        3: {"whole": big, "part": big[:2], "none": big[:0], "one": torch.tensor(True)},
+    }
+    storage.Checkpoint(path, call).write(state)
+    found = storage.Checkpoint(path, call).read()
+    assert found["numbers"] == state["numbers"]
+    assert isinstance(found["numbers"], tuple)
+    assert same(found[3], state[3])
+    with pytest.raises(ValueError, match=r"run must be a checkpoint of the same call, got rate 0\.1 instead of 0\.2$"):
+        storage.Checkpoint(path, {**call, "rate": 0.2}).read()
+    before = path.read_bytes()
+    with pytest.raises(TypeError, match=r"nothing but tensors, numbers and strings, got <class 'set'> at state/a/1"):
+        storage.Checkpoint(path, call).write({"a": [0, {1}]})
+    assert path.read_bytes() == before
+
+
+def test_many_differences_are_counted(tmp_path: Path) -> None:
+    storage.Checkpoint(tmp_path / "run", {str(i): 0 for i in range(9)}).write([])
+    with pytest.raises(ValueError, match="got 0 0 instead of 1; 1 0 instead of 1; 2 0 instead of 1, and 6 more$"):
+        storage.Checkpoint(tmp_path / "run", {str(i): 1 for i in range(9)}).read()
+
+
 class Full:
     """A file on a disk that is full after 100 bytes."""
 

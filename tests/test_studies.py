@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 from test_ledger import LINE, SPOTS, Guarded, forget
 from torch import Tensor
 
@@ -208,6 +210,102 @@ def test_a_search_selects_without_looking_at_test_data(bank: Path, monkeypatch: 
 # ---- The studies that the book ships. ----
 
 
+@pytest.fixture
+def tiny_panel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A panel of 4 assets, one trial, and pools of 32 networks."""
+    for name, value in {"PANEL_DAYS": 30, "PANEL_ASSETS": 4, "POOL": 32, "PANEL_GRID": [(0.01, 0.1)]}.items():
+        monkeypatch.setattr(studies, name, value)
+    studies.panel_settings.cache_clear()
+    yield
+    studies.panel_settings.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [("linear", [1]), ("single", [1]), ("deep", [1, 2, 4, 8, 16]), ("BatchEnsemble", [2, 4, 8, 16])],
+)
+def test_a_panel_has_a_row_for_each_number_of_members(kind: str, sizes: list[int], tiny_panel: None) -> None:
+    rows = studies.panel(source="R2 0.05", kind=kind, seed=0)
+    assert [row["members"] for row in rows] == sizes
+    for row in rows:
+        assert -1 <= row["ranks"] <= 1
+        assert -1 <= row["skill"] <= 1
+        assert 0 <= row["turnover"] <= 100
+        assert (row.get("rate"), row.get("weight_decay")) == ((None, None) if kind == "linear" else (0.01, 0.1))
+
+
+def test_the_settings_of_a_panel_are_those_of_the_lowest_loss(
+    tiny_panel: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(studies, "PANEL_GRID", [(1e-5, 0.0), (0.02, 0.0), (1.0, 0.0)])
+
+    def forecasts(sets: Any, kind: str, members: int, rate: float, decay: float, seed: int, split: str) -> Tensor:
+        target: Tensor = sets[split][1]
+        return target + abs(rate - 0.02) * torch.ones(members, 1)
+
+    monkeypatch.setattr(studies, "panel_forecasts", forecasts)
+    assert studies.panel_settings("R2 0.05", "deep") == (0.02, 0.0)
+
+
+def test_a_decay_that_diverges_says_so(bank: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (row,) = studies.decay(task="digits", method="single", weight_decay=0.1, seed=0)
+    assert math.isfinite(row["nll"])
+    monkeypatch.setattr(studies, "tuned", lambda name, task: {**SETTINGS, "rate": 1e30})
+    assert studies.decay(task="digits", method="single", weight_decay=0.1, seed=0) == [{"diverged": 1}]
+
+
+def test_scores_that_are_not_finite_are_refused(bank: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "score", lambda said, y: {"nll": math.nan, "accuracy": 0.5})
+    task = ledger.TASKS["digits"]
+    with pytest.raises(FloatingPointError, match=r"scores must be finite, got \['nll'\] that are not"):
+        studies.scored(task, effens.DeepEnsemble(task.make_net, 1), 0)
+
+
+def test_the_command_runs_what_is_named(asked: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    studies.main(["--studies", "counting"])
+    assert asked == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    studies.main(["--studies", "counting"])
+    assert len(asked) == 4
+    with pytest.raises(SystemExit):
+        studies.main(["--studies", "no such study"])
+
+
+def test_ranks_and_turnover_are_what_they_say() -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(5, 30), torch.randn(5, 30)
+    expected = np.mean([stats.spearmanr(first, second).statistic for first, second in zip(a, b, strict=True)])
+    assert studies.ranked(a, b) == pytest.approx(expected)
+    assert studies.ranked(a, a) == pytest.approx(1)
+    assert studies.ranked(a, -a) == pytest.approx(-1)
+    assert studies.turnover(a, a) == 0
+    assert studies.turnover(a, a.exp()) == 0  # the same ranks
+    assert studies.turnover(a, -a) == pytest.approx(100)  # all of it: what was long is short
+
+
+@pytest.mark.parametrize("r2", [0.002, 0.05])
+def test_the_signal_of_a_panel_explains_what_it_says(r2: float) -> None:
+    sets, signal = studies.panel_sets(f"R2 {r2}", 0)
+    x, y = sets["test"]
+    assert x.shape == (100 * studies.PANEL_ASSETS, studies.PANEL_FEATURES)
+    assert signal.shape == (100, studies.PANEL_ASSETS)
+    assert signal.var().item() == pytest.approx(1, rel=0.15)
+    noise = (y - math.sqrt(r2) * signal.flatten()) / math.sqrt(1 - r2)
+    assert noise.std().item() == pytest.approx(1, rel=0.05)
+    assert y.var().item() == pytest.approx(1, rel=0.05)
+    again, _ = studies.panel_sets(f"R2 {r2}", 1)
+    assert not torch.equal(again["test"][0], x)
+
+
+def test_stocks_are_judged_after_they_were_trained_on() -> None:
+    sets, target = studies.panel_sets("stocks", 0)
+    assert target.shape[1] == 20
+    torch.testing.assert_close(sets["test"][1].view(target.shape), target)
+    torch.testing.assert_close(target.mean(1), torch.zeros(len(target)), rtol=0, atol=1e-5)
+    assert len(sets["train"][0]) > len(sets["test"][0]) > 700 * 20
+    assert len(sets["val"][0]) == 500 * 20
+
+
 @pytest.mark.parametrize("name", studies.STUDIES)
 def test_a_shipped_study_is_complete(name: str) -> None:
     rows, study = SHIPPED[name]["rows"], studies.STUDIES[name]
@@ -226,6 +324,9 @@ def test_the_numbers_of_a_shipped_study_are_sound(name: str) -> None:
     assert whole
     for row in whole:
         assert all(math.isfinite(value) for value in row.values() if isinstance(value, float))
+        if "nll" not in row:
+            assert name == "panel"
+            continue
         assert row["nll"] == pytest.approx(
             row["member_nll"] - row["diversity_gain"], abs=2e-5 * (1 + abs(row["member_nll"]))
         )
@@ -251,3 +352,21 @@ def test_an_answer_can_be_had_again(name: str, point: dict[str, Any]) -> None:
         torch.set_num_threads(threads)
     kept: Tensor = studies.values(name, "nll", **point)[0]
     assert row["nll"] == pytest.approx(kept.item(), abs=0.03)  # another processor rounds otherwise
+
+
+def test_a_point_of_the_panel_can_be_had_again() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    where = {"source": "R2 0.01", "kind": "BatchEnsemble", "members": 4}
+    kept = {key: studies.values("panel", key, **where)[0].item() for key in ("rate", "weight_decay", "ranks", "skill")}
+    sets, target = studies.panel_sets("R2 0.01", 0)
+    books = [
+        studies.panel_forecasts(sets, "BatchEnsemble", 4, kept["rate"], kept["weight_decay"], 1000 * (1 + again))
+        for again in range(2)
+    ]
+    torch.set_num_threads(threads)
+    first, second = (book.mean(0).view(target.shape) for book in books)
+    assert studies.ranked(first, second) == pytest.approx(kept["ranks"], abs=0.02)
+    assert (studies.ranked(first, target) + studies.ranked(second, target)) / 2 == pytest.approx(
+        kept["skill"], abs=0.02
+    )

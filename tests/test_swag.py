@@ -173,6 +173,14 @@ class TestSamples:
         assert np.linalg.matrix_rank(found) == 2
         assert np.linalg.matrix_rank(np.vstack([found, swag.deviations.numpy()])) == 2
 
+    def test_of_two_networks_the_low_rank_part_is_their_one_deviation(self) -> None:
+        swag = collected(walk(2), rank=5, scale=1.0)
+        swag.variance.zero_()
+        source = generator(1)
+        _, z2 = (torch.randn(size, generator=source, dtype=torch.float64) for size in (len(swag.mean), 5))
+        expected = swag.mean + z2 @ swag.deviations  # over K - 1 = 1
+        assert torch.allclose(swag.sample(generator=generator(1)), expected)
+
     def test_of_one_network_there_is_no_spread(self) -> None:
         swag = collected(walk(1), rank=3)
         assert torch.equal(swag.sample(generator=generator()), swag.mean)
@@ -597,3 +605,16 @@ class TestMistakes:
         swag = effens.SWAG(mlp, 2, 2)
         with pytest.raises(ValueError, match=r"weights must be \(139,\), got shape"):
             swag.at(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    "options", [{"tail": 1.0}, {"tail_rate": 1.0}, {"scale": 0.0}, {"rank": 0}, {"rank": 2}, {"every": 1}]
+)
+def test_limits_are_allowed(options: dict[str, Any]) -> None:
+    ensemble = effens.SWAG(mlp, 2, **options)
+    assert {name: getattr(ensemble, name) for name in options} == options
+
+
+def test_it_says_its_settings() -> None:
+    said = effens.SWAG(mlp, members=2, rank=3, scale=0.25, tail=0.4, tail_rate=0.2, every=5, seed=7).extra_repr()
+    assert said == "members=2, rank=3, scale=0.25, tail=0.4, tail_rate=0.2, every=5, seed=7"

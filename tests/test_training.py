@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import effens
+from effens import training
 from effens.training import seeded
 
 
@@ -395,6 +396,12 @@ class TestMistakes:
         with pytest.raises(ValueError, match="data must hold at least one example for each member, got none"):
             effens.fit(effens.DeepEnsemble(mlp, 2), data, device="cpu")
 
+    def test_no_data_and_too_little_to_be_split(self) -> None:
+        x, y = vectors(1)
+        for n, message in ((0, "data must hold at least one example"), (1, "split needs one example or more")):
+            with pytest.raises(ValueError, match=message):
+                effens.fit(effens.BatchEnsemble(mlp, 2, split=True), (x[:n], y[:n]), device="cpu")
+
     @pytest.mark.parametrize(
         ("data", "got"),
         [
@@ -549,3 +556,36 @@ class TestRegression:
 
 def test_device_is_there() -> None:
     assert torch.zeros(1, device=effens.device()).device.type in ("cuda", "mps", "cpu")
+
+
+def test_a_history_says_its_last_loss() -> None:
+    history = effens.History(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([0.1, 0.0]), 2.04)
+    assert repr(history) == "History(steps=2, last loss=3.5, seconds=2.0)"
+    one = effens.History(torch.tensor([[1.0, 2.0]]), torch.tensor([0.1]), 0.0)
+    assert repr(one) == "History(steps=1, last loss=1.5, seconds=0.0)"
+
+
+def test_the_bar_is_shown_where_it_is_wanted() -> None:
+    for progress in (True, False):
+        with training.bar(5, progress) as shown:
+            assert shown.disable is not progress
+            assert shown.total == 5
+
+
+def test_losses_that_are_not_finite_are_told_to_four_digits() -> None:
+    losses = [torch.tensor([0.123456, 1.0]), torch.tensor([0.123456, math.inf])]
+    with pytest.raises(FloatingPointError, match=r"got \[0.1235, inf\] at step 1: lower the rate"):
+        training.check_finite(losses, 2)
+
+
+def test_the_bar_moves_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[Any] = []
+    make = training.bar
+
+    def kept(steps: int, progress: bool) -> Any:
+        shown.append(make(steps, progress))
+        return shown[-1]
+
+    monkeypatch.setattr(training, "bar", kept)
+    effens.fit(effens.DeepEnsemble(mlp, 2), vectors(), epochs=3, batch_size=6, device="cpu")
+    assert [bar.n for bar in shown] == [12]

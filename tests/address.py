@@ -1,0 +1,151 @@
+"""The book's one address: `python tests/address.py https://github.com/you/fork` moves the book to a fork.
+
+The address stands in `_config.yml`. Whatever else holds it is written from there: each chapter's badge and install
+cell, the package's link and the citation. Without an argument the same is done for the address that stands there; a
+chapter that was written by hand gets what all chapters have.
+"""
+
+import re
+import sys
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import nbformat
+import yaml
+from pybtex.database import Entry, parse_file
+
+ROOT = Path(__file__).resolve().parents[1]
+METADATA = {  # of every chapter; Colab reads the last two, and a machine without a GPU runs the chapters as well
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+    "accelerator": "GPU",
+    "colab": {"gpuType": "T4", "provenance": []},
+}
+# What a chapter needs beyond the package and what Colab has: extras of pyproject.toml, by chapter.
+EXTRAS = {"hyper_ensembles": ["ledger"], "finance": ["serving"], "scaling_out": ["scaling"]}
+INSTALL = """\
+import importlib.util
+
+if importlib.util.find_spec("effens") is None:  # as in Colab, whose torch and numpy stay
+    %pip install --quiet --no-deps {package}"""
+
+
+def settings() -> dict[str, Any]:
+    """What `_config.yml` says."""
+    return dict(yaml.safe_load((ROOT / "_config.yml").read_text("utf-8")))
+
+
+def project() -> dict[str, Any]:
+    """What `pyproject.toml` says of the package."""
+    return dict(tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"])
+
+
+def url() -> str:
+    """The book's address."""
+    return str(settings()["repository"]["url"])
+
+
+def colab(chapter: Path) -> str:
+    """The address that opens a chapter in Colab."""
+    owner_and_name = url().removeprefix("https://github.com/")
+    branch = settings()["repository"]["branch"]
+    return f"https://colab.research.google.com/github/{owner_and_name}/blob/{branch}/chapters/{chapter.name}"
+
+
+def packages(extra: str) -> list[str]:
+    """What an extra of pyproject.toml asks for, the extras that it names included."""
+    found = []
+    for package in project()["optional-dependencies"].get(extra, []):
+        inner = re.fullmatch(r"effens\[(.*)\]", package)
+        found += [part for name in inner[1].split(",") for part in packages(name)] if inner else [package]
+    return found
+
+
+def small_packages(chapter: Path) -> list[str]:
+    """What the chapter's install cell asks for beside `effens`, as in pyproject.toml's extras."""
+    return [package for extra in EXTRAS.get(chapter.stem, []) for package in packages(extra)]
+
+
+def install(chapter: Path) -> str:
+    """The source of a chapter's install cell: the release of this version, and nothing where `effens` is there."""
+    source = INSTALL.format(package=f"git+{url()}@v{project()['version']}")
+    small = " ".join(f'"{package}"' for package in small_packages(chapter))
+    return source + (f"\n    %pip install --quiet {small}" if small else "")
+
+
+def link(entry: Entry, textual: bool) -> str:
+    """A paper as a link that reads well in any notebook: [Wen et al., 2020](its DOI or arXiv page)."""
+    parts = [[*person.rich_prelast_names, *person.rich_last_names] for person in entry.persons["author"]]
+    names = [" ".join(str(part) for part in name) for name in parts]
+    who = " and ".join(names) if len(names) < 3 else f"{names[0]} et al."
+    text = f"{who} ({entry.fields['year']})" if textual else f"{who}, {entry.fields['year']}"
+    if "doi" in entry.fields:
+        return f"[{text}](https://doi.org/{quote(entry.fields['doi'])})"
+    return f"[{text}](https://arxiv.org/abs/{entry.fields['eprint']})" if "eprint" in entry.fields else text
+
+
+def cited(source: str) -> str:
+    """Put links in the place of citations by key, which are Sphinx's alone."""
+    papers = parse_file(ROOT / "chapters/references.bib", "bibtex").entries
+
+    def replaced(match: re.Match[str]) -> str:
+        textual = match[1] == ":t"
+        links = ", ".join(link(papers[key.strip()], textual) for key in match[2].split(","))
+        return links if textual else f"({links})"
+
+    return re.sub(r"\{cite(:\w)?\}`([^`]+)`", replaced, source)
+
+
+def minutes(notebook: Any) -> int:
+    """How long a chapter takes to read: its prose, without formulas and tables, at 200 words a minute."""
+    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    prose = re.sub(r"\$\$[^$]*\$\$|^\|.*", "", prose, flags=re.M)
+    return max(1, round(len(prose.split()) / 200))
+
+
+def dress(notebook: Any, chapter: Path) -> None:
+    """Write into a chapter what is the same in all: metadata, badge, time to read, install cell, links to papers."""
+    notebook.metadata = nbformat.from_dict(METADATA)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = cited(cell.source)
+    first, *rest = notebook.cells
+    first.source = re.sub(r"https://colab\.research\.google\.com/github/[^)\s]*", colab(chapter), first.source)
+    reads = f"\n· reads in about {minutes(notebook)} minutes, runs in about "
+    first.source = re.sub(r"\n· (?:reads in about \d+ minutes, )?runs in about ", reads, first.source)
+    cell = nbformat.v4.new_code_cell(install(chapter), id="install", metadata={"tags": ["remove-cell"]})
+    notebook.cells = [first, cell, *(cell for cell in rest if cell.id != "install")]
+    count = 0
+    for cell in notebook.cells:  # the cells count as if the new one had run with them
+        if cell.cell_type == "code":
+            count += 1
+            for run in [cell, *(output for output in cell.outputs if output.output_type == "execute_result")]:
+                run.execution_count = count
+
+
+def texts() -> dict[Path, str]:
+    """What the other files that hold the address must say."""
+    changes = {"pyproject.toml": r'(?<=\nSource = ")[^"]*', "CITATION.cff": r"(?<=\nrepository-code: )\S*"}
+    return {ROOT / name: re.sub(old, url(), (ROOT / name).read_text("utf-8")) for name, old in changes.items()}
+
+
+def main(arguments: Iterable[str]) -> None:
+    """Move the book to the address given, if one is, and write all that derives from it."""
+    config = ROOT / "_config.yml"
+    for new in arguments:
+        if not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+(?<!\.git)", new):
+            sys.exit(f"the address must read https://github.com/owner/name, got {new}")
+        config.write_text(re.sub(r"(?<=\n  url: ).*", new, config.read_text("utf-8")), "utf-8")
+    for file, text in texts().items():
+        file.write_text(text, "utf-8")
+    for chapter in (ROOT / "chapters").glob("*.ipynb"):
+        notebook = nbformat.read(chapter, as_version=4)
+        dress(notebook, chapter)
+        nbformat.write(notebook, chapter)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

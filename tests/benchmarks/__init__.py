@@ -1,0 +1,1 @@
+"""How fast `effens` is beside others that do the same: ``python tests/benchmarks/run.py`` times them in turns."""

@@ -1,0 +1,143 @@
+"""The book's one address: what derives from it agrees, and one command moves all of it to a fork."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from address import ROOT, cited, colab, dress, install, minutes, project, small_packages, texts, url
+from rerun import chapters, note_time
+
+import effens
+
+CHAPTERS = chapters()
+HOLDERS = ["_config.yml", "pyproject.toml", "CITATION.cff"]
+
+
+@pytest.fixture(params=CHAPTERS, ids=lambda chapter: chapter.stem)
+def chapter(request: pytest.FixtureRequest) -> Path:
+    return Path(request.param)
+
+
+@pytest.fixture
+def notebook(chapter: Path) -> Any:
+    return nbformat.read(chapter, as_version=4)
+
+
+def test_a_chapter_says_what_derives_from_the_address(chapter: Path, notebook: Any) -> None:
+    stored = json.dumps(notebook, sort_keys=True)
+    dress(notebook, chapter)
+    assert stored == json.dumps(notebook, sort_keys=True), "run `python tests/address.py`"
+
+
+def test_what_was_written_by_hand_is_dressed_at_once(chapter: Path, notebook: Any) -> None:
+    notebook.cells.append(nbformat.v4.new_markdown_cell(100 * "{cite}`gal2016dropout` ", id="written-by-hand"))
+    dress(notebook, chapter)
+    once = json.dumps(notebook, sort_keys=True)
+    dress(notebook, chapter)
+    assert json.dumps(notebook, sort_keys=True) == once
+
+
+def test_package_and_citation_say_the_address() -> None:
+    assert {file.name: text for file, text in texts().items() if file.read_text("utf-8") != text} == {}
+    assert all(url() in text for text in texts().values())
+
+
+def test_the_address_stands_nowhere_else() -> None:
+    """A file that named it too would be left behind when the book moves."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    files = [ROOT / name for name in listed.stdout.splitlines()] or [*ROOT.glob("*.*"), *ROOT.glob("chapters/*.*")]
+    owner_and_name = url().removeprefix("https://github.com/")
+    texts = [file for file in files if file.suffix in {".md", ".py", ".toml", ".yml", ".cff", ".ipynb", ".bib"}]
+    holders = [str(file.relative_to(ROOT)) for file in texts if owner_and_name in file.read_text("utf-8")]
+    assert sorted(holders) == sorted([*HOLDERS, *(f"chapters/{chapter.name}" for chapter in CHAPTERS)])
+
+
+def test_the_install_cell_does_nothing_where_the_package_is(chapter: Path, notebook: Any) -> None:
+    """The cell stands before the first import, and its only statement is under the guard."""
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert code[0].source == install(chapter)
+    assert notebook.cells[1] is code[0]
+    lines = code[0].source.splitlines()
+    assert lines[:2] == ["import importlib.util", ""]
+    assert lines[2].startswith('if importlib.util.find_spec("effens") is None:')
+    assert all(line.startswith("    %pip install ") for line in lines[3:])
+
+
+def test_the_install_cell_takes_the_release_and_leaves_torch_and_numpy(chapter: Path) -> None:
+    first, *rest = install(chapter).splitlines()[3:]
+    assert first.split()[2:] == ["--quiet", "--no-deps", f"git+{url()}@v{effens.__version__}"]
+    assert project()["version"] == effens.__version__
+    assert [name for name in ("torch", "numpy", "effens") for line in rest if re.search(rf'"{name}\b', line)] == []
+    assert all(f'"{package}"' in rest[0] for package in small_packages(chapter))
+
+
+@pytest.mark.parametrize("new", ["https://github.com/you/your-fork", "https://github.com/a.b/c_d"])
+def test_one_command_moves_the_book_to_a_fork(new: str, tmp_path: Path) -> None:
+    old = url().removeprefix("https://github.com/")
+    for name in HOLDERS:
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("test_*", "__pycache__"))
+    (tmp_path / "chapters").mkdir()
+    for file in [*CHAPTERS, ROOT / "chapters/references.bib"]:
+        shutil.copy(file, tmp_path / "chapters")
+    subprocess.run([sys.executable, "tests/address.py", new], cwd=tmp_path, check=True)
+    for file in (ROOT / name for name in [*HOLDERS, *(f"chapters/{chapter.name}" for chapter in CHAPTERS)]):
+        before, after = file.read_text("utf-8"), (tmp_path / file.relative_to(ROOT)).read_text("utf-8")
+        assert after == before.replace(old, new.removeprefix("https://github.com/")), file
+        assert after != before
+
+
+@pytest.mark.parametrize("wrong", ["you/fork", "https://github.com/you", "https://github.com/you/fork.git"])
+def test_an_address_of_another_form_is_refused_and_changes_nothing(wrong: str) -> None:
+    before = [(ROOT / name).read_text("utf-8") for name in HOLDERS]
+    run = subprocess.run(
+        [sys.executable, "tests/address.py", wrong], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 1
+    assert run.stderr == f"the address must read https://github.com/owner/name, got {wrong}\n"
+    assert [(ROOT / name).read_text("utf-8") for name in HOLDERS] == before
+
+
+def test_the_badge_is_an_image_of_the_book(chapter: Path, notebook: Any) -> None:
+    assert f"[![Open in Colab](_static/colab.svg)]({colab(chapter)})" in notebook.cells[0].source
+    assert (ROOT / "chapters/_static/colab.svg").exists()
+
+
+@pytest.mark.parametrize(
+    ("typed", "linked"),
+    [
+        ("a {cite}`gal2016dropout`.", "a ([Gal and Ghahramani, 2016](https://arxiv.org/abs/1506.02142))."),
+        ("{cite:t}`gibbs2021adaptive`", "[Gibbs and Candès (2021)](https://arxiv.org/abs/2106.00170)"),
+        ("{cite:t}`lopezdeprado2018advances`", "López de Prado (2018)"),
+        (
+            "{cite}`corsi2009har, wen2020batchensemble`",
+            "([Corsi, 2009](https://doi.org/10.1093/jjfinec/nbp001), "
+            "[Wen et al., 2020](https://arxiv.org/abs/2002.06715))",
+        ),
+    ],
+)
+def test_citations_become_links_that_read_well_everywhere(typed: str, linked: str) -> None:
+    assert cited(typed) == linked
+    assert cited(linked) == linked
+
+
+def test_a_chapter_s_time_is_written_where_it_says_it(tmp_path: Path) -> None:
+    chapter = Path(shutil.copy(CHAPTERS[0], tmp_path))
+    note_time(chapter, 41.2)
+    before, after = (nbformat.read(path, as_version=4).cells for path in (CHAPTERS[0], chapter))
+    assert "runs in about 45 seconds on two CPU cores" in after[0].source
+    assert before[1:] == after[1:]
+
+
+def test_the_time_to_read_counts_prose_alone(notebook: Any) -> None:
+    words = minutes(notebook)
+    notebook.cells.append(nbformat.v4.new_markdown_cell("$$\n" + 4000 * "x " + "\n$$\n\n|" + 4000 * " x" + " |"))
+    assert minutes(notebook) == words
+    notebook.cells.append(nbformat.v4.new_markdown_cell(2000 * "word "))
+    assert minutes(notebook) == words + 10

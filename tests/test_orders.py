@@ -1,0 +1,204 @@
+"""Decisions on a simulated order flow: profits, thresholds and queues against the obvious loops."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import effens
+from effens import ledger, orders, serving
+from effens.data import orders as flows
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- The flow. ----
+
+
+def test_the_flow_is_the_same_at_each_call_and_its_parts_are_not() -> None:
+    first, again = flows.order_flow(), flows.order_flow()
+    for name, size in flows.SIZES.items():
+        assert torch.equal(first[name].x, again[name].x)
+        assert torch.equal(first[name].y, again[name].y)
+        assert first[name].x.shape == (size, flows.FEATURES)
+        assert torch.equal(first[name].signal, flows.signal(first[name].x))
+    assert not torch.equal(first["train"].x[:2000], first["val"].x)
+
+
+def test_the_noise_has_the_size_that_it_says_and_news_lies_elsewhere() -> None:
+    found = flows.order_flow()
+    for name, flow in found.items():
+        wanted = flows.NEWS_NOISE if name == "news" else flows.NOISE
+        assert (flow.y - flow.signal).std().item() == pytest.approx(wanted, rel=0.05)
+        assert (flow.y - flow.signal).mean().abs().item() < 4 * wanted / len(flow.y) ** 0.5
+    assert found["test"].signal.std().item() == pytest.approx(flows.SIGNAL, rel=0.1)
+    assert found["news"].x.mean(0).norm().item() == pytest.approx(flows.NEWS, rel=0.1)
+    assert found["test"].x.mean(0).norm().item() < 0.2
+
+
+def test_arrivals_have_their_rate_and_come_in_spells() -> None:
+    calm = flows.arrivals(50_000, rate=100.0, busy=1.0)
+    gaps = calm.diff()
+    assert (gaps > 0).all()
+    assert 1 / gaps.mean().item() == pytest.approx(100, rel=0.02)
+    assert gaps.std().item() == pytest.approx(gaps.mean().item(), rel=0.03)  # exponential
+    busy = flows.arrivals(50_000, rate=100.0, busy=5.0).diff()
+    assert busy.std().item() > 1.15 * busy.mean().item()
+    assert torch.equal(flows.arrivals(50, rate=2.0, seed=3), flows.arrivals(50, rate=2.0, seed=3))
+    with pytest.raises(ValueError, match="n, rate, busy and spell must be > 0, got 5, 0, 5.0 and 200"):
+        flows.arrivals(5, rate=0)
+
+
+# ---- Decisions. ----
+
+
+def test_profit_is_its_equation() -> None:
+    side, signal = torch.tensor([1.0, -1, 0, 0.5]), torch.tensor([2.0, 2, 2, -1])
+    now = orders.profit(side, signal)
+    assert now.tolist() == pytest.approx([2 - orders.COST, -2 - orders.COST, 0, -0.5 - orders.COST / 2])
+    late = orders.profit(side, signal, torch.full((4,), 2 * orders.HALF_LIFE))
+    assert late.tolist() == pytest.approx(
+        [0.5 - orders.COST, -0.5 - orders.COST, 0, -0.125 - orders.COST / 2], abs=1e-6
+    )
+    with pytest.raises(ValueError, match=r"sides must be in \[-1, 1\], got 2"):
+        orders.profit(2 * side, signal)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_threshold_is_the_best_of_all(seed: int) -> None:
+    value, moves = draw(60, seed=seed), draw(60, seed=10 + seed) + draw(60, seed=seed)
+    found = orders.threshold(value, moves)
+
+    def gain(bound: float) -> float:
+        return float(((value.sign() * moves - orders.COST) * (value.abs() >= bound)).sum())
+
+    assert gain(found) == pytest.approx(max(gain(bound) for bound in value.abs().tolist()), abs=1e-4)
+
+
+def test_where_no_trade_pays_there_is_none() -> None:
+    value = draw(20)
+    assert orders.threshold(value, -value) == float("inf")
+
+
+def test_delays_are_those_of_a_queue() -> None:
+    arrivals = flows.arrivals(500, rate=1000.0)
+    service = 0.0008 * torch.rand(500, generator=torch.Generator().manual_seed(1)).double()
+    free, expected = 0.0, []
+    for came, takes in zip(arrivals.tolist(), service.tolist(), strict=True):
+        free = max(free, came) + takes
+        expected.append(free - came)
+    torch.testing.assert_close(orders.delays(arrivals, service), torch.tensor(expected, dtype=torch.float64))
+    assert (orders.delays(arrivals, service) > service + 1e-9).any()
+    with pytest.raises(ValueError, match="must have the same length, got 500 and 1"):
+        orders.delays(arrivals, service[:1])
+
+
+# ---- Ways of serving. ----
+
+
+def make_net() -> torch.nn.Module:
+    return effens.nets.mlp(flows.FEATURES, 2, width=8)
+
+
+def test_the_eager_way_is_the_mean_and_the_spread_of_the_means() -> None:
+    ensemble = effens.DeepEnsemble(make_net, 3).eval()
+    x = draw(1, flows.FEATURES)
+    said = effens.predict(ensemble, x, likelihood=effens.Gaussian()).loc
+    mean, spread = orders.eager(ensemble)(x)
+    torch.testing.assert_close(mean, said.mean(0))
+    torch.testing.assert_close(spread, said.std(0, correction=0))
+    assert orders.Locations().predict(ensemble(x)).shape == (3, 1)
+
+
+def test_every_call_is_timed() -> None:
+    calls: list[Tensor] = []
+    times = orders.timed(calls.append, draw(3, 2), 50)
+    assert len(times) == 50
+    assert len(calls) == 250
+    assert (times > 0).all()
+    assert all(call.shape == (1, 2) for call in calls)
+
+
+@pytest.mark.slow
+def test_without_python_it_is_not_slower(tmp_path: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    ensemble, x = effens.BatchEnsemble(make_net, 4).eval(), draw(20, flows.FEATURES)
+    served = serving.export(ensemble, x[:1], tmp_path / "a.pt2", "aoti", likelihood=orders.Locations())
+    times = [
+        sorted(orders.timed(served.run, x, 5000)),
+        sorted(orders.timed_without_python(tmp_path / "a.pt2", x, 5000)),
+    ]
+    assert times[1][2500] < 1.1 * times[0][2500]
+    with pytest.raises(RuntimeError, match="the compiled file must run in C"):
+        orders.timed_without_python(tmp_path / "none.pt2", x, 10)
+
+
+def test_every_method_was_timed_in_every_way() -> None:
+    found = orders.read()
+    assert found.keys() == {(name, way) for name in orders.METHODS for way in orders.WAYS}
+    for times in found.values():
+        assert len(times) == orders.KEPT
+        assert (times.diff() >= 0).all()
+        assert times[0] > 0
+    drawn = orders.drawn("single", "eager", 100)
+    assert torch.isin(drawn, found["single", "eager"]).all()
+    assert torch.equal(drawn, orders.drawn("single", "eager", 100))
+
+
+def test_what_reading_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    orders.read.cache_clear()
+    monkeypatch.setattr(ledger, "BANK", tmp_path)
+    with pytest.raises(FileNotFoundError, match="run python -m effens.orders"):
+        orders.read()
+    orders.read.cache_clear()
+
+
+def test_every_way_is_timed_in_turns_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What exports and what compiles is tested elsewhere: here they are stand-ins."""
+    said: list[str] = []
+
+    def times(name: str) -> Any:
+        def call(*given: Any) -> Any:
+            said.append(name)
+            return np.full(given[-1], 1e-6 * len(said))
+
+        return call
+
+    monkeypatch.setattr(ledger, "BANK", tmp_path)
+    monkeypatch.setattr(ledger, "train_one", lambda *_: (effens.DeepEnsemble(make_net, 2), 0.0))
+    monkeypatch.setattr(ledger, "tune", lambda *_: {})
+    monkeypatch.setattr(serving, "export", lambda *_, **__: SimpleNamespace(run=None))
+    monkeypatch.setattr(orders, "timed", times("Python"))
+    monkeypatch.setattr(orders, "timed_without_python", times("C++"))
+    for name, value in {"METHODS": ("single", "MIMO"), "CALLS": 40, "KEPT": 10}.items():
+        monkeypatch.setattr(orders, name, value)
+    orders.read.cache_clear()
+    orders.run(looks=2)
+    assert said == [*["Python"] * 3, "C++"] * 4  # two methods, two looks
+    found = orders.read()
+    orders.read.cache_clear()
+    assert found.keys() == {(name, way) for name in ("single", "MIMO") for way in orders.WAYS}
+    for kept in found.values():
+        assert len(kept) == 10
+        assert (kept.diff() >= 0).all()
+        assert kept[0] < kept[-1]  # of both looks
+    orders.run(looks=2)  # what is kept is not timed again
+    assert len(said) == 16
+
+
+def test_a_clock_that_compiles_is_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0))
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: SimpleNamespace(effens_clock=lambda *_: 0))
+    orders.clock.cache_clear()
+    assert orders.timed_without_python(Path("served"), draw(3, flows.FEATURES), 7).shape == (7,)
+    orders.clock.cache_clear()

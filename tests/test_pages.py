@@ -1,0 +1,169 @@
+"""The book's pages of text: their code runs, their tables are complete, what they name exists."""
+
+import contextlib
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import effens_pages
+import nbformat
+import pytest
+import torch
+from address import ROOT, link
+from pybtex.database import Entry, parse_file
+from rerun import chapters
+
+import effens
+from effens import ledger
+
+PAGES = sorted((ROOT / "chapters").glob("*.md"))
+BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.S | re.M)
+
+
+def read(name: str) -> str:
+    return (ROOT / f"chapters/{name}.md").read_text("utf-8")
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """A page's Python, and what it prints, block by block."""
+    return BLOCK.findall(page.read_text("utf-8"))
+
+
+@pytest.fixture
+def ledger_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(ledger, "BANK", ledger.BANK)  # set back, whatever the page did
+    with patch.dict(ledger.METHODS), patch.dict(ledger.TASKS):
+        yield
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
+def test_the_code_of_a_page_runs_from_top_to_bottom(page: Path, ledger_as_it_was: None) -> None:
+    names: dict[str, Any] = {"__name__": page.stem}
+    with torch.random.fork_rng(devices=[]):
+        for code, printed in blocks(page):
+            output = io.StringIO()
+            with contextlib.redirect_stdout(output):
+                exec(compile(code, str(page), "exec"), names)
+            assert output.getvalue() == printed, code
+
+
+def test_the_pages_with_code_are_these() -> None:
+    assert [page.stem for page in PAGES if blocks(page)] == ["adding_a_method", "your_loop"]
+    assert all(page.read_text("utf-8").count("```python") == len(blocks(page)) for page in PAGES)
+
+
+# The title page
+
+
+def spine(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith(("| | who sees what", "| *plain", "| ["))]
+
+
+def test_the_spine_on_the_title_page_is_that_of_the_introduction() -> None:
+    notebook = nbformat.read(ROOT / "chapters/introduction.ipynb", as_version=4)
+    told = spine("\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown"))
+    assert spine(read("index")) == told
+    assert len(told) == 2 + 6
+
+
+def test_the_map_has_every_method_and_leads_to_its_chapter() -> None:
+    assert set(effens_pages.CHAPTERS) <= set(ledger.names())
+    leads = {chapter for chapter in effens_pages.CHAPTERS.values() if chapter}
+    told = set(re.findall(r"\((\w+)\.ipynb\)", "\n".join(spine(read("index")))))
+    assert told < leads <= {chapter.stem for chapter in chapters()}
+
+
+@pytest.mark.parametrize("place", list(effens_pages.PICTURES), ids=" ".join)
+def test_a_picture_in_small_is_a_frame_of_its_player_and_leads_there(place: tuple[str, str]) -> None:
+    (chapter, cell), (heading, caption) = place, effens_pages.PICTURES[place]
+    cells = json.loads((ROOT / f"chapters/{chapter}.ipynb").read_text("utf-8"))["cells"]
+    (at,) = (n for n, found in enumerate(cells) if found["id"] == cell and found["cell_type"] == "code")
+    frame, alt = re.findall('<img src="(.*)" alt="(.*)">', effens_pages.picture(chapter, cell))[0]
+    assert frame in json.dumps(cells[at]["outputs"])
+    assert len(alt.split()) >= 10
+    text = "\n".join("".join(found["source"]) for found in cells[:at] if found["cell_type"] == "markdown")
+    title = re.findall(r"^#+ (.*)$", text, re.M)[-1].lower()
+    assert heading == re.sub(r"[^a-z0-9]+", "-", title).strip("-")
+    assert caption.endswith(".")
+
+
+@pytest.mark.parametrize("key", list(effens_pages.TITLES))
+def test_the_map_shows_the_ledger_s_numbers(key: str) -> None:
+    drawn = effens_pages.svg_map(key, "title")
+    dots = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', drawn)
+    points = {name: tuple(map(float, dot)) for name, dot in zip(effens_pages.CHAPTERS, dots, strict=True)}
+    costs = {name: ledger.relative_costs("digits", name)[key] for name in points}
+    nlls = {name: ledger.values("digits", name).mean().item() for name in points}
+    assert sorted(points, key=lambda name: points[name][0]) == sorted(points, key=lambda name: costs[name])
+    assert sorted(points, key=lambda name: -points[name][1]) == sorted(points, key=lambda name: nlls[name])
+    for name in points:
+        assert f"{name} {costs[name]:.1f} times" in drawn  # for those who do not see it
+
+
+@pytest.mark.parametrize("key", list(effens_pages.TITLES))
+def test_the_map_s_labels_lie_inside_and_apart(key: str) -> None:
+    form = r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="(start|end)">([A-Za-z]\D*?)</text>'
+    boxes = []
+    for x, y, anchor, name in re.findall(form, effens_pages.svg_map(key, "title")):
+        left = float(x) - (8 * len(name) if anchor == "end" else 0)
+        boxes.append((left, left + 8 * len(name), float(y) - 10, float(y) + 2))
+    assert len(boxes) == len(effens_pages.CHAPTERS)
+    assert all(left > 48 and right < 420 and top > 14 and bottom < 260 for left, right, top, bottom in boxes)
+    for i, (a, b, c, d) in enumerate(boxes):
+        assert not any(a < right and left < b and c < bottom and top < d for left, right, top, bottom in boxes[:i])
+
+
+def test_the_stamp_says_what_the_runs_say() -> None:
+    facts, _ = ledger.record("digits", "single", 0)
+    stamp = effens_pages.stamp()
+    for key in ("torch", "python", "device"):
+        assert facts[key].lower() in stamp.lower()
+    ((first, last),) = re.findall(r"; ([\d-]+)(?: to ([\d-]+))?\.", stamp)
+    assert first <= facts["date"] <= (last or first)
+    assert effens.__version__ in stamp
+
+
+# Reference
+
+
+def test_every_public_name_stands_on_the_page_of_the_package_once() -> None:
+    told = re.findall(r"^\.\. auto(?:class|function):: effens\.(\w+)$", read("api"), re.M)
+    assert sorted(told) == sorted(set(effens.__all__) - {"data", "nets"})
+    assert re.findall(r"^\.\. autofunction:: effens\.nets\.(\w+)$", read("api"), re.M) == ["mlp", "cnn"]
+    assert ".. automodule:: effens.data\n   :members:" in read("api")
+
+
+def test_every_term_is_explained_once_and_leads_on() -> None:
+    entries = re.findall(r"^(\w[^\n]*)\n((?:  [^\n]*\n)+)", read("glossary"), re.M)
+    terms = [term for term, _ in entries]
+    assert len(terms) == len(set(terms)) >= 40
+    assert [term for term, text in entries if not re.search(r"\]\(|\{term\}|\{py:|\{ref\}", text)] == []
+
+
+PAPERS = parse_file(ROOT / "chapters/references.bib", "bibtex").entries
+
+
+@pytest.mark.parametrize("paper", PAPERS.values(), ids=list(PAPERS))
+def test_every_paper_is_linked(paper: Entry) -> None:
+    fields = paper.fields
+    if paper.type == "book":
+        digits = [int(digit) for digit in fields["isbn"].replace("-", "")]
+        assert sum(digits[0::2] + [3 * digit for digit in digits[1::2]]) % 10 == 0
+        return
+    if "doi" in fields:
+        assert re.fullmatch(r"10\.\d{4,9}/\S+", fields["doi"])
+    else:
+        assert re.fullmatch(r"\d{4}\.\d{5}|0?\d{3}\.\d{4}|1[0-4]\d\d\.\d{4}", fields["eprint"])
+        assert fields["archivePrefix"] == "arXiv"
+        assert 2000 + int(fields["eprint"][:2]) <= int(fields["year"])
+    assert re.fullmatch(r"\[.+, \d{4}\]\(https://.+\)", link(paper, textual=False))
+
+
+def test_no_two_papers_have_the_same_address() -> None:
+    links = [re.search(r"\((https.*)\)$", link(paper, textual=False)) for paper in PAPERS.values()]
+    addresses = [found[1] for found in links if found]
+    assert len(set(addresses)) == len(addresses) == sum(paper.type != "book" for paper in PAPERS.values())
