@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from effens import ledger
 
+TASK = "digits"
 GOALS = {  # what matters most, as a score of the ledger's: (metric, set), and whether less is better
     "nll": ("nll", "test", True),
     "accuracy": ("accuracy", "test", False),
@@ -45,11 +46,10 @@ def choose(
     throughput: float | None = None,
     memory: float | None = None,
     goal: str = "nll",
-    task: str = "digits",
 ) -> list[Choice]:
-    """Rank the ledger's methods for a budget: those within it first, the best for the goal first.
+    """Rank the ledger's methods on digits for a budget: those within it first, the best for the goal first.
 
-    Two methods whose paired interval includes 0 cannot be told apart on this task: the reason says so, and the cheaper
+    Costs count to two decimals. Two methods whose paired interval includes 0 cannot be told apart on this task: the reason says so, and the cheaper
     one is the wiser choice.
 
     Args:
@@ -58,7 +58,6 @@ def choose(
         throughput: time of a prediction at batch 256, likewise.
         memory: bytes stored, likewise.
         goal: ``"nll"``, ``"accuracy"``, ``"shift"`` (NLL on rotated images) or ``"unknown"`` (AUROC of letters).
-        task: of the ledger.
 
     Returns:
         Every method, in order.
@@ -78,35 +77,38 @@ def choose(
     for name, value in given.items():
         if not value > 0:
             raise ValueError(f"{name} must be > 0, got {value}")
-    metric, split, less = GOALS[goal]
+    less = GOALS[goal][2]
     found: list[tuple[str, dict[str, float], float, list[str]]] = []
     for name in ledger.names():
-        costs = ledger.relative_costs(task, name)
-        score = score_of(task, name, goal)
+        costs = {key: round(cost, 2) for key, cost in ledger.relative_costs(TASK, name).items()}
         over = [
-            f"{key} {costs[BUDGETS[key]]:.1f}x, above {value:g}x"
+            f"{key} {costs[BUDGETS[key]]:g}x, above {value:g}x"
             for key, value in given.items()
             if costs[BUDGETS[key]] > value
         ]
-        found.append((name, costs, score, over))
+        found.append((name, costs, score_of(name, goal), over))
     found.sort(key=lambda item: (bool(item[3]), item[2] if less else -item[2]))
     best = found[0][0]
     return [
-        Choice(name, not over, score, costs, "; ".join(over) or standing(task, name, best, metric, split))
+        Choice(name, not over, score, costs, "; ".join(over) or standing(name, best, goal))
         for name, costs, score, over in found
     ]
 
 
-def standing(task: str, name: str, best: str, metric: str, split: str) -> str:
+def standing(name: str, best: str, goal: str) -> str:
     """Say how a method that qualifies compares with the best that does."""
     if name == best:
         return "the best mean within the budget"
-    found = ledger.compare(task, name, best, metric, split)
+    found = ledger.compare(TASK, name, best, *GOALS[goal][:2])
     words = {"unresolved": "cannot be told from", "tied": "tied with"}.get(found.verdict, f"{found.verdict} than")
     return f"{words} {best}: {found.difference}"
 
 
-def score_of(task: str, name: str, goal: str) -> float:
+def alike(name: str, other: str, goal: str) -> bool:
+    """Say whether two methods cannot be told apart, or are tied."""
+    return ledger.compare(TASK, name, other, *GOALS[goal][:2]).verdict in ("unresolved", "tied")
+
+
+def score_of(name: str, goal: str) -> float:
     """Return a method's mean score for a goal."""
-    metric, split, _ = GOALS[goal]
-    return ledger.values(task, name, metric, split).mean().item()
+    return ledger.values(TASK, name, *GOALS[goal][:2]).mean().item()

@@ -1026,6 +1026,7 @@ def values(task: str, name: str, metric: str = PRIMARY, split: str = "test") -> 
     return torch.tensor([seed_scores(task, name, seed, split)[metric] for seed in range(TASKS[task].seeds)])
 
 
+@cache
 def auroc(task: str, name: str, outside: str) -> Tensor:
     """Return how well total entropy tells ``outside`` from the test set, of every seed, (seeds,), in percent."""
     result = []

@@ -24,7 +24,7 @@ from matplotlib.transforms import Bbox
 from PIL import Image
 from torch import Tensor
 
-from effens.chooser import BUDGETS, GOALS, choose, score_of
+from effens.chooser import BUDGETS, GOALS, alike, choose, score_of
 from effens.data import GapRegression
 from effens.ensembles.base import Ensemble
 from effens.likelihoods import Gaussian, mixture
@@ -162,22 +162,24 @@ def bet(question: str, choices: Sequence[str], *, answer: str, because: str) -> 
 </form>""")
 
 
-def chooser(task: str = "digits") -> HTML:
-    """Return the same rule as a table with controls: plain HTML, which works with no kernel, by mouse and by keyboard.
+def chooser() -> HTML:
+    """Return `effens.choose` as a table with controls: plain HTML, which works with no kernel, by mouse and keyboard.
 
     Without script it is the table of all methods, the best for the NLL first.
     """
     goals = {"nll": "NLL on test data", "accuracy": "accuracy", "shift": "NLL on rotated images"}
     goals["unknown"] = "telling letters from digits"
+    choices = choose()
+    names = [choice.method for choice in choices]
     rows = []
-    for choice in choose(task=task):
-        costs = [round(choice.costs[key], 2) for key in BUDGETS.values()]
-        scores = [round(score_of(task, choice.method, goal), 4) for goal in goals]
+    for choice in choices:
+        costs = [choice.costs[key] for key in BUDGETS.values()]
+        scores = [score_of(choice.method, goal) for goal in goals]
+        same = [[i for i, name in enumerate(names) if alike(choice.method, name, goal)] for goal in goals]
         cells = "".join(f"<td>{cost:.1f}x</td>" for cost in costs)
-        rows.append(
-            f'<tr data-costs="{json.dumps(costs)}" data-scores="{json.dumps(scores)}">'
-            f"<th scope='row'>{html.escape(choice.method)}</th>{cells}<td>{scores[0]:.3f}</td></tr>"
-        )
+        facts = {"costs": costs, "scores": scores, "same": same}
+        data = " ".join(f'data-{key}="{json.dumps(value)}"' for key, value in facts.items())
+        rows.append(f"<tr {data}><th scope='row'>{html.escape(choice.method)}</th>{cells}<td>{scores[0]:.3f}</td></tr>")
     less = json.dumps([GOALS[goal][2] for goal in goals])
     options = "".join(f"<option value='{i}'>{html.escape(words)}</option>" for i, words in enumerate(goals.values()))
     limits = ("any", 1.5, 2, 3, 4, 5, 12)
@@ -205,8 +207,8 @@ def chooser(task: str = "digits") -> HTML:
 (function () {{
   const box = document.currentScript.closest(".effens-chooser"), less = {less};
   const selects = [...box.querySelectorAll("select")], body = box.querySelector("tbody");
-  const rows = [...body.rows].map(row => ({{row, costs: JSON.parse(row.dataset.costs),
-    scores: JSON.parse(row.dataset.scores)}}));
+  const rows = [...body.rows].map((row, i) => ({{row, i, name: row.cells[0].textContent,
+    costs: JSON.parse(row.dataset.costs), scores: JSON.parse(row.dataset.scores), same: JSON.parse(row.dataset.same)}}));
   function show() {{
     const limits = selects.slice(0, 4).map(s => s.value === "any" ? Infinity : +s.value), goal = +selects[4].value;
     for (const r of rows) r.out = r.costs.some((cost, i) => cost > limits[i]);
@@ -216,9 +218,10 @@ def chooser(task: str = "digits") -> HTML:
       r.row.lastElementChild.textContent = r.scores[goal].toFixed(3);
       body.append(r.row);
     }}
-    const fit = rows.filter(r => !r.out);
+    const fit = rows.filter(r => !r.out), same = fit.filter(r => fit[0].same[goal].includes(r.i)).map(r => r.name);
     box.querySelector("p").textContent = fit.length ?
-      fit.length + " of " + rows.length + " qualify; the best mean: " + fit[0].row.cells[0].textContent :
+      fit.length + " of " + rows.length + " qualify; the best mean: " + fit[0].name + (same.length ?
+      "; cannot be told from it: " + same.join("; ") : "; all others can be told from it") :
       "None qualifies: a single network is the cheapest there is.";
   }}
   selects.forEach(s => s.addEventListener("change", show));

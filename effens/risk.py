@@ -293,6 +293,8 @@ def draw_hits(n: int, rate: float, *, again: float | None = None, draws: int = 1
     if not (0 <= after_hit < 1 and after_none <= 1):
         raise ValueError(f"again must be in [0, 1) and allow the rate, got {after_hit} for a rate of {rate}")
     uniform = torch.rand(n, draws, generator=torch.Generator().manual_seed(seed))
+    if again is None:
+        return (uniform < rate).T.contiguous()
     hits = torch.empty(n, draws, dtype=torch.bool)
     for day, chance in enumerate(uniform):
         hits[day] = chance < (torch.where(hits[day - 1], after_hit, after_none) if day else rate)

@@ -17,6 +17,7 @@ All walk forward as the ledger's market tasks do: fitted on what was known befor
 
 import io
 import json
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -53,17 +54,26 @@ class FilteredHistory:
     year: Tensor
 
     def quantile(self, probability: float) -> Tensor:
-        """Return the quantile of every day, (n,)."""
-        return self.loc + self.scale * self.residuals.quantile(probability, dim=1)[self.year]
+        """Return the quantile of every day, (n,): the i-th of k residuals, from 0, is the one of (i + 1/2) / k.
+
+        In between it is interpolated, and beyond the outermost residuals it is theirs.
+        """
+        k = self.residuals.shape[1]
+        place = min(max(probability * k - 0.5, 0.0), k - 1.0)
+        low, high = math.floor(place), math.ceil(place)
+        at = torch.lerp(self.residuals[:, low], self.residuals[:, high], place - low)
+        return self.loc + self.scale * at[self.year]
 
     def value_at_risk(self, level: float) -> Tensor:
         """Return the loss that is exceeded with probability 1 - level, (n,), as `effens.risk.value_at_risk` does."""
         return -self.quantile(1 - level)
 
     def expected_shortfall(self, level: float) -> Tensor:
-        """Return the mean of the losses beyond the value at risk, (n,)."""
-        beyond = self.residuals <= self.residuals.quantile(1 - level, dim=1, keepdim=True)
-        mean = (self.residuals * beyond).sum(1) / beyond.sum(1)
+        """Return the mean loss of the worst 1 - level, (n,): of so many residuals, the last of them in part."""
+        k = self.residuals.shape[1]
+        tail = (1 - level) * k
+        weights = (tail - torch.arange(k, dtype=self.residuals.dtype)).clamp(0, 1)
+        mean = self.residuals @ weights / weights.sum()
         return -(self.loc + self.scale * mean[self.year])
 
     def crps(self, y: Tensor) -> Tensor:

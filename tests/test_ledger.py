@@ -95,7 +95,7 @@ def set_up(bank: Path) -> None:
 
 
 def forget() -> None:
-    for cached in (ledger.record, ledger.seed_scores, ledger.equal_flops_width):
+    for cached in (ledger.record, ledger.seed_scores, ledger.auroc, ledger.equal_flops_width):
         cached.cache_clear()
 
 

@@ -336,7 +336,7 @@ CLAIMS: list[tuple[str, str, Callable[[], str | bool]]] = [
     ),
     (
         "finance",
-        "on five hundred quiet days, decided on settings that cost twenty times as much",
+        "on five hundred days, decided on settings that cost twenty times as much",
         lambda: (
             15
             < ledger.compare("returns", "deep ensemble", "deep, as single").difference.mean
