@@ -49,8 +49,8 @@ def choose(
 ) -> list[Choice]:
     """Rank the ledger's methods on digits for a budget: those within it first, the best for the goal first.
 
-    Costs count to two decimals. Two methods whose paired interval includes 0 cannot be told apart on this task: the reason says so, and the cheaper
-    one is the wiser choice.
+    Costs count to two decimals. Two methods whose paired interval includes 0 cannot be told apart on this task: the
+    reason says so, and the cheaper one is the wiser choice.
 
     Args:
         train: training time, at most this many times the single network's; None for any.

@@ -19,6 +19,24 @@ TRAIN_BATCH = 128
 BATCHES = (1, 256)
 
 
+class Alone(Ensemble):
+    """A plain network as an ensemble of one, with nothing in between."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(1)
+        self.network = network
+
+    @property
+    def shared_batch(self) -> bool:
+        """One network sees one batch."""
+        return True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Answer as the network does: ``(batch, ...)`` to ``(1, batch, outputs)``."""
+        outputs: Tensor = self.network(x)
+        return outputs[None]
+
+
 @dataclass(frozen=True)
 class Costs:
     """What was counted and timed.
@@ -73,12 +91,12 @@ class Costs:
 
 
 def measure(
-    ensemble: Ensemble, x: Tensor, y: Tensor, *, likelihood: Likelihood | None = None, seconds: float = 0.5
+    ensemble: nn.Module, x: Tensor, y: Tensor, *, likelihood: Likelihood | None = None, seconds: float = 0.5
 ) -> Costs:
     """Count and time an ensemble where it is, without changing it, its gradients or the global random state.
 
     Args:
-        ensemble: any ensemble.
+        ensemble: any ensemble; or one plain network, which is timed as it is, by a loop and a call without `effens`.
         x: inputs (n, ...); rows are repeated where fewer than a batch are given.
         y: their targets (n,).
         likelihood: what the outputs mean; `Categorical` by default.
@@ -101,7 +119,8 @@ def measure(
     if len(x) == 0 or len(x) != len(y):
         raise ValueError(f"x and y must have the same length >= 1, got {len(x)} and {len(y)}")
     likelihood = Categorical() if likelihood is None else likelihood
-    ensemble = copy.deepcopy(ensemble)
+    asked = copy.deepcopy(ensemble)
+    ensemble = asked if isinstance(asked, Ensemble) else Alone(asked)
     place = next(ensemble.parameters()).device
     x, y = x.to(place), y.to(place)
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
@@ -123,7 +142,7 @@ def measure(
         with torch.inference_mode():
             for size in BATCHES:
                 rows = x[torch.arange(size, device=place) % len(x)]
-                latency[size] = durations(partial(ensemble, rows), seconds, place)
+                latency[size] = durations(partial(asked, rows), seconds, place)
     return Costs(
         parameters=sum(p.numel() for p in ensemble.parameters() if p.requires_grad),
         stored_bytes=sum(t.numel() * t.element_size() for t in ensemble.state_dict().values()),

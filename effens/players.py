@@ -208,7 +208,7 @@ def chooser() -> HTML:
   const box = document.currentScript.closest(".effens-chooser"), less = {less};
   const selects = [...box.querySelectorAll("select")], body = box.querySelector("tbody");
   const rows = [...body.rows].map((row, i) => ({{row, i, name: row.cells[0].textContent,
-    costs: JSON.parse(row.dataset.costs), scores: JSON.parse(row.dataset.scores), same: JSON.parse(row.dataset.same)}}));
+    ...Object.fromEntries(["costs", "scores", "same"].map(key => [key, JSON.parse(row.dataset[key])]))}}));
   function show() {{
     const limits = selects.slice(0, 4).map(s => s.value === "any" ? Infinity : +s.value), goal = +selects[4].value;
     for (const r of rows) r.out = r.costs.some((cost, i) => cost > limits[i]);
@@ -218,9 +218,10 @@ def chooser() -> HTML:
       r.row.lastElementChild.textContent = r.scores[goal].toFixed(3);
       body.append(r.row);
     }}
-    const fit = rows.filter(r => !r.out), same = fit.filter(r => fit[0].same[goal].includes(r.i)).map(r => r.name);
+    const fit = rows.filter(r => !r.out), best = fit[0];
+    const same = fit.slice(1).filter(r => best.same[goal].includes(r.i)).map(r => r.name);
     box.querySelector("p").textContent = fit.length ?
-      fit.length + " of " + rows.length + " qualify; the best mean: " + fit[0].name + (same.length ?
+      fit.length + " of " + rows.length + " qualify; the best mean: " + best.name + (same.length ?
       "; cannot be told from it: " + same.join("; ") : "; all others can be told from it") :
       "None qualifies: a single network is the cheapest there is.";
   }}

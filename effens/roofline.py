@@ -252,12 +252,12 @@ def brief(task: str, name: str) -> Ensemble:
 
 def forward(task: str, name: str, batch: int) -> Forward:
     """Return what one prediction of a method of the ledger asks of a machine."""
-    ensemble = brief(task, name)
+    asked = ledger.bare(brief(task, name))
     x, _ = ledger.TASKS[task].load(0)["train"]
     rows = x[torch.arange(batch) % len(x)]
     with torch.no_grad():
-        ensemble(rows)  # a first call may look the network over
-        return watched(partial(ensemble, rows))
+        asked(rows)  # a first call may look the network over
+        return watched(partial(asked, rows))
 
 
 if __name__ == "__main__":

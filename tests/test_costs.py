@@ -47,7 +47,7 @@ def data(n: int = 10) -> tuple[Tensor, Tensor]:
     return torch.randn(n, INPUTS), torch.arange(n) % CLASSES
 
 
-def measured(ensemble: effens.Ensemble, n: int = 10) -> effens.Costs:
+def measured(ensemble: nn.Module, n: int = 10) -> effens.Costs:
     return effens.measure(ensemble, *data(n), seconds=0)
 
 
@@ -267,6 +267,32 @@ def test_regression_is_measured_with_its_own_likelihood(likelihood: effens.Likel
     )
     assert found.flops == 2 * 2 * INPUTS * outputs
     assert found.saved_bytes > 0
+
+
+def test_a_plain_network_is_timed_as_it_is() -> None:
+    """The baseline of all costs: what is in between a network and its user is not the network's cost."""
+    calls: list[type] = []
+
+    class Seen(nn.Linear):
+        def __call__(self, x: Tensor) -> Tensor:
+            calls.append(type(self))
+            result: Tensor = super().__call__(x)
+            return result
+
+    class Watched(nn.Sequential):
+        def __call__(self, x: Tensor) -> Tensor:
+            calls.append(type(self))
+            result: Tensor = super().__call__(x)
+            return result
+
+    found, one = (
+        measured(Watched(Seen(INPUTS, CLASSES))),
+        measured(effens.DeepEnsemble.of([nn.Linear(INPUTS, CLASSES)])),
+    )
+    assert (found.parameters, found.stored_bytes, found.flops) == (one.parameters, one.stored_bytes, one.flops)
+    assert found.saved_bytes == one.saved_bytes
+    assert set(found.latency_p50) == {1, 256}
+    assert calls[-2:] == [Watched, Seen]  # the last prediction: nothing but the network and its layer
 
 
 def test_the_printed_table_says_the_counts() -> None:

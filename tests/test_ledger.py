@@ -1253,6 +1253,20 @@ def test_costs_are_measured_once_for_every_method_that_is_no_variant(
     assert ledger.costs("line", "single, temperature") == ledger.costs("line", "single")
 
 
+def test_one_network_is_measured_as_plain_pytorch_has_it(bank: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds: list[str] = []
+
+    def noted(network: nn.Module, *arguments: Any, seconds: float, **options: Any) -> effens.Costs:
+        kinds.append(type(network).__name__)
+        return measure(network, *arguments, seconds=0.001, **options)
+
+    monkeypatch.setattr(ledger, "measure", noted)
+    for name in ("single", "wide", "deep ensemble"):
+        ledger.run_costs(LINE, [name])
+    assert set(kinds[:10]) == {"Sequential"}
+    assert set(kinds[10:]) == {"DeepEnsemble"}
+
+
 def test_costs_on_another_device_are_kept_beside_those_on_the_cpu(bank: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def quick(ensemble: effens.Ensemble, *arguments: Any, seconds: float, **options: Any) -> effens.Costs:
         assert all(tensor.device.type == "cpu" for tensor in ensemble.state_dict().values())

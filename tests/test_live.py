@@ -124,3 +124,70 @@ def test_no_widget_is_stored_in_any_chapter(name: str) -> None:
     kinds = {kind for cell in code(name) for output in cell.outputs for kind in output.get("data", {})}
     assert not [kind for kind in kinds if "widget" in kind]
     assert "widgets" not in notebook.metadata
+
+
+# What a reader should have seen, as a hidden cell says it under each live cell of the curve with the gap.
+
+Parts = tuple[float, ...]  # members' loss, diversity gain, NLL: on the data, then in the gap
+
+
+def seen(reader: Reader, **values: Any) -> Parts:
+    """The numbers under the picture with these values, and the sliders' first ones elsewhere."""
+    for slider, start in zip(reader.sliders, reader.start, strict=True):
+        slider.value = values.get(slider.description.replace(" ", "_"), start)
+    numbers = re.findall(r"\u2212?-?\d+\.\d+", reader.line.value)
+    return tuple(float(number) for number in numbers)
+
+
+LIVE = {
+    "introduction": lambda see: [
+        see(width=8)[1] > 10 * see(width=128)[1],
+        see(width=8)[0] > see(width=128)[0] + 0.1,
+        abs(see(members=6)[2] - see(members=12)[2]) < 0.02,
+    ],
+    "deep_ensembles": lambda see: [
+        abs(see(members=12)[5] - see()[5]) < 0.2,
+        see(width=8)[4] > see()[4] > see(width=128)[4],
+        see(activation="ReLU")[5] > 4 * see()[5],
+        see(activation="Tanh")[5] > 4 * see()[5],
+    ],
+    "batch_ensemble": lambda see: [
+        see(fast_rate=0.0)[1] > see()[1],
+        see(fast_rate=0.0)[0] > see()[0],
+        see(width=16)[4] > 10 * see(width=128)[4],
+        see(width=16)[0] > see(width=128)[0] + 0.1,
+        see(start="ones")[1] == see(start="ones")[4] == 0,
+    ],
+    "snapshot_ensembles": lambda see: [
+        see(cycles=10)[4] > 2 * see(rate=0.03)[4],
+        see(rate=0.1)[0] > 1,
+        see(epochs=800)[1] < 0.2 * see()[1],
+        see(epochs=800)[4] > 1,
+    ],
+    "swag": lambda see: [
+        see(tail_rate=0.03)[1] < 0.03,
+        see(tail_rate=0.03)[4] < 0.03,
+        see(scale=8)[0] > see()[0] + 2,
+        see(rank=0)[1] < 0.5 * see()[1],
+        see(rank=0, scale=8)[1] < 0.5 * see(scale=8)[1],
+    ],
+    "mimo": lambda see: [
+        see(width=32)[2] < see(width=16)[2] < see(width=8)[2] - 0.2,
+        see(share=1.0)[1] < 0.002,
+        see(share=1.0)[4] < 0.1 * see()[4],
+    ],
+    "hyper_ensembles": lambda see: [
+        see(dropout=0.5)[1] > see(dropout=0.0)[1],
+        see(dropout=0.5)[0] > see(dropout=0.0)[0] + 0.03,
+        abs(see(candidates=12)[2] - see(candidates=3)[2]) < 0.02,
+    ],
+}
+
+
+@pytest.mark.parametrize("chapter", LIVE)
+def test_a_reader_sees_what_the_hidden_cell_says(chapter: str) -> None:
+    reader = Reader(chapter)
+    (cell,) = (cell for cell in code(chapter) if cell.id == "live-seen")
+    assert cell.source.startswith("# What you should have seen.")
+    claims = LIVE[chapter](lambda **values: seen(reader, **values))
+    assert claims == [True] * len(claims)

@@ -104,8 +104,9 @@ def outcomes(forecast: rivals.FilteredHistory) -> Tensor:
 def test_filtered_history_is_a_sample_of_outcomes() -> None:
     forecast, y = history(), torch.linspace(-2, 3, 6).double()
     drawn = outcomes(forecast)
-    torch.testing.assert_close(forecast.quantile(0.05), drawn.quantile(0.05, dim=1))
-    torch.testing.assert_close(forecast.value_at_risk(0.95), -drawn.quantile(0.05, dim=1))
+    between = drawn.sort(1).values[:, 19:21].mean(1)  # of 400 the 20th has the rank 19.5 / 400, the 21st 20.5 / 400
+    torch.testing.assert_close(forecast.quantile(0.05), between)
+    torch.testing.assert_close(forecast.value_at_risk(0.95), -between)
     worst = drawn.topk(20, largest=False).values.mean(1)
     torch.testing.assert_close(forecast.expected_shortfall(0.95), -worst)
     torch.testing.assert_close(forecast.pit(y), (drawn <= y[:, None]).double().mean(1))
@@ -118,6 +119,12 @@ def test_many_normal_residuals_score_as_a_normal() -> None:
     at = (torch.arange(500, dtype=torch.float64) + 0.5) / 500
     residuals = torch.from_numpy(stats.norm.ppf(at.numpy()))[None]
     forecast = rivals.FilteredHistory(torch.zeros(3).double(), torch.ones(3).double(), residuals, torch.zeros(3).long())
+    for level in (0.9, 0.975, 0.99):
+        assert forecast.value_at_risk(level)[0].item() == pytest.approx(stats.norm.ppf(level), abs=2e-3)
+        shortfall = stats.norm.pdf(stats.norm.ppf(level)) / (1 - level)
+        assert forecast.expected_shortfall(level)[0].item() == pytest.approx(shortfall, rel=0.01)
+    assert forecast.quantile(0.0)[0] == residuals[0, 0]
+    assert forecast.quantile(1.0)[0] == residuals[0, -1]
     y = torch.tensor([-1.0, 0.2, 2.5]).double()
     assert forecast.crps(y).mean().item() == pytest.approx(
         effens.crps(Normal(torch.zeros(1, 3), torch.ones(1, 3)), y).item(), abs=2e-3
