@@ -1463,6 +1463,17 @@ def test_the_scores_of_students(walk: Task) -> None:
     assert pool.loc.shape == (4, 30)
 
 
+def test_the_scores_of_a_pool_of_students_are_those_of_its_groups(walk: Task) -> None:
+    ledger.run(walk, "deep ensemble", 0)
+    said, (_, y) = ledger.predictions("walk", "deep ensemble", 0), walk.load(0)["test"]
+    assert y is not None
+    ledger.TASKS["walk"] = replace(walk, members=1)
+    found = ledger.seed_scores("walk", "deep ensemble", 0, "test")
+    alone = [effens.crps(ledger.members_of(said, torch.tensor([m])), y).item() for m in range(2)]
+    assert found["crps"] == pytest.approx(sum(alone) / 2, rel=1e-5)
+    assert found["crps"] > ledger.kept_crps("walk", "deep ensemble", 0).mean()
+
+
 def test_the_scales_of_students_are_set_on_validation_data(walk: Task) -> None:
     ledger.run(walk, "single", 0)
     val, (_, y) = ledger.predictions("walk", "single", 0, "val"), walk.load(0)["val"]
