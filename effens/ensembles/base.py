@@ -301,7 +301,7 @@ def split_rows(rows: Tensor, members: int) -> Tensor:
 
 
 def slices(weight: Tensor, bias: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
-    """Return each member's weight and bias, unbound at once: each slice alone would have a gradient of full size."""
+    """Return each member's weight (or s) and bias, unbound: a slice alone would have a gradient of full size."""
     biases = [None] * len(weight) if bias is None else bias.unbind()
     return list(zip(weight.unbind(), biases, strict=True))
 
@@ -361,9 +361,8 @@ def member_conv2d(rows: Tensor, weight: Tensor, bias: Tensor | None, **geometry:
     members, out = weight.shape[:2]
     x = split_rows(rows, members)
     if rows.device.type == "cpu" and x[0].numel() // x.shape[2] * out > 65_536:
-        biases = [None] * members if bias is None else bias.unbind()
-        parts = zip(x.unbind(), weight.unbind(), biases, strict=True)
-        return torch.cat([F.conv2d(part, kernel, b, **geometry) for part, kernel, b in parts])
+        parts = zip(x.unbind(), slices(weight, bias), strict=True)
+        return torch.cat([F.conv2d(part, *own, **geometry) for part, own in parts])
     groups = geometry.pop("groups", 1) * members
     wide = x.transpose(0, 1).flatten(1, 2)  # (batch, members * in, height, width)
     y = F.conv2d(wide, weight.flatten(0, 1), None if bias is None else bias.flatten(), groups=groups, **geometry)
