@@ -93,10 +93,6 @@ class Categorical(Likelihood):
         """Return probabilities ``(..., batch, classes)``."""
         return outputs.softmax(-1)
 
-    def distribution(self, outputs: Tensor) -> CategoricalDistribution:
-        """Return the same as a `torch.distributions.Categorical`."""
-        return CategoricalDistribution(logits=outputs, validate_args=False)
-
 
 @dataclass(frozen=True)
 class Gaussian(Likelihood):
