@@ -1,5 +1,6 @@
 """Baselines that an ensemble must beat: they cost one training, and answer as ensembles do, with all their members."""
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -53,6 +54,10 @@ class MCDropout(Ensemble):
         outputs: Tensor = self.network(self.check_streams(xs)[0])
         return outputs[None]
 
+    def member(self, m: int) -> nn.Module:
+        """Raise `NotImplementedError`: there is no member ``m`` that would answer the same again."""
+        raise NotImplementedError("a member must answer the same at each call, got masks that are drawn anew")
+
 
 class LastLayerLaplace(Ensemble):
     r"""One network, and samples of a Gaussian around the weights of its last layer, fitted after training.
@@ -105,14 +110,24 @@ class LastLayerLaplace(Ensemble):
 
     def forward(self, x: Tensor) -> Tensor:
         """Answer with every sample: ``(batch, ...)`` to ``(members, batch, outputs)``."""
-        if not self.ready:
-            raise RuntimeError("no members yet: call effens.fit")
+        self.check_ready()
         return torch.einsum("bf,mof->mbo", self.features(x), self.samples)
 
     def forward_members(self, xs: Tensor) -> Tensor:
         """Give the network in training its batch: ``(1, batch, ...)`` to ``(1, batch, outputs)``."""
         outputs: Tensor = self.network(self.check_streams(xs)[0])
         return outputs[None]
+
+    def member(self, m: int) -> nn.Module:
+        """Return a copy of the network with sample ``m`` as its last layer, equal to ``ensemble(x)[m]``."""
+        self.check_ready()
+        weights = self.samples[self.check_member(m)].detach()
+        network = copy.deepcopy(self.network)
+        last = network[-1]
+        assert isinstance(last, nn.Linear)
+        last.weight.data.copy_(weights[:, :-1])
+        last.bias.data.copy_(weights[:, -1])
+        return network
 
     def features(self, x: Tensor) -> Tensor:
         """Return what the last layer reads, and 1: ``(batch, features + 1)``."""
@@ -141,6 +156,11 @@ class LastLayerLaplace(Ensemble):
         shift = torch.linalg.solve_triangular(factor.mT, noise.to(mean), upper=True)  # of covariance information^-1
         self.samples.copy_(mean + shift.mT.reshape(self.members, *mean.shape))
         self.ready = True
+
+    def check_ready(self) -> None:
+        """Raise `RuntimeError` unless the members were drawn."""
+        if not self.ready:
+            raise RuntimeError("no members yet: call effens.fit")
 
 
 def reconsider(ensemble: LastLayerLaplace, _: Any) -> None:

@@ -47,15 +47,15 @@ class Ensemble(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Answer with every member: ``(batch, ...)`` to ``(members, batch, outputs)``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"an ensemble must override forward, got none in {type(self).__name__}")
 
     def forward_members(self, xs: Tensor) -> Tensor:
         """Give each network its own batch: ``(streams, batch, ...)`` to ``(streams, batch, outputs)``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"an ensemble must override forward_members, got none in {type(self).__name__}")
 
     def member(self, m: int) -> nn.Module:
         """Return a copy of member ``m`` as a plain network, equal to ``ensemble(x)[m]``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"an ensemble must override member, got none in {type(self).__name__}")
 
     @property
     def shared_batch(self) -> bool:
@@ -115,15 +115,15 @@ class MemberLayer(nn.Module):
 
     def apart(self) -> list[Callable[[Tensor], Any]]:
         """Return what the layer does to each member's rows, as a function for each."""
-        raise NotImplementedError
+        raise NotImplementedError(f"a member layer must override apart, got none in {type(self).__name__}")
 
     def forward_shared(self, x: Tensor) -> Tensor:
         """Map ``(batch, ...)``, the same for all members, to ``(members * batch, ...)``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"a member layer must override forward_shared, got none in {type(self).__name__}")
 
     def member(self, m: int) -> nn.Module:
         """Return a copy of member ``m``'s layer as a plain one."""
-        raise NotImplementedError
+        raise NotImplementedError(f"a member layer must override member, got none in {type(self).__name__}")
 
 
 class RowEnsemble(Ensemble):
