@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effens.ensembles.base import Ensemble, MakeNet, made
+from effens.ensembles.base import MakeNet, OneNetwork, made
 from effens.likelihoods import Categorical, Gaussian, Likelihood, StudentT
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
-class MCDropout(Ensemble):
+class MCDropout(OneNetwork):
     """One network whose dropout stays on when it is asked: each member is the network under masks of its own.
 
     Gal and Ghahramani (2016), "Dropout as a Bayesian approximation", arXiv:1506.02142. Masks are drawn anew at each
@@ -32,7 +32,7 @@ class MCDropout(Ensemble):
     """
 
     def __init__(self, make_net: MakeNet, members: int = 30) -> None:
-        super().__init__(members, streams=1)
+        super().__init__(members)
         self.network = made(make_net)
         if not any(isinstance(layer, DROPOUTS) and layer.p > 0 for layer in self.network.modules()):
             raise ValueError(f"the network must have dropout, got {self.network}")
@@ -49,17 +49,12 @@ class MCDropout(Ensemble):
                 layer.train(mode)
         return torch.unflatten(rows, 0, (self.members, len(x)))
 
-    def forward_members(self, xs: Tensor) -> Tensor:
-        """Give the network in training its batch: ``(1, batch, ...)`` to ``(1, batch, outputs)``."""
-        outputs: Tensor = self.network(self.check_streams(xs)[0])
-        return outputs[None]
-
     def member(self, m: int) -> nn.Module:
         """Raise `NotImplementedError`: there is no member ``m`` that would answer the same again."""
         raise NotImplementedError("a member must answer the same at each call, got masks that are drawn anew")
 
 
-class LastLayerLaplace(Ensemble):
+class LastLayerLaplace(OneNetwork):
     r"""One network, and samples of a Gaussian around the weights of its last layer, fitted after training.
 
     .. math:: \Sigma^{-1} = \sum_i (\phi_i \phi_i^\top) \otimes F_i + \tau I
@@ -83,6 +78,7 @@ class LastLayerLaplace(Ensemble):
         - ``ensemble(x)``: ``(batch, ...)`` to ``(members, batch, outputs)``
     """
 
+    network: nn.Sequential
     samples: Tensor
 
     def __init__(
@@ -94,7 +90,7 @@ class LastLayerLaplace(Ensemble):
         likelihood: Likelihood | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(members, streams=1)
+        super().__init__(members)
         if not 0 < precision < math.inf:
             raise ValueError(f"precision must be > 0 and finite, got {precision}")
         self.precision, self.seed = precision, seed
@@ -112,11 +108,6 @@ class LastLayerLaplace(Ensemble):
         """Answer with every sample: ``(batch, ...)`` to ``(members, batch, outputs)``."""
         self.check_ready()
         return torch.einsum("bf,mof->mbo", self.features(x), self.samples)
-
-    def forward_members(self, xs: Tensor) -> Tensor:
-        """Give the network in training its batch: ``(1, batch, ...)`` to ``(1, batch, outputs)``."""
-        outputs: Tensor = self.network(self.check_streams(xs)[0])
-        return outputs[None]
 
     def member(self, m: int) -> nn.Module:
         """Return a copy of the network with sample ``m`` as its last layer, equal to ``ensemble(x)[m]``."""

@@ -8,7 +8,7 @@ import copy
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +105,31 @@ class Ensemble(nn.Module):
                 f"xs must be (streams, batch, ...) with {self.streams} streams, got shape {tuple(xs.shape)}"
             )
         return xs
+
+
+class OneNetwork(Ensemble):
+    """An ensemble that trains one network, ``network``, and derives its members from it.
+
+    Args:
+        members: how many members are derived. What holds them is never trained: it stays in eval mode.
+    """
+
+    network: nn.Module
+
+    def __init__(self, members: int) -> None:
+        super().__init__(members, streams=1)
+
+    def forward_members(self, xs: Tensor) -> Tensor:
+        """Give the network in training its batch: ``(1, batch, ...)`` to ``(1, batch, outputs)``."""
+        outputs: Tensor = self.network(self.check_streams(xs)[0])
+        return outputs[None]
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of the network; members stay as they are, in eval mode."""
+        super().train(mode)
+        for part in self.children():
+            part.train(mode and part is self.network)
+        return self
 
 
 class MemberLayer(nn.Module):
