@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import sections, timing
+from benchmarks import run, sections, timing
 from rerun import ROOT
 from scenarios import relative
 from torch import nn
@@ -142,6 +142,25 @@ def test_one_command_runs_a_section_and_keeps_the_others(tmp_path: Path) -> None
     wrong = subprocess.run([*command[:2], "mime"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert "sections must be of linear" in wrong.stderr
     assert "got mime" in wrong.stderr
+
+
+@pytest.mark.parametrize(("there", "missing"), [((), "torch-uncertainty, tabm"), (("tabm",), "torch-uncertainty")])
+def test_the_book_s_results_are_not_replaced_by_some_without_peers(
+    there: tuple[str, ...], missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "linear"])
+    monkeypatch.setattr(run, "found", there.__contains__)
+    monkeypatch.setattr(run, "SECTIONS", {"linear": lambda seconds: pytest.fail("it ran")})
+    with pytest.raises(SystemExit):
+        run.main()
+    said = capsys.readouterr().err
+    assert "results for the book must have every peer beside them: pip install -r tests/benchmarks/requirements" in said
+    assert said.endswith(f"got no {missing}\n")
+
+
+def test_the_readme_installs_the_peers_first() -> None:
+    (line,) = (line for line in (ROOT / "README.md").read_text("utf-8").splitlines() if "benchmarks/run.py" in line)
+    assert line.index("pip install -r tests/benchmarks/requirements.txt") < line.index("python tests/benchmarks/run.py")
 
 
 def test_the_book_holds_every_section() -> None:
