@@ -170,3 +170,21 @@ def test_the_book_holds_every_section() -> None:
     intervals = [ratio for row in rows for ratio in row["ratios"].values()]
     assert all(low <= middle <= high for middle, low, high in intervals)
     assert statistics.median(len(row["ratios"]) for row in rows) >= 2
+
+
+def test_the_book_holds_every_peer_wherever_it_takes_part() -> None:
+    """A run without the packages leaves them out; its results must not have got into the book."""
+    layers = {"linear": 2 * len(sections.LINEAR), "shared": 2 * len(sections.SHARED)}
+    perceptrons = sum(name.startswith("MLP") for name in sections.NETWORKS)
+    expected = {
+        "torch-uncertainty": {**layers, "conv": 2 * len(sections.CONV), "swag": 2, "mimo": 2, "serving": 1},
+        "tabm": {**layers, "deep": 2 * perceptrons, "serving": 1},
+    }
+    content = json.loads((ROOT / "effens/bank/speed.json").read_text())
+    for peer, rows in expected.items():
+        beside = {
+            name: sum(any(peer in contestant for contestant in row["ratios"]) for row in section["rows"])
+            for name, section in content.items()
+        }
+        assert beside == {name: rows.get(name, 0) for name in sections.SECTIONS}
+        assert all(peer in section["versions"] for section in content.values())
