@@ -429,14 +429,29 @@ DEFAULT = {"rate": 1e-2, "weight_decay": 1e-2, "dropout": 0.0, "width": 8}
 SPACE: tuning.Space = {"rate": (1e-3, 3e-2), "weight_decay": (1e-4, 1.0), "dropout": (0.0, 0.5), "width": (4, 16)}
 
 
+def meet(place: Path, processes: int = 2) -> None:
+    """Wait until so many processes are here."""
+    place.mkdir(exist_ok=True)
+    (place / str(os.getpid())).touch()
+    patience = time.monotonic() + 60
+    while len(list(place.iterdir())) < processes:
+        assert time.monotonic() < patience, "the other process did not come"
+        time.sleep(0.01)
+
+
 def searched(
-    storage: str | None, folder: Path | None, trials: int = 12
+    storage: str | None, folder: Path | None, trials: int = 12, place: Path | None = None
 ) -> tuple[int, list[dict[str, float]], list[float]]:
-    """Search; return how many trials were trained here, the settings of all, and what became of them."""
+    """Search; return how many trials were trained here, the settings of all, and what became of them.
+
+    With a place, the first training waits until another process is in its first, too.
+    """
     trained: list[tuning.Pair] = []
     train = tuning.train
 
     def counted(make: Any, data: Any, validation: Any, pair: tuning.Pair, options: dict[str, Any]) -> tuning.Training:
+        if place is not None and not trained:
+            meet(place)
         trained.append(pair)
         return train(make, data, validation, pair, options)
 
@@ -489,7 +504,7 @@ def test_a_search_is_shared_by_two_processes(kind: str, tmp_path: Path, request:
     sqlite = f"sqlite:///{tmp_path}/search.db"
     storage = sqlite if kind == "sqlite" else request.getfixturevalue("postgresql")
     with processes() as pool:
-        futures = [pool.submit(searched, storage, tmp_path / "weights") for _ in range(2)]
+        futures = [pool.submit(searched, storage, tmp_path / "weights", place=tmp_path / "meet") for _ in range(2)]
         shares, settings, losses = zip(*(future.result() for future in futures), strict=True)
     assert min(shares) >= 2  # both did their part
     assert 12 <= sum(shares) <= 13  # who is done first draws one more, in case the other's last is never finished
