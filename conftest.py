@@ -3,11 +3,13 @@
 import os
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
+import nbformat
 import pytest
 from nbval.plugin import IPyNbCell, IPyNbFile
-from rerun import ENVIRONMENT
+from rerun import ENVIRONMENT, chapters
 
 ROOT = Path(__file__).parent
 
@@ -31,3 +33,13 @@ def pytest_runtest_setup(item: pytest.Item) -> Generator[None]:
     """A chapter's kernel starts in its first cell's setup; tests marked `gpu` must still see the GPU."""
     with patch.dict(os.environ, ENVIRONMENT if isinstance(item, IPyNbCell) else {}):
         yield
+
+
+@pytest.fixture(params=chapters(), ids=lambda chapter: chapter.stem)
+def chapter(request: pytest.FixtureRequest) -> Path:
+    return Path(request.param)
+
+
+@pytest.fixture
+def notebook(chapter: Path) -> Any:
+    return nbformat.read(chapter, as_version=4)

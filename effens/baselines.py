@@ -1,5 +1,6 @@
 """Baselines that an ensemble must beat: they cost one training, and answer as ensembles do, with all their members."""
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -7,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effens.ensembles.base import Ensemble, MakeNet, made
+from effens.ensembles.base import MakeNet, OneNetwork, made
 from effens.likelihoods import Categorical, Gaussian, Likelihood, StudentT
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
-class MCDropout(Ensemble):
+class MCDropout(OneNetwork):
     """One network whose dropout stays on when it is asked: each member is the network under masks of its own.
 
     Gal and Ghahramani (2016), "Dropout as a Bayesian approximation", arXiv:1506.02142. Masks are drawn anew at each
@@ -31,7 +32,7 @@ class MCDropout(Ensemble):
     """
 
     def __init__(self, make_net: MakeNet, members: int = 30) -> None:
-        super().__init__(members, streams=1)
+        super().__init__(members)
         self.network = made(make_net)
         if not any(isinstance(layer, DROPOUTS) and layer.p > 0 for layer in self.network.modules()):
             raise ValueError(f"the network must have dropout, got {self.network}")
@@ -48,13 +49,12 @@ class MCDropout(Ensemble):
                 layer.train(mode)
         return torch.unflatten(rows, 0, (self.members, len(x)))
 
-    def forward_members(self, xs: Tensor) -> Tensor:
-        """Give the network in training its batch: ``(1, batch, ...)`` to ``(1, batch, outputs)``."""
-        outputs: Tensor = self.network(self.check_streams(xs)[0])
-        return outputs[None]
+    def member(self, m: int) -> nn.Module:
+        """Raise `NotImplementedError`: there is no member ``m`` that would answer the same again."""
+        raise NotImplementedError("a member must answer the same at each call, got masks that are drawn anew")
 
 
-class LastLayerLaplace(Ensemble):
+class LastLayerLaplace(OneNetwork):
     r"""One network, and samples of a Gaussian around the weights of its last layer, fitted after training.
 
     .. math:: \Sigma^{-1} = \sum_i (\phi_i \phi_i^\top) \otimes F_i + \tau I
@@ -78,6 +78,7 @@ class LastLayerLaplace(Ensemble):
         - ``ensemble(x)``: ``(batch, ...)`` to ``(members, batch, outputs)``
     """
 
+    network: nn.Sequential
     samples: Tensor
 
     def __init__(
@@ -89,7 +90,7 @@ class LastLayerLaplace(Ensemble):
         likelihood: Likelihood | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(members, streams=1)
+        super().__init__(members)
         if not 0 < precision < math.inf:
             raise ValueError(f"precision must be > 0 and finite, got {precision}")
         self.precision, self.seed = precision, seed
@@ -105,14 +106,19 @@ class LastLayerLaplace(Ensemble):
 
     def forward(self, x: Tensor) -> Tensor:
         """Answer with every sample: ``(batch, ...)`` to ``(members, batch, outputs)``."""
-        if not self.ready:
-            raise RuntimeError("no members yet: call effens.fit")
+        self.check_ready()
         return torch.einsum("bf,mof->mbo", self.features(x), self.samples)
 
-    def forward_members(self, xs: Tensor) -> Tensor:
-        """Give the network in training its batch: ``(1, batch, ...)`` to ``(1, batch, outputs)``."""
-        outputs: Tensor = self.network(self.check_streams(xs)[0])
-        return outputs[None]
+    def member(self, m: int) -> nn.Module:
+        """Return a copy of the network with sample ``m`` as its last layer, equal to ``ensemble(x)[m]``."""
+        self.check_ready()
+        weights = self.samples[self.check_member(m)].detach()
+        network = copy.deepcopy(self.network)
+        last = network[-1]
+        assert isinstance(last, nn.Linear)
+        last.weight.data.copy_(weights[:, :-1])
+        last.bias.data.copy_(weights[:, -1])
+        return network
 
     def features(self, x: Tensor) -> Tensor:
         """Return what the last layer reads, and 1: ``(batch, features + 1)``."""
@@ -141,6 +147,11 @@ class LastLayerLaplace(Ensemble):
         shift = torch.linalg.solve_triangular(factor.mT, noise.to(mean), upper=True)  # of covariance information^-1
         self.samples.copy_(mean + shift.mT.reshape(self.members, *mean.shape))
         self.ready = True
+
+    def check_ready(self) -> None:
+        """Raise `RuntimeError` unless the members were drawn."""
+        if not self.ready:
+            raise RuntimeError("no members yet: call effens.fit")
 
 
 def reconsider(ensemble: LastLayerLaplace, _: Any) -> None:

@@ -962,9 +962,9 @@ def seed_scores(task: str, name: str, seed: int, split: str) -> dict[str, float]
     parts = groups(prediction, TASKS[task].members) if name == "deep ensemble" else [prediction]
     rows = [score(part, y) for part in parts]
     if isinstance(TASKS[task].likelihood, StudentT):
-        new = name in BASELINES
-        daily = daily_crps(prediction, y) if new else kept_crps(task, name, seed, split)
-        rows[0]["crps"] = float(daily.mean())
+        kept = name not in BASELINES and len(parts) == 1  # what is kept is that of all members together
+        each = [kept_crps(task, name, seed, split)] if kept else [daily_crps(part, y) for part in parts]
+        rows = [{**row, "crps": float(daily.mean())} for row, daily in zip(rows, each, strict=True)]
     if (truth := TASKS[task].truth) is not None:
         exact = truth(seed, split)
         rows = [{**row, "divergence": divergence(exact, part)} for row, part in zip(rows, parts, strict=True)]

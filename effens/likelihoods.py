@@ -29,11 +29,11 @@ class Likelihood:
 
     def nll(self, outputs: Tensor, y: Tensor) -> Tensor:
         """Return the negative log likelihood of each example, ``(..., batch)``, in nats."""
-        raise NotImplementedError
+        raise NotImplementedError(f"a likelihood must override nll, got none in {type(self).__name__}")
 
     def predict(self, outputs: Tensor) -> Tensor | Distribution:
         """Return what `effens.predict` answers: probabilities, or a distribution of batch shape ``(..., batch)``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"a likelihood must override predict, got none in {type(self).__name__}")
 
     def check(self, outputs: Tensor, y: Tensor) -> None:
         """Raise `ValueError` unless these targets can be read with these outputs; looks at every target's value."""
@@ -92,10 +92,6 @@ class Categorical(Likelihood):
     def predict(self, outputs: Tensor) -> Tensor:
         """Return probabilities ``(..., batch, classes)``."""
         return outputs.softmax(-1)
-
-    def distribution(self, outputs: Tensor) -> CategoricalDistribution:
-        """Return the same as a `torch.distributions.Categorical`."""
-        return CategoricalDistribution(logits=outputs, validate_args=False)
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,12 @@ capabilities", doi:10.1145/1465482.1465560. Trainings of unequal times wait for 
 """
 
 import heapq
-import json
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
@@ -24,11 +22,12 @@ from typing import Any
 import torch
 from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from effens.ensembles.base import Ensemble
 from effens.ensembles.deep import DeepEnsemble
+from effens.identity import described, digest
 from effens.storage import load, save
 from effens.training import Data, as_pair, check_positive, fit
 from effens.tuning import OF_FIT, Settings, build
@@ -56,8 +55,9 @@ def fit_each(
     Each training depends on its seed and settings alone, so that the networks are those of training one by one, to the
     last bit on processors of one kind. Each is kept in the folder, in a file of its own, by the worker that trained it.
     A second call trains what is missing: after a kill, or with more seeds. A file is found again by the seed, the
-    settings, the options, the data and the name of ``make_net``; where the code of ``make_net`` changes, take another
-    folder.
+    settings, the options, the data and ``make_net``. A function that stands in a module is known by its name: where its
+    code changes, take another folder. A lambda, or a function made inside another, is known by its code and all that it
+    reads; where that changes, a counter say, so does the file.
 
     Workers that are processes import ``make_net`` by its name, so it must stand in a module: not in a notebook, no
     lambda; `functools.partial` of one that does, ``partial(effens.nets.mlp, 196, 10)``, will do. (Dask sends functions
@@ -84,8 +84,8 @@ def fit_each(
         The trained networks, or ensembles, in the order of the seeds: `DeepEnsemble.of` puts them side by side.
 
     Raises:
-        ValueError: there are no seeds, or not one of the settings for each; two trainings are the same; or a process
-            could not import ``make_net`` or ``data``.
+        ValueError: there are no seeds, or not one of the settings for each; two trainings are the same; a process
+            could not import ``make_net`` or ``data``; or one of them holds what cannot be told from others, a lock say.
         FileNotFoundError: a worker keeps its files elsewhere.
         Exception: what the first failed training raised, a worker's death included, after all others have ended.
 
@@ -202,29 +202,9 @@ def unwrapped(sent: Any) -> Data:
     return data
 
 
-def described(value: Any) -> Any:
-    """Return what tells a value from others, the same in every process, as something JSON can hold."""
-    if isinstance(value, partial):
-        return described([value.func, value.args, value.keywords])
-    if isinstance(value, dict):
-        return {key: described(value[key]) for key in value}
-    if isinstance(value, tuple | list):
-        return [described(part) for part in value]
-    if isinstance(value, Tensor):
-        return described(to_bytes({"": value.detach().cpu().contiguous()}))
-    if isinstance(value, bytes):
-        return sha256(value).hexdigest()
-    if hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__}"
-    if " at 0x" in (text := repr(value)):  # an address
-        return described([type(value), getattr(value, "__dict__", {})])
-    return text
-
-
 def name_of(seed: int, facts: Any) -> str:
     """Return the name of the file of a training."""
-    content = json.dumps(described(facts), sort_keys=True)
-    return f"seed-{seed}-{sha256(content.encode()).hexdigest()[:12]}.safetensors"
+    return f"seed-{seed}-{digest(facts)}.safetensors"
 
 
 def check_runs(seeds: Sequence[int], settings: Sequence[Settings]) -> None:

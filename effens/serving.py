@@ -114,6 +114,7 @@ def export(
     x: Tensor,
     path: str | os.PathLike[str],
     backend: str = "aoti",
+    *,
     likelihood: Likelihood | None = None,
 ) -> Served:
     """Write an ensemble to one file that answers, with mean and spread, without the ensemble; and return it loaded.

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -205,7 +206,7 @@ def read_whole(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file under another name first, so that a killed run leaves the old file or the new one."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{uuid4().hex}.part")  # processes of two machines can have one number
     try:
         with open(part, "wb") as file:
             file.write(content)

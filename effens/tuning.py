@@ -18,6 +18,7 @@ from tqdm import tqdm
 from effens.ensembles.base import made
 from effens.ensembles.deep import DeepEnsemble
 from effens.ensembles.hyper import log_likelihoods
+from effens.identity import described, digest
 from effens.likelihoods import Categorical, Likelihood
 from effens.storage import load, save
 from effens.training import Data, check_positive, fit, place_of, predict, seeded
@@ -126,7 +127,8 @@ def search(
 
     Raises:
         ImportError: Optuna is not installed.
-        ValueError: ``default`` is outside the space, a storage has no folder, it holds another search by this name;
+        ValueError: ``default`` is outside the space, a storage has no folder, it holds another search by this name
+            (of other data, say, or options; ``make_net``, ``trials``, ``batched`` and ``device`` may differ);
             or ``batched`` with ``"tpe"``, with an optimizer other than AdamW or SGD, with networks that share weights.
         FloatingPointError: every trial failed.
 
@@ -150,8 +152,10 @@ def search(
     if batched and sampler == "tpe":
         raise ValueError("sampler must be 'random' for a batched search, got 'tpe', which waits for each trial")
     facts = {"default": default, "space": space, "sampler": sampler, "seed": seed}
-    budget = {key: options[key] for key in ("epochs", "batch_size") if key in options}
-    study = open_study(storage, name, json.dumps({**facts, **budget}, sort_keys=True), default)
+    if storage is not None:
+        facts |= {"data": digest(data), "validation": digest(validation)}
+        facts |= described({key: value for key, value in options.items() if key != "device"})
+    study = open_study(storage, name, json.dumps(facts, sort_keys=True), default)
     networks: dict[int, nn.Module] = {}
     with tqdm(total=trials, desc="search", unit="trial", delay=2, leave=False, disable=not progress) as shown:
         while (done := sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))) < trials:

@@ -19,16 +19,6 @@ CHAPTERS = chapters()
 HOLDERS = ["_config.yml", "pyproject.toml", "CITATION.cff"]
 
 
-@pytest.fixture(params=CHAPTERS, ids=lambda chapter: chapter.stem)
-def chapter(request: pytest.FixtureRequest) -> Path:
-    return Path(request.param)
-
-
-@pytest.fixture
-def notebook(chapter: Path) -> Any:
-    return nbformat.read(chapter, as_version=4)
-
-
 def test_a_chapter_says_what_derives_from_the_address(chapter: Path, notebook: Any) -> None:
     stored = json.dumps(notebook, sort_keys=True)
     dress(notebook, chapter)

@@ -1,6 +1,9 @@
 """What every ensemble shares."""
 
 import math
+import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -154,10 +157,26 @@ class TestEnsemble:
         assert effens.Ensemble(3, streams=1).order(10).shape == (1, 10)
 
     def test_what_a_method_must_bring(self) -> None:
-        ensemble, x = effens.Ensemble(3), torch.zeros(2, 1)
-        for ask in (lambda: ensemble(x), lambda: ensemble.forward_members(x), lambda: ensemble.member(0)):
-            with pytest.raises(NotImplementedError):
+        ensemble, layer, likelihood, x = effens.Ensemble(3), MemberLayer(), effens.Likelihood(), torch.zeros(2, 1)
+        asks: dict[str, Callable[[], object]] = {
+            "an ensemble must override forward, got none in Ensemble": lambda: ensemble(x),
+            "an ensemble must override forward_members, got none in Ensemble": lambda: ensemble.forward_members(x),
+            "an ensemble must override member, got none in Ensemble": lambda: ensemble.member(0),
+            "a member layer must override apart, got none in MemberLayer": layer.apart,
+            "a member layer must override forward_shared, got none in MemberLayer": lambda: layer.forward_shared(x),
+            "a member layer must override member, got none in MemberLayer": lambda: layer.member(0),
+            "a likelihood must override nll, got none in Likelihood": lambda: likelihood.nll(x, x),
+            "a likelihood must override predict, got none in Likelihood": lambda: likelihood.predict(x),
+        }
+        for message, ask in asks.items():
+            with pytest.raises(NotImplementedError, match=f"^{message}$"):
                 ask()
+
+    def test_the_readme_names_every_hook(self) -> None:
+        hooks = {name for name in vars(effens.Ensemble) if not name.startswith(("_", "check_"))}
+        readme = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+        (listed,) = re.findall(r"overriding only the hooks in which it\s+differs \((.+?)\)", readme, re.DOTALL)
+        assert set(re.findall(r"`(\w+)`", listed)) == hooks
 
     @pytest.mark.parametrize("members", [0, -2])
     def test_members(self, members: int) -> None:

@@ -56,6 +56,29 @@ def test_a_network_without_dropout_is_refused() -> None:
         MCDropout(lambda: effens.nets.mlp(3, 2), 3)
 
 
+def test_masks_are_no_network() -> None:
+    message = "a member must answer the same at each call, got masks that are drawn anew"
+    with pytest.raises(NotImplementedError, match=message):
+        MCDropout(make_dropped, 3).member(0)
+
+
+def test_a_sample_of_the_last_layer_is_a_network() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(20, 3)
+    ensemble = LastLayerLaplace(lambda: effens.nets.mlp(3, 2), 4).eval()
+    with pytest.raises(RuntimeError, match="no members yet: call effens.fit"):
+        ensemble.member(0)
+    ensemble.finish([x])
+    kept = ensemble.network(x)
+    for m in range(4):
+        network = ensemble.member(m)
+        torch.testing.assert_close(network(x), ensemble(x)[m])
+        assert all(parameter.requires_grad for parameter in network.parameters())
+    assert torch.equal(ensemble.network(x), kept)
+    with pytest.raises(IndexError, match="member must be in 0 ... 3, got 4"):
+        ensemble.member(4)
+
+
 @pytest.mark.parametrize("outputs", [2, 5])
 def test_the_fisher_information_of_classes_is_the_hessian(outputs: int) -> None:
     logits = torch.randn(3, outputs, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

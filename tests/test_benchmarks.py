@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import sections, timing
+from benchmarks import run, sections, timing
 from rerun import ROOT
 from scenarios import relative
 from torch import nn
@@ -144,6 +144,25 @@ def test_one_command_runs_a_section_and_keeps_the_others(tmp_path: Path) -> None
     assert "got mime" in wrong.stderr
 
 
+@pytest.mark.parametrize(("there", "missing"), [((), "torch-uncertainty, tabm"), (("tabm",), "torch-uncertainty")])
+def test_the_book_s_results_are_not_replaced_by_some_without_peers(
+    there: tuple[str, ...], missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "linear"])
+    monkeypatch.setattr(run, "found", there.__contains__)
+    monkeypatch.setattr(run, "SECTIONS", {"linear": lambda seconds: pytest.fail("it ran")})
+    with pytest.raises(SystemExit):
+        run.main()
+    said = capsys.readouterr().err
+    assert "results for the book must have every peer beside them: pip install -r tests/benchmarks/requirements" in said
+    assert said.endswith(f"got no {missing}\n")
+
+
+def test_the_readme_installs_the_peers_first() -> None:
+    (line,) = (line for line in (ROOT / "README.md").read_text("utf-8").splitlines() if "benchmarks/run.py" in line)
+    assert line.index("pip install -r tests/benchmarks/requirements.txt") < line.index("python tests/benchmarks/run.py")
+
+
 def test_the_book_holds_every_section() -> None:
     content = json.loads((ROOT / "effens/bank/speed.json").read_text())
     assert content.keys() == sections.SECTIONS.keys()
@@ -151,3 +170,21 @@ def test_the_book_holds_every_section() -> None:
     intervals = [ratio for row in rows for ratio in row["ratios"].values()]
     assert all(low <= middle <= high for middle, low, high in intervals)
     assert statistics.median(len(row["ratios"]) for row in rows) >= 2
+
+
+def test_the_book_holds_every_peer_wherever_it_takes_part() -> None:
+    """A run without the packages leaves them out; its results must not have got into the book."""
+    layers = {"linear": 2 * len(sections.LINEAR), "shared": 2 * len(sections.SHARED)}
+    perceptrons = sum(name.startswith("MLP") for name in sections.NETWORKS)
+    expected = {
+        "torch-uncertainty": {**layers, "conv": 2 * len(sections.CONV), "swag": 2, "mimo": 2, "serving": 1},
+        "tabm": {**layers, "deep": 2 * perceptrons, "serving": 1},
+    }
+    content = json.loads((ROOT / "effens/bank/speed.json").read_text())
+    for peer, rows in expected.items():
+        beside = {
+            name: sum(any(peer in contestant for contestant in row["ratios"]) for row in section["rows"])
+            for name, section in content.items()
+        }
+        assert beside == {name: rows.get(name, 0) for name in sections.SECTIONS}
+        assert all(peer in section["versions"] for section in content.values())

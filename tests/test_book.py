@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import nbformat
 import pytest
 from address import METADATA, ROOT, colab
 from nbval.plugin import IPyNbCell, IPyNbFile
@@ -26,16 +25,6 @@ PICTURE = re.compile(r"data:image/[^\"')\s]+")
 TIMED = re.compile(r"\d[\d.]*(e[+-]?\d+)?\s?(ns|ms|µs|us|s|sec|min)\b")
 README_TEST = "python -m pip install -r requirements.txt && pytest"
 README_BOOK = "python -m pip install -r requirements.txt && jupyter-book build ."
-
-
-@pytest.fixture(params=CHAPTERS, ids=lambda chapter: chapter.stem)
-def chapter(request: pytest.FixtureRequest) -> Path:
-    return Path(request.param)
-
-
-@pytest.fixture
-def notebook(chapter: Path) -> Any:
-    return nbformat.read(chapter, as_version=4)
 
 
 @pytest.fixture

@@ -28,14 +28,14 @@ class Method:
     Attributes:
         make: (make_net, members) -> Ensemble.
         net: () -> nn.Module.
-        data: () -> (x, y).
+        data: (n=22) -> (x, y).
         ends_low: whether its rate ends near 0.
         plain: whether one member trains to the plain network.
     """
 
     make: Callable[[Callable[[], nn.Module], int], effens.Ensemble]
     net: Callable[[], nn.Module] = mlp
-    data: Callable[[], tuple[Tensor, Tensor]] = vectors
+    data: Callable[..., tuple[Tensor, Tensor]] = vectors
     ends_low: bool = True
     plain: bool = True
 
@@ -291,8 +291,9 @@ def test_to_reaches_everything(method: Method) -> None:
     assert single.member(0)(x.float()).dtype == torch.float32
 
 
-def test_trains_under_autocast(method: Method) -> None:
-    ensemble, (x, _) = build(method).float().train(), method.data()
+@pytest.mark.parametrize("n", [22, 128])  # 128 images of 8 x 8 are so many that members run one after the other
+def test_trains_under_autocast(method: Method, n: int) -> None:
+    ensemble, (x, _) = build(method).float().train(), method.data(n)
     with torch.autocast("cpu", torch.bfloat16):
         outputs = ensemble.forward_members(torch.stack([x.float()] * ensemble.streams))
     assert outputs.dtype == torch.bfloat16

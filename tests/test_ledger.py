@@ -210,7 +210,7 @@ def killed(bank: Path, last: int, seconds: float | None = None) -> None:
     command = [sys.executable, "-c", KILLED, str(bank), str(last)]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) as process:
         if seconds is not None:
-            while not list(bank.glob("*/*/*.*")) and process.poll() is None:
+            while not list(bank.glob("*/*/[!.]*.*")) and process.poll() is None:
                 time.sleep(0.01)
             time.sleep(seconds)
             process.kill()
@@ -252,7 +252,7 @@ def test_a_killed_ledger_goes_on_where_it_was(
     killed(tmp_path / "again", last=7)  # two trials and two runs of two methods: the 7th file is a run's
     cut = [path.name for path in (tmp_path / "again").rglob(".*")]
     assert len(cut) == 1
-    assert re.fullmatch(r"\.0\.npz\.\d+\.part", cut[0])
+    assert re.fullmatch(r"\.0\.npz\.\w+\.part", cut[0])
     resume(tmp_path / "again", whole)
 
 
@@ -1475,6 +1475,17 @@ def test_the_scores_of_students(walk: Task) -> None:
     pool = ledger.pool("walk")
     assert isinstance(pool, StudentT)
     assert pool.loc.shape == (4, 30)
+
+
+def test_the_scores_of_a_pool_of_students_are_those_of_its_groups(walk: Task) -> None:
+    ledger.run(walk, "deep ensemble", 0)
+    said, (_, y) = ledger.predictions("walk", "deep ensemble", 0), walk.load(0)["test"]
+    assert y is not None
+    ledger.TASKS["walk"] = replace(walk, members=1)
+    found = ledger.seed_scores("walk", "deep ensemble", 0, "test")
+    alone = [effens.crps(ledger.members_of(said, torch.tensor([m])), y).item() for m in range(2)]
+    assert found["crps"] == pytest.approx(sum(alone) / 2, rel=1e-5)
+    assert found["crps"] > ledger.kept_crps("walk", "deep ensemble", 0).mean()
 
 
 def test_the_scales_of_students_are_set_on_validation_data(walk: Task) -> None:

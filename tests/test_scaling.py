@@ -205,31 +205,65 @@ def test_other_trainings_have_other_files(changes: dict[str, Any], tmp_path: Pat
     assert len(files(tmp_path)) == 2
 
 
-def test_an_object_is_told_by_what_it_holds_and_not_by_its_address() -> None:
-    class Thing(effens.Likelihood):
-        def __init__(self, size: float) -> None:
-            self.size = torch.arange(2000.0) * size
+def test_another_lambda_is_not_given_the_first_one_s_networks(tmp_path: Path) -> None:
+    def call(make: Any, data: Any) -> nn.Module:
+        (network,) = effens.fit_each(make, data, [0], folder=tmp_path, **QUICK)
+        return network
 
-    names = {scaling.name_of(0, [Thing(size)]) for size in (1.0, 1.0, 2.0)}
-    assert len(names) == 2
+    first, other, wide = (
+        call(make, data)
+        for make, data in (
+            (lambda: mlp(), lambda: vectors(seed=1)),
+            (lambda: mlp(), lambda: vectors(seed=2)),
+            (lambda: effens.nets.mlp(4, 3, width=9).double(), lambda: vectors(seed=2)),
+        )
+    )
+    assert same([first], [call(mlp, vectors(seed=1))])
+    assert same([other], [call(mlp, vectors(seed=2))])
+    assert [next(network.parameters()).shape[0] for network in (first, other, wide)] == [8, 8, 9]
+    before = files(tmp_path)
+    assert len(before) == 5
+    assert same([first], [call(lambda: mlp(), lambda: vectors(seed=1))])  # found again
+    assert files(tmp_path) == before
+
+
+def test_a_lambda_whose_surroundings_differ_is_another_one(tmp_path: Path) -> None:
+    for width in (6, 7):
+        (network,) = effens.fit_each(lambda: dropping(width), vectors(), [0], folder=tmp_path, **QUICK)  # noqa: B023
+        assert next(network.parameters()).shape[0] == width
+
+
+def test_what_cannot_be_told_from_others_is_refused(tmp_path: Path) -> None:
+    lock = threading.Lock()
+
+    def guarded() -> Any:
+        with lock:
+            return vectors()
+
+    with pytest.raises(ValueError, match="what a result depends on must say what it holds"):
+        effens.fit_each(mlp, guarded, [0], folder=tmp_path, **QUICK)
+    assert files(tmp_path) == {}
+
+
+class Dying(torch.optim.SGD):
+    """Interrupts a run in its 14th step."""
+
+    steps = 0
+
+    def step(self, *of: Any, **options: Any) -> Any:
+        Dying.steps += 1
+        if Dying.steps == 14:
+            raise KeyboardInterrupt
+        return super().step(*of, **options)
 
 
 def test_a_checkpoint_is_gone_on_from_and_then_removed(tmp_path: Path) -> None:
-    steps: list[int] = []
-
-    class Dying(torch.optim.SGD):
-        def step(self, *of: Any, **options: Any) -> Any:
-            steps.append(1)
-            if len(steps) == 14:
-                raise KeyboardInterrupt
-            return super().step(*of, **options)
-
     options = {**QUICK, "epochs": 10, "optimizer": Dying, "checkpoints": True, "every": 4}
     with pytest.raises(KeyboardInterrupt):
         effens.fit_each(dropping, vectors(), [0, 1], folder=tmp_path, **options)
     assert [Path(name).suffix for name in files(tmp_path)] == [".checkpoint"]
     networks = effens.fit_each(dropping, vectors(), [0, 1], folder=tmp_path, **options)
-    assert len(steps) == 14 + (30 - 12) + 30
+    assert Dying.steps == 14 + (30 - 12) + 30
     assert [Path(name).suffix for name in files(tmp_path)] == 2 * [".safetensors"]
     plain = {key: value for key, value in options.items() if key not in ("checkpoints", "every")}
     before = files(tmp_path)
@@ -429,14 +463,29 @@ DEFAULT = {"rate": 1e-2, "weight_decay": 1e-2, "dropout": 0.0, "width": 8}
 SPACE: tuning.Space = {"rate": (1e-3, 3e-2), "weight_decay": (1e-4, 1.0), "dropout": (0.0, 0.5), "width": (4, 16)}
 
 
+def meet(place: Path, processes: int = 2) -> None:
+    """Wait until so many processes are here."""
+    place.mkdir(exist_ok=True)
+    (place / str(os.getpid())).touch()
+    patience = time.monotonic() + 60
+    while len(list(place.iterdir())) < processes:
+        assert time.monotonic() < patience, "the other process did not come"
+        time.sleep(0.01)
+
+
 def searched(
-    storage: str | None, folder: Path | None, trials: int = 12
+    storage: str | None, folder: Path | None, trials: int = 12, place: Path | None = None
 ) -> tuple[int, list[dict[str, float]], list[float]]:
-    """Search; return how many trials were trained here, the settings of all, and what became of them."""
+    """Search; return how many trials were trained here, the settings of all, and what became of them.
+
+    With a place, the first training waits until another process is in its first, too.
+    """
     trained: list[tuning.Pair] = []
     train = tuning.train
 
     def counted(make: Any, data: Any, validation: Any, pair: tuning.Pair, options: dict[str, Any]) -> tuning.Training:
+        if place is not None and not trained:
+            meet(place)
         trained.append(pair)
         return train(make, data, validation, pair, options)
 
@@ -489,7 +538,7 @@ def test_a_search_is_shared_by_two_processes(kind: str, tmp_path: Path, request:
     sqlite = f"sqlite:///{tmp_path}/search.db"
     storage = sqlite if kind == "sqlite" else request.getfixturevalue("postgresql")
     with processes() as pool:
-        futures = [pool.submit(searched, storage, tmp_path / "weights") for _ in range(2)]
+        futures = [pool.submit(searched, storage, tmp_path / "weights", place=tmp_path / "meet") for _ in range(2)]
         shares, settings, losses = zip(*(future.result() for future in futures), strict=True)
     assert min(shares) >= 2  # both did their part
     assert 12 <= sum(shares) <= 13  # who is done first draws one more, in case the other's last is never finished

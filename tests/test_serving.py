@@ -260,7 +260,7 @@ def test_every_method_and_likelihood(backend: str, method: str, net: Any, likeli
     meaning = LIKELIHOODS[likelihood]
     ensemble = trained(method, net, meaning.outputs or 3)
     path = tmp_path / "served"
-    served = serving.export(ensemble, inputs(net, 3), path, backend, meaning)
+    served = serving.export(ensemble, inputs(net, 3), path, backend, likelihood=meaning)
     assert far(served, ensemble, inputs(net, 3, seed=1), meaning) < 1e-5
     assert far(serving.load(path), ensemble, inputs(net, 3, seed=2), meaning) < 1e-5
     assert os.listdir(tmp_path) == ["served"]
@@ -289,6 +289,12 @@ def test_more_of_a_compiled_and_an_interpreted_file(backend: str, tmp_path: Path
     assert asked_by_threads(served, cnn, 2)
     with pytest.raises(ValueError, match=r"got shape \(3, 1, 8, 8\)"):
         served(inputs(cnn, 3))
+
+
+def test_a_likelihood_is_named_as_everywhere() -> None:
+    export: Any = serving.export
+    with pytest.raises(TypeError, match="positional"):
+        export(trained("deep"), inputs(mlp, 2), "served", "onnx", effens.Gaussian())
 
 
 def weights(module: nn.Module) -> int:

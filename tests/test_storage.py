@@ -324,6 +324,23 @@ def test_a_reader_never_sees_a_file_half_written(tmp_path: Path) -> None:
     writer.join()
 
 
+def test_writers_on_two_machines_do_not_break_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In two containers both may have the process number 1, and both write to a shared folder."""
+    path, fsync, nested = tmp_path / "shared", os.fsync, [b"second"]
+
+    def overtaken(file: int) -> None:
+        fsync(file)
+        if nested:
+            storage.write_whole(path, nested.pop())
+            assert path.read_bytes() == b"second"
+
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    monkeypatch.setattr(os, "fsync", overtaken)
+    storage.write_whole(path, b"the first")
+    assert path.read_bytes() == b"the first"
+    assert [file.name for file in tmp_path.iterdir()] == ["shared"]
+
+
 SAVE_FOREVER = """
 import sys, torch, effens
 from torch import nn

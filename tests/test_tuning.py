@@ -137,12 +137,40 @@ def test_search_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert len(calls) == 6 + 3  # six trained, three made again for the weights that were kept
     assert same(searched(trials=6, **kept), found())
     assert resumed.seconds == searched(trials=6, **kept).seconds > 0
-    with pytest.raises(ValueError, match="the study 'search' must be of this search"):
-        searched(seed=1, **kept)
     assert searched(seed=1, name="another", trials=2, **kept).trainings == 2
     (tmp_path / "weights/search-1.safetensors").unlink()
     with pytest.raises(FileNotFoundError):
         searched(**kept)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"default": {**DEFAULT, "rate": 2e-2}},
+        {"space": {**SMALL, "dropout": (0.0, 0.4)}},
+        {"sampler": "tpe"},
+        {"epochs": 4},
+        {"batch_size": 16},
+        {"optimizer": torch.optim.SGD},
+        {"optimizer": partial(torch.optim.SGD, momentum=0.9)},
+        {"likelihood": effens.Gaussian()},
+        {"precision": "bfloat16"},
+        {"compile": True},
+        {"data": (train_set()[0], 2 - train_set()[1])},
+        {"data": vectors(60, seed=3)},
+        {"validation": (val_set()[0], 2 - val_set()[1])},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_stored_search_goes_on_with_no_other(changes: dict[str, Any], tmp_path: Path) -> None:
+    storage = optuna.storages.InMemoryStorage()
+    kept: dict[str, Any] = {"storage": storage, "folder": tmp_path, "trials": 1}
+    searched(**kept)
+    with pytest.raises(ValueError, match="the study 'search' must be of this search"):
+        searched(**kept, **changes)
+    same_again: dict[str, Any] = {"data": tuple(part.clone() for part in train_set()), "device": torch.device("cpu")}
+    assert searched(**kept, **same_again).trainings == 1
 
 
 @pytest.mark.parametrize("number", [0, 2])

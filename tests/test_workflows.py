@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,15 @@ def test_the_weekly_run_takes_the_newest_packages_and_python_3_13_in_full() -> N
     assert "jupyter-book build . -W -n --keep-going" in full
 
 
+def test_the_weekly_run_counts_what_the_tests_reach() -> None:
+    """With `fail_under`, which holds for the documented command alone: the quick tests reach less."""
+    command = 'pytest tests -m "slow or not slow" --cov'
+    assert command in commands("weekly", "coverage").splitlines()
+    assert f"`{command}`" in (ROOT / "README.md").read_text("utf-8")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["coverage"]
+    assert settings["report"]["fail_under"] == 95
+
+
 def test_the_weekly_run_looks_at_outside_links_and_known_holes() -> None:
     assert "--builder linkcheck" in commands("weekly", "links")
     assert "https://doi.org/api/handles/" in commands("weekly", "links")  # publishers refuse robots: they are not asked
@@ -131,5 +141,6 @@ def test_the_weekly_run_looks_at_outside_links_and_known_holes() -> None:
 def test_a_failure_of_any_weekly_job_opens_an_issue() -> None:
     weekly = parsed("weekly")["jobs"]
     assert set(weekly["report"]["needs"]) == set(weekly) - {"report"}
-    assert weekly["report"]["if"] == "failure() || cancelled()"
+    results = [f"contains(needs.*.result, '{result}')" for result in ("failure", "cancelled")]
+    assert weekly["report"]["if"] == f"always() && ({' || '.join(results)})"  # cancelled() is of the whole run alone
     assert "gh issue create" in commands("weekly", "report")

@@ -8,7 +8,7 @@ import copy
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -47,15 +47,15 @@ class Ensemble(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Answer with every member: ``(batch, ...)`` to ``(members, batch, outputs)``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"an ensemble must override forward, got none in {type(self).__name__}")
 
     def forward_members(self, xs: Tensor) -> Tensor:
         """Give each network its own batch: ``(streams, batch, ...)`` to ``(streams, batch, outputs)``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"an ensemble must override forward_members, got none in {type(self).__name__}")
 
     def member(self, m: int) -> nn.Module:
         """Return a copy of member ``m`` as a plain network, equal to ``ensemble(x)[m]``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"an ensemble must override member, got none in {type(self).__name__}")
 
     @property
     def shared_batch(self) -> bool:
@@ -107,6 +107,31 @@ class Ensemble(nn.Module):
         return xs
 
 
+class OneNetwork(Ensemble):
+    """An ensemble that trains one network, ``network``, and derives its members from it.
+
+    Args:
+        members: how many members are derived. What holds them is never trained: it stays in eval mode.
+    """
+
+    network: nn.Module
+
+    def __init__(self, members: int) -> None:
+        super().__init__(members, streams=1)
+
+    def forward_members(self, xs: Tensor) -> Tensor:
+        """Give the network in training its batch: ``(1, batch, ...)`` to ``(1, batch, outputs)``."""
+        outputs: Tensor = self.network(self.check_streams(xs)[0])
+        return outputs[None]
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of the network; members stay as they are, in eval mode."""
+        super().train(mode)
+        for part in self.children():
+            part.train(mode and part is self.network)
+        return self
+
+
 class MemberLayer(nn.Module):
     """A layer with weights for each member. Its rows are member-major: all of member 0's, then all of member 1's ..."""
 
@@ -115,15 +140,15 @@ class MemberLayer(nn.Module):
 
     def apart(self) -> list[Callable[[Tensor], Any]]:
         """Return what the layer does to each member's rows, as a function for each."""
-        raise NotImplementedError
+        raise NotImplementedError(f"a member layer must override apart, got none in {type(self).__name__}")
 
     def forward_shared(self, x: Tensor) -> Tensor:
         """Map ``(batch, ...)``, the same for all members, to ``(members * batch, ...)``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"a member layer must override forward_shared, got none in {type(self).__name__}")
 
     def member(self, m: int) -> nn.Module:
         """Return a copy of member ``m``'s layer as a plain one."""
-        raise NotImplementedError
+        raise NotImplementedError(f"a member layer must override member, got none in {type(self).__name__}")
 
 
 class RowEnsemble(Ensemble):
@@ -301,7 +326,7 @@ def split_rows(rows: Tensor, members: int) -> Tensor:
 
 
 def slices(weight: Tensor, bias: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
-    """Return each member's weight and bias, unbound at once: each slice alone would have a gradient of full size."""
+    """Return each member's weight (or s) and bias, unbound: a slice alone would have a gradient of full size."""
     biases = [None] * len(weight) if bias is None else bias.unbind()
     return list(zip(weight.unbind(), biases, strict=True))
 
@@ -361,9 +386,8 @@ def member_conv2d(rows: Tensor, weight: Tensor, bias: Tensor | None, **geometry:
     members, out = weight.shape[:2]
     x = split_rows(rows, members)
     if rows.device.type == "cpu" and x[0].numel() // x.shape[2] * out > 65_536:
-        biases = [None] * members if bias is None else bias.unbind()
-        parts = zip(x.unbind(), weight.unbind(), biases, strict=True)
-        return torch.cat([F.conv2d(part, kernel, b, **geometry) for part, kernel, b in parts])
+        parts = zip(x.unbind(), slices(weight, bias), strict=True)
+        return torch.cat([F.conv2d(part, *own, **geometry) for part, own in parts])
     groups = geometry.pop("groups", 1) * members
     wide = x.transpose(0, 1).flatten(1, 2)  # (batch, members * in, height, width)
     y = F.conv2d(wide, weight.flatten(0, 1), None if bias is None else bias.flatten(), groups=groups, **geometry)

@@ -213,13 +213,11 @@ class BatchEnsembleLinear(RankOneLayer):
 
     def apart(self) -> list[Callable[[Tensor], Any]]:
         """Return each member's own map, which scales: it builds no matrix of its own."""
-        biases = [None] * self.members if self.bias is None else self.bias.unbind()
-        factors = zip(self.r.unbind(), self.s.unbind(), biases, strict=True)
-        return [partial(self._scaled, r=r, s=s, bias=bias) for r, s, bias in factors]
+        factors = zip(self.r.unbind(), slices(self.s, self.bias), strict=True)
+        return [partial(self._of_member, r=r, s=s, bias=bias) for r, (s, bias) in factors]
 
-    def _scaled(self, x: Tensor, r: Tensor, s: Tensor, bias: Tensor | None) -> Tensor:
-        y = F.linear(x * r, self.weight) * s
-        return y if bias is None else y + bias
+    def _of_member(self, x: Tensor, r: Tensor, s: Tensor, bias: Tensor | None) -> Tensor:
+        return scaled(F.linear(x * r, self.weight), s, bias)
 
     def weights(self) -> Tensor:
         """Return every member's weight, ``(members, out, in)``."""

@@ -12,16 +12,16 @@ of DNNs", arXiv:1802.10026.
 
 import copy
 import math
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from effens.ensembles.base import Ensemble, MakeNet, made
+from effens.ensembles.base import MakeNet, OneNetwork, made
 from effens.ensembles.deep import DeepEnsemble
 
 
-class SnapshotEnsemble(Ensemble):
+class SnapshotEnsemble(OneNetwork):
     """Copies of one network, batch norm's statistics included, made where its cyclic rate is lowest.
 
     One network is trained, ``network``. Its copies, ``snapshots``, are a `DeepEnsemble`, so that all are asked as one
@@ -65,7 +65,7 @@ class SnapshotEnsemble(Ensemble):
         pretrain: float = 0.8,
         rates: tuple[float, float] = (0.5, 0.1),
     ) -> None:
-        super().__init__(members, streams=1)
+        super().__init__(members)
         self.cycles = members if cycles is None else cycles
         if self.cycles < members:
             raise ValueError(f"cycles must be >= members, got {self.cycles} cycles and {members} members")
@@ -86,11 +86,6 @@ class SnapshotEnsemble(Ensemble):
         """Answer with every snapshot: ``(batch, ...)`` to ``(members, batch, outputs)``."""
         self.check_collected()
         return self.snapshots.forward(x)
-
-    def forward_members(self, xs: Tensor) -> Tensor:
-        """Give the network in training its batch: ``(1, batch, ...)`` to ``(1, batch, outputs)``."""
-        outputs: Tensor = self.network(self.check_streams(xs)[0])
-        return outputs[None]
 
     def member(self, m: int) -> nn.Module:
         """Return a copy of snapshot ``m`` as a plain network, equal to ``ensemble(x)[m]``, that can be trained."""
@@ -138,12 +133,6 @@ class SnapshotEnsemble(Ensemble):
         if self.count < self.members:
             found = f"{self.count} of {self.members} members" if self.count else "no members yet"
             raise RuntimeError(f"{found}: call effens.fit")
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode of the network; snapshots stay as they are, in eval mode."""
-        super().train(mode)
-        self.snapshots.eval()
-        return self
 
 
 def cyclic_cosine(step: int, steps: int, cycles: int) -> float:

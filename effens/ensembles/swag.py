@@ -12,17 +12,17 @@ generalization", arXiv:1803.05407.
 import copy
 import math
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from effens.ensembles.base import Ensemble, MakeNet, made
+from effens.ensembles.base import MakeNet, OneNetwork, made
 from effens.ensembles.deep import DeepEnsemble
 
 
-class SWAG(Ensemble):
+class SWAG(OneNetwork):
     """A Gaussian over the weights that SGD visits late in training, and samples of it as members.
 
     The rate falls by half a cosine to ``tail_rate`` of the highest and stays there; in that tail weights are collected.
@@ -89,7 +89,7 @@ class SWAG(Ensemble):
         every: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(members, streams=1)
+        super().__init__(members)
         if rank < 0 or rank == 1:
             raise ValueError(f"rank must be 0 or >= 2, for a single deviation has no spread, got {rank}")
         if not 0 <= scale < math.inf:
@@ -123,11 +123,6 @@ class SWAG(Ensemble):
         """Answer with every sample: ``(batch, ...)`` to ``(members, batch, outputs)``."""
         self.check_there(self.ready)
         return self.samples.forward(x)
-
-    def forward_members(self, xs: Tensor) -> Tensor:
-        """Give the network in training its batch: ``(1, batch, ...)`` to ``(1, batch, outputs)``."""
-        outputs: Tensor = self.network(self.check_streams(xs)[0])
-        return outputs[None]
 
     def member(self, m: int) -> nn.Module:
         """Return a copy of sample ``m`` as a plain network, equal to ``ensemble(x)[m]``, that can be trained."""
@@ -255,12 +250,6 @@ class SWAG(Ensemble):
         """Raise `RuntimeError` unless what is asked for is there."""
         if not there:
             raise RuntimeError("no members yet: call effens.fit")
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode of the network; samples stay as they are, in eval mode."""
-        super().train(mode)
-        self.samples.eval()
-        return self
 
 
 def update_batch_norm(network: nn.Module, batches: Iterable[Tensor]) -> None:

@@ -19,10 +19,12 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]  # whatever directory it is called from
 
+from benchmarks.contestants import found  # noqa: E402
 from benchmarks.sections import SECTIONS  # noqa: E402
 from effens import ledger  # noqa: E402
 
-PACKAGES = ("torch", "torch-uncertainty", "tabm", "onnxruntime")
+PEERS = {"torch_uncertainty": "torch-uncertainty", "tabm": "tabm"}  # as they are imported, as they are called
+PACKAGES = ("torch", *PEERS.values(), "onnxruntime")
 
 
 def main() -> None:
@@ -34,6 +36,10 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.sections) - set(SECTIONS):
         parser.error(f"sections must be of {', '.join(SECTIONS)}, got {', '.join(sorted(unknown))}")
+    missing = [called for imported, called in PEERS.items() if not found(imported)]
+    if missing and options.output.resolve().is_relative_to(ledger.BANK.resolve()):
+        remedy = "pip install -r tests/benchmarks/requirements.txt, or keep results elsewhere, with --output"
+        parser.error(f"results for the book must have every peer beside them: {remedy}, got no {', '.join(missing)}")
     torch.set_num_threads(1)
     kept = json.loads(options.output.read_text()) if options.output.exists() else {}
     for name in options.sections or SECTIONS:

@@ -322,7 +322,7 @@ def eager(ensembles: dict[str, effens.Ensemble], members: int, x: Tensor) -> dic
 
 def exported(ensemble: effens.Ensemble, x: Tensor, folder: str, backend: str) -> Call:
     """Return a prediction by an exported file: the members' mean and spread."""
-    return partial(effens.export(ensemble, x, Path(folder) / "file", backend, Outputs()).run, x)
+    return partial(effens.export(ensemble, x, Path(folder) / "file", backend, likelihood=Outputs()).run, x)
 
 
 class Outputs(effens.Likelihood):

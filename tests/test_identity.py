@@ -1,0 +1,186 @@
+"""What tells calls from one another: different arguments by what they hold, equal ones in every process."""
+
+import abc
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scenarios import mlp, vectors
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import effens
+from effens.identity import described, digest
+
+
+def closing(size: Any) -> Callable[..., Any]:
+    return lambda: size
+
+
+def defaulting(size: Any) -> Callable[[], Any]:
+    def made(a: Any = 0, *, b: Any = size) -> Any:
+        return a, b
+
+    return made
+
+
+def reading(**names: Any) -> Any:
+    """A lambda of a notebook whose globals are these."""
+    return eval("lambda: make(width)", names)
+
+
+def nested(**names: Any) -> Any:
+    return eval("lambda: [(lambda: width)() for _ in range(2)]", names)
+
+
+def local_class(size: int, kind: str = "method") -> type:
+    class Plain(effens.Likelihood, abc.ABC):
+        if kind == "attribute":
+            at = size
+
+        def scale(self) -> Any:
+            return super().check, size if kind == "method" else 0
+
+        @property
+        def held(self) -> int:
+            return size if kind == "property" else 0
+
+        @staticmethod
+        def shared() -> int:
+            return size if kind == "static" else 0
+
+    return Plain
+
+
+def held(size: float) -> Any:
+    class Thing:
+        def __init__(self) -> None:
+            self.size = torch.arange(2000.0) * size
+
+    return Thing()
+
+
+class Slotted:
+    __slots__ = ("size",)
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+
+class Source:
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def load(self) -> int:
+        return self.size
+
+
+@dataclass(frozen=True)
+class Scaled(effens.Likelihood):
+    size: float
+
+
+def network(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return mlp()
+
+
+def loader(seed: int, **options: Any) -> Any:
+    return DataLoader(TensorDataset(*vectors(seed=1)), generator=torch.Generator().manual_seed(seed), **options)
+
+
+MAKES: dict[str, Callable[[int], Any]] = {
+    "numbers": lambda i: i,
+    "tensors": lambda i: torch.full((2000,), float(i)),
+    "arrays": lambda i: np.arange(3000) == i + 1500,  # which its repr leaves out
+    "sets": lambda i: {"a", "b", f"c{i}"},
+    "keys": lambda i: {(1, i): 2},
+    "closures": closing,
+    "closures of closures": lambda i: closing(closing(i)),
+    "defaults": defaulting,
+    "code": lambda i: (lambda x: 2 * x, lambda x: x + 2)[i],
+    "constants": lambda i: (lambda x: 2 * x, lambda x: 3 * x)[i],
+    "names": lambda i: (lambda x: x.mean(), lambda x: x.sum())[i],
+    "globals": lambda i: reading(make=mlp, width=i),
+    "globals of inner functions": lambda i: nested(width=i),
+    "partials": lambda i: partial(closing(0), i),
+    "cached": lambda i: cache(closing(i)),
+    "methods": lambda i: Source(i).load,
+    "methods of builtins": lambda i: [i].pop,
+    "local classes": local_class,
+    "local classes, attributes": lambda i: local_class(i, "attribute"),
+    "local classes, properties": lambda i: local_class(i, "property"),
+    "local classes, static methods": lambda i: local_class(i, "static"),
+    "objects": held,
+    "objects with slots": Slotted,
+    "dataclasses": Scaled,
+    "networks": network,
+    "datasets": lambda i: TensorDataset(*vectors(seed=i)),
+    "shuffles": loader,
+    "options": lambda i: {"optimizer": partial(torch.optim.SGD, momentum=i / 2), "likelihood": Scaled(i)},
+}
+
+
+@pytest.mark.parametrize("make", MAKES.values(), ids=list(MAKES))
+def test_what_differs_is_told_apart_and_what_is_equal_is_not(make: Callable[[int], Any]) -> None:
+    assert digest(make(0)) == digest(make(0)) != digest(make(1))
+
+
+def test_a_function_that_stands_in_a_module_is_its_name() -> None:
+    assert described(mlp) == "scenarios.mlp"
+    assert described(torch.optim.SGD) == "torch.optim.sgd.SGD"
+    assert described(len) == "builtins.len"
+    assert described(functools) == "functools"
+    assert described(torch.float32) == "dtype.float32"
+
+
+@pytest.mark.parametrize("options", [{"shuffle": True}, {"num_workers": 1, "persistent_workers": True}], ids=str)
+def test_use_does_not_change_a_loader(options: dict[str, Any]) -> None:
+    used = loader(0, **options)
+    before = digest(used)
+    list(used)
+    assert digest(used) == before
+
+
+def test_what_holds_itself_is_described() -> None:
+    def made(size: int) -> Any:
+        def countdown(n: int) -> int:
+            return countdown(n - 1) if n else size
+
+        return countdown
+
+    assert digest(made(1)) == digest(made(1)) != digest(made(2))
+    around: list[Any] = [1]
+    around.append(around)
+    assert described(around) == ["1", "what holds this, 1 further out"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [threading.Lock(), closing(threading.Lock()), (i for i in range(3)), {"data": [{}.keys()]}],
+    ids=["lock", "closure", "generator", "keys"],
+)
+def test_what_cannot_be_described_is_refused(value: Any) -> None:
+    rule = "what a result depends on must say what it holds (take a function that stands in a module), got "
+    with pytest.raises(ValueError, match=re.escape(rule) + ".*which cannot be described"):
+        digest(value)
+
+
+def test_every_process_says_the_same() -> None:
+    code = "import json, test_identity as t; print(json.dumps({n: t.digest(make(0)) for n, make in t.MAKES.items()}))"
+    folders = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    environment = {**os.environ, "PYTHONPATH": folders, "PYTHONHASHSEED": "7"}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(ran.stdout) == {name: digest(make(0)) for name, make in MAKES.items()}
