@@ -343,8 +343,8 @@ def member_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         (members * batch, ..., out)
     """
     x = split_rows(rows, weight.shape[0])  # (members, batch, ..., in)
-    inner = x.shape[1:-1]
-    x = x.reshape(weight.shape[0], inner.numel(), x.shape[-1])  # (members, batch * ..., in)
+    if x.dim() > 3:
+        x = x.flatten(1, -2)  # (members, batch * ..., in)
     return product(x, weight, bias).view(*rows.shape[:-1], weight.shape[1])
 
 
@@ -356,8 +356,9 @@ def shared_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         (members * batch, ..., out), member-major.
     """
-    members, out, inputs = weight.shape
-    rows = x.reshape(1, -1, inputs).expand(members, -1, -1)  # (members, batch * ..., in), no copy
+    members, out, _ = weight.shape
+    rows = x if x.dim() == 2 else x.flatten(0, -2)  # (batch * ..., in)
+    rows = rows.expand(members, -1, -1)  # no copy
     return product(rows, weight, bias).view(members * x.shape[0], *x.shape[1:-1], out)
 
 
