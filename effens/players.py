@@ -67,7 +67,7 @@ def player(
         The same HTML for the same pictures, so that stored notebooks differ only where a figure does.
 
     Raises:
-        ValueError: no values, no alt text, or a player over `max_kb`.
+        ValueError: no values, no alt text, colors outside 2 ... 256, or a player over `max_kb`.
     """
     values = list(values)
     if not values:
@@ -116,7 +116,8 @@ def reveal(
         max_kb: the most the HTML may take, in thousands of bytes.
 
     Raises:
-        ValueError: fewer than two stops, not as many words, no alt text, or a picture over `max_kb`.
+        ValueError: fewer than two stops, not as many words, no alt text, colors outside 2 ... 256, or a picture over
+            `max_kb`.
     """
     if len(stops) < 2 or len(words) != len(stops):
         raise ValueError(f"stops must be at least 2, with words for each, got {len(stops)} and {len(words)} words")
@@ -440,16 +441,47 @@ def _pictures(
 
 
 def _encoded(rows: list[np.ndarray], colors: int) -> list[str]:
-    """Pictures of one size as the data URLs of PNGs."""
+    """Pictures of one size as the data URLs of PNGs, with one palette for all, or colors would flicker."""
+    if not 2 <= colors <= 256:
+        raise ValueError(f"colors must be in 2 ... 256, got {colors}")
     height, width, _ = rows[0].shape
-    # One palette for all frames, or colors would flicker.
-    sheet = Image.fromarray(np.concatenate(rows)).quantize(colors, dither=Image.Dither.NONE)
+    packed = np.concatenate(rows).astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
+    found, which, count = np.unique(packed, return_inverse=True, return_counts=True)
+    seen = np.stack([found >> 16, found >> 8 & 255, found & 255], axis=1).astype(np.uint8)
+    palette = _palette(seen, count, colors)
+    apart = seen[:, None].astype(np.int32) - palette  # (seen, palette, 3)
+    nearest = (apart**2).sum(-1).argmin(1).astype(np.uint8)[which].reshape(len(rows), height, width)
     urls = []
-    for i in range(len(rows)):
+    for indices in nearest:
+        frame = Image.fromarray(indices, "P")
+        frame.putpalette(palette.tobytes())
         file = io.BytesIO()
-        sheet.crop((0, i * height, width, (i + 1) * height)).save(file, "png", optimize=True)
+        frame.save(file, "png", optimize=True)
         urls.append("data:image/png;base64," + base64.b64encode(file.getvalue()).decode())
     return urls
+
+
+def _palette(seen: np.ndarray, count: np.ndarray, colors: int) -> np.ndarray:
+    """At most so many colors for pictures with these, (colors, 3): those drawn are kept as they are, however small.
+
+    A line or a dot of one color is many pixels of exactly it, and the blends along edges are few of each: half of the
+    palette goes to the former, the methods' own and then the most frequent, and a median cut of the blends fills the
+    rest.
+    """
+    from effens.figures import COLORS  # and with it pyplot, which the import of players does not need
+
+    own = np.array([list(bytes.fromhex(color[1:])) for color in COLORS.values()])
+    is_own = (seen[:, None] == own).all(-1).any(1)
+    order = np.lexsort((-count, ~is_own))
+    kept, blends = np.split(seen[order], [colors // 2])
+    if not len(blends):
+        return kept
+    # Each counts as the root of its frequency, or large areas would take all colors.
+    weights = np.sqrt(count[order[len(kept) :]]).astype(int)
+    sheet = Image.fromarray(np.repeat(blends, weights, axis=0)[None])
+    left = colors - len(kept)
+    cut = np.array(sheet.quantize(left, dither=Image.Dither.NONE).getpalette(), np.uint8).reshape(-1, 3)[:left]
+    return np.concatenate([kept, cut])
 
 
 def _align(figures: list[Figure]) -> None:

@@ -158,6 +158,29 @@ def test_frames_share_one_palette_and_white_stays_white() -> None:
     assert all(picture.convert("RGB").getcolors(maxcolors=16) for picture in pictures)  # None above that
 
 
+def test_every_methods_color_survives_as_a_small_dot_beside_large_areas() -> None:
+    def dots(ax: Axes, value: int) -> None:
+        rng = np.random.default_rng(value)
+        ax.imshow(rng.uniform(size=(20, 20)), extent=(0, 1, 0, 0.5), aspect="auto")  # hundreds of colors
+        for i, color in enumerate(figures.COLORS.values()):
+            ax.plot([i / 12, i / 12], [0.6, 0.9], color=color, alpha=0.5)
+            ax.plot(i / 12, 0.9, "o", color=color, markersize=5)
+        ax.set(xlim=(0, 1), ylim=(0, 1))
+
+    page = Page(players.player(dots, [1, 2], alt="x"))
+    for url, *_ in page.frames():
+        seen = np.unique(np.asarray(image(url).convert("RGB")).reshape(-1, 3), axis=0).astype(int)
+        for name, color in figures.COLORS.items():
+            drawn = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+            assert np.abs(seen - drawn).max(1).min() <= 2, name
+
+
+@pytest.mark.parametrize("colors", [1, 257])
+def test_more_colors_than_a_palette_holds_are_refused(colors: int) -> None:
+    with pytest.raises(ValueError, match=rf"colors must be in 2 \.\.\. 256, got {colors}"):
+        players.player(draw, [1, 2], alt="x", colors=colors)
+
+
 def test_axes_stand_still_when_tick_labels_grow() -> None:
     seen: list[Any] = []
 
