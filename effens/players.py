@@ -98,9 +98,10 @@ def reveal(
     interval: int = 150,
     max_kb: float = 300,
 ) -> HTML:
-    """A figure that a slider uncovers from left to right, as time did: what lies right of a stop is not shown.
+    """A figure that a slider uncovers from left to right, as time did: right of a stop it shows empty axes.
 
-    It stores one picture, so hundreds of stops cost little. Without script and on paper all of it is seen.
+    It stores two pictures, the whole and its empty axes with their labels and legends, so hundreds of stops cost
+    little. Without script and on paper all of it is seen.
 
     Args:
         draw: `draw(ax)` draws the whole on empty axes; an array of them where `axes` asks for more than one.
@@ -130,13 +131,18 @@ def reveal(
     first = np.ravel(drawn)[0]
     at = [first.transData.transform((first.convert_xunits(stop), 0))[0] / figure.bbox.width for stop in stops]
     covered = [f"{100 * (1 - share):.2f}" for share in at]
-    (picture,) = _encoded([_rendered(figure)], colors)
+    whole = _rendered(figure)
+    figure.set_layout_engine("none")  # or empty axes would move
+    for ax in figure.axes:
+        for artist in (*ax.lines, *ax.collections, *ax.patches, *ax.images, *ax.texts, *ax.tables, *ax.artists):
+            artist.set_visible(False)
+    picture, empty = _encoded([whole, _rendered(figure)], colors)
     width, height = (round(inches * mpl.rcParams["figure.dpi"]) for inches in figsize or mpl.rcParams["figure.figsize"])
     frames = [[share, f"{alt}: {text}", text] for share, text in zip(covered, words, strict=True)]
     script = _SCRIPT.replace("image.src = frames[i][0]", 'image.style.clipPath = "inset(0 " + frames[i][0] + "% 0 0)"')
     paper = "@media print { .effens-player img { clip-path: none !important; } }\n</style>"
     style = _STYLE.replace("</style>", paper)
-    page = _page(picture, width, height, alt, label, frames, style, script, interval, max_kb)
+    page = _page(picture, width, height, alt, label, frames, style, script, interval, max_kb, behind=empty)
     return HTML(page.replace("effens-player", "effens-reveal"))
 
 
@@ -397,6 +403,7 @@ def _page(
     script: str,
     interval: int,
     max_kb: float,
+    behind: str = "",
 ) -> str:
     """A picture, and controls for its frames if it has more than one; raise if it is too large."""
     first, last = frames[0][2], len(frames) - 1
@@ -405,9 +412,12 @@ def _page(
     controls = _CONTROLS.format(label=html.escape(label), last=last, words=html.escape(first))
     content = f'<script type="application/json">{content}</script>\n{script.replace("INTERVAL", str(int(interval)))}'
     lines = math.ceil(max(len(said) for _, _, said in frames) / 40)  # on a phone, so that longer words move nothing
+    shown = f'<img src="{picture}" alt="{html.escape(alt)}" width="{width}" height="{height}">'
+    if behind:
+        shown = f'<div style="background: url({behind}) 0 0 / 100% 100% no-repeat">{shown}</div>'
     page = f"""<div class="effens-player" data-lm-suppress-shortcuts="true" style="max-width: {width}px">
 {style}
-<img src="{picture}" alt="{html.escape(alt)}" width="{width}" height="{height}">
+{shown}
 {controls if last else ""}
 <output aria-live="polite" style="min-height: {1.5 * lines}em">{html.escape(first)}</output>
 {content if last else ""}

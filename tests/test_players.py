@@ -282,9 +282,35 @@ def test_one_picture_is_uncovered_up_to_each_stop() -> None:
         (covered[1] - covered[2]) / 0.5, abs=0.05
     )  # as on the axis
     assert 0 <= covered[2] < covered[1] < covered[0] < 100
-    assert page.data.count("data:image/png") == 1
+    assert page.data.count("data:image/png") == 2  # the whole, and its axes
     assert "clipPath" in page.data
     assert "clip-path: none !important" in page.data  # on paper all of it
+
+
+def test_what_is_still_covered_shows_its_axes_and_legend_but_no_data() -> None:
+    def drawn(axes: Any) -> None:
+        for ax in axes:
+            ax.plot(X, 0.9 * X**2, color="red", label="risk")
+            ax.fill_between(X, X, color="red")
+            ax.text(0.8, 0.1, "crash", color="red")
+            ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="time")
+            ax.legend(loc="upper left", labelcolor="green")
+
+    shown = players.reveal(drawn, [0.1, 1.0], words=["a", "b"], alt="A crash", axes=(2, 1))
+    (behind,) = re.findall(r"url\((data:.*?)\)", shown.data)
+    empty, whole = (
+        np.asarray(image(url).convert("RGB")).astype(int) for url in (behind, Page(shown).all("img")[0][0]["src"])
+    )
+    assert empty.shape == whole.shape
+
+    def much(picture: Any, channel: int) -> int:
+        return int((picture[..., channel] > np.delete(picture, channel, -1).max(-1) + 60).sum())
+
+    assert much(whole, 0) > 10_000
+    assert much(empty, 0) < 400  # the legends' own lines
+    assert much(empty, 1) > 50  # and words
+    dark = (whole < 60).all(-1)  # spines, ticks and labels
+    assert ((empty < 60).all(-1) & dark).sum() >= 0.98 * dark.sum()
 
 
 def test_stops_lie_where_the_axis_has_them() -> None:

@@ -170,7 +170,10 @@ def picture(chapter: str, cell: str) -> str:
     page = "".join("".join(output["data"]["text/html"]) for output in outputs if "text/html" in output.get("data", {}))
     (*_, frame) = re.findall(r"data:image/[\w+]+;base64,[A-Za-z0-9+/=]+", page)
     (alt, *_) = re.findall(r'alt="([^"]+)"', page)
-    return f'<img src="{frame}" alt="{alt.rpartition(":")[0] or alt}">'
+    shown = f'<img src="{frame}" alt="{alt.rpartition(":")[0] or alt}">'
+    # What a slider uncovers is shown half uncovered, before its empty axes: who bets must not see the end.
+    behind = re.search(r"background: (url\([^)]+\))", page)
+    return f'<span class="half" style="background-image: {behind[1]}">{shown}</span>' if behind else shown
 
 
 class Pictures(SphinxDirective):
