@@ -240,6 +240,8 @@ def chooser() -> HTML:
 def planner(trainings: int, seconds: float, start: float) -> HTML:
     """Return a table of what 1 ... 1000 machines bring, whose inputs can be changed with no kernel.
 
+    The price appears once one is given; what cannot be computed with is said, and the table is empty meanwhile.
+
     Args:
         trainings: how many, all alike.
         seconds: of each.
@@ -250,14 +252,21 @@ def planner(trainings: int, seconds: float, start: float) -> HTML:
     for count in machines:
         took = start + seconds * math.ceil(trainings / count)
         speed, busy = (start + seconds * trainings) / took, 100 * trainings * seconds / (count * took)
-        cells = _duration(took), f"{speed:.1f}x", f"{busy:.0f}%", f"{count * took / 3600:.2f}", "0.00"
-        rows += f"<tr><th scope='row'>{count}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-    asked = {"trainings": trainings, "seconds of each": seconds, "seconds to start": start, "price of an hour": 0}
+        cells = _duration(took), f"{speed:.1f}x", f"{busy:.0f}%", f"{count * took / 3600:.2f}"
+        shown = "".join(f"<td>{cell}</td>" for cell in cells) + "<td hidden='hidden'></td>"
+        rows += f"<tr><th scope='row'>{count}</th>{shown}</tr>"
+    asked = {
+        "trainings": (f"{trainings:g}", "give a whole number above 0"),
+        "seconds of each": (f"{seconds:g}", "give a number above 0"),
+        "seconds to start": (f"{start:g}", "give 0 or a number above 0"),
+        "price of an hour": ("", "give 0 or a number above 0, or none"),
+    }
     fields = "".join(
-        f"<label>{words} <input type='number' min='0' step='any' value='{value:g}'></label>"
-        for words, value in asked.items()
+        f"<label>{words} <input type='number' min='0' step='any' value='{value}' data-rule='{words}: {rule}'></label>"
+        for words, (value, rule) in asked.items()
     )
-    heads = ("machines", "time", "faster", "busy", "machine-hours", "price")
+    heads = "".join(f"<th scope='col'>{head}</th>" for head in ("machines", "time", "faster", "busy", "machine-hours"))
+    heads += "<th scope='col' hidden='hidden'>price</th>"
     return HTML(f"""<div class="effens-planner" data-lm-suppress-shortcuts="true">
 <style>
 {_DARK.replace("div.effens-player", "div.effens-planner")}
@@ -265,22 +274,30 @@ def planner(trainings: int, seconds: float, start: float) -> HTML:
 .effens-planner form {{ display: flex; flex-wrap: wrap; gap: 0.5rem 1rem; margin-bottom: 0.75rem; }}
 .effens-planner input {{ font: inherit; width: 6em; min-height: 2.2em; color: CanvasText; background: Canvas; }}
 .effens-planner table {{ border-collapse: collapse; }}
-.effens-planner td, .effens-planner th {{ padding: 0.2rem 0.7rem; text-align: right; font-weight: normal; }}
+.effens-planner [hidden] {{ display: none !important; }}
+.effens-planner p:empty {{ display: none; }}
+.effens-planner td, .effens-planner th {{ padding: 0.2rem min(0.7rem, 1vw); text-align: right; font-weight: normal; }}
+.effens-planner td {{ white-space: nowrap; }}
 </style>
 <form onsubmit="return false">{fields}</form>
-<table><thead><tr>{"".join(f"<th scope='col'>{head}</th>" for head in heads)}</tr></thead><tbody>{rows}</tbody></table>
+<p aria-live="polite"></p>
+<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>
 <script>
 document.querySelectorAll(".effens-planner").forEach(box => {{
   const fields = [...box.querySelectorAll("input")], rows = [...box.querySelector("tbody").rows];
   const words = s => s < 60 ? s.toFixed(0) + " s" :
     s < 3600 ? (s / 60).toFixed(1) + " min" : (s / 3600).toFixed(1) + " h";
   function show() {{
-    const [n, t, start, price] = fields.map(field => Math.max(0, +field.value || 0));
+    const [n, t, start, price] = fields.map(field => field.valueAsNumber), free = fields[3].value === "";
+    const fine = [n > 0 && Number.isInteger(n), t > 0, start >= 0, price >= 0 || free && !fields[3].validity.badInput];
+    fields.forEach((field, i) => field.setAttribute("aria-invalid", !fine[i]));
+    box.querySelector("p").textContent = fields.filter((_, i) => !fine[i]).map(field => field.dataset.rule).join("; ");
+    for (const part of box.querySelectorAll("tr > :nth-child(6)")) part.hidden = !(price > 0);
     for (const row of rows) {{
       const count = +row.cells[0].textContent, took = start + t * Math.ceil(n / count), hours = count * took / 3600;
-      const busy = took ? 100 * n * t / (count * took) : 0, faster = took ? (start + t * n) / took : 1;
+      const busy = 100 * n * t / (count * took), faster = (start + t * n) / took;
       [words(took), faster.toFixed(1) + "x", busy.toFixed(0) + "%", hours.toFixed(2), (hours * price).toFixed(2)]
-        .forEach((text, i) => {{ row.cells[i + 1].textContent = text; }});
+        .forEach((text, i) => {{ row.cells[i + 1].textContent = fine.includes(false) ? "" : text; }});
     }}
   }}
   fields.forEach(field => {{ field.oninput = show; }});
@@ -405,7 +422,7 @@ def _page(
     max_kb: float,
     behind: str = "",
 ) -> str:
-    """A picture, and controls for its frames if it has more than one; raise if it is too large."""
+    """A picture, perhaps before another, and controls for its frames if it has more than one; raise if too large."""
     first, last = frames[0][2], len(frames) - 1
     # One frame a line, "<" never: text in it cannot end the script.
     content = json.dumps(frames, indent=0).replace("<", "\\u003c")

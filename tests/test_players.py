@@ -381,11 +381,12 @@ def test_planner_without_script_is_the_formula() -> None:
     rows = re.findall(r"<tr><th scope='row'>(\d+)</th>(.*?)</tr>", page)
     table = {int(count): re.findall(r"<td>(.*?)</td>", cells) for count, cells in rows}
     assert list(table) == [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
-    assert table[1] == ["12.5 h", "1.0x", "96%", "12.50", "0.00"]
-    assert table[5] == ["3.5 h", "3.6x", "69%", "17.50", "0.00"]  # three rounds
+    assert table[1] == ["12.5 h", "1.0x", "96%", "12.50"]
+    assert table[5] == ["3.5 h", "3.6x", "69%", "17.50"]  # three rounds
     assert table[10][0] == "2.5 h"
     assert table[20][:2] == table[1000][:2] == ["1.5 h", "8.3x"]
     assert page.count("<label>") == page.count("<input") == 4
+    assert page.count("hidden='hidden'") == 1 + 10  # the price of nothing
     assert [players._duration(seconds) for seconds in (59, 60, 3600)] == ["59 s", "1.0 min", "1.0 h"]
 
 
