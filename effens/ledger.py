@@ -1051,7 +1051,7 @@ class Interval:
     half: float
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} ± {self.half:.3f}"
+        return f"{self.mean:z.3f} ± {self.half:.3f}"  # z: no sign before a zero
 
 
 def interval(sample: Tensor) -> Interval:

@@ -67,7 +67,7 @@ def player(
         The same HTML for the same pictures, so that stored notebooks differ only where a figure does.
 
     Raises:
-        ValueError: no values, no alt text, or a player over `max_kb`.
+        ValueError: no values, no alt text, colors outside 2 ... 256, or a player over `max_kb`.
     """
     values = list(values)
     if not values:
@@ -98,9 +98,10 @@ def reveal(
     interval: int = 150,
     max_kb: float = 300,
 ) -> HTML:
-    """A figure that a slider uncovers from left to right, as time did: what lies right of a stop is not shown.
+    """A figure that a slider uncovers from left to right, as time did: right of a stop it shows empty axes.
 
-    It stores one picture, so hundreds of stops cost little. Without script and on paper all of it is seen.
+    It stores two pictures, the whole and its empty axes with their labels and legends, so hundreds of stops cost
+    little. Without script and on paper all of it is seen.
 
     Args:
         draw: `draw(ax)` draws the whole on empty axes; an array of them where `axes` asks for more than one.
@@ -116,7 +117,8 @@ def reveal(
         max_kb: the most the HTML may take, in thousands of bytes.
 
     Raises:
-        ValueError: fewer than two stops, not as many words, no alt text, or a picture over `max_kb`.
+        ValueError: fewer than two stops, not as many words, no alt text, colors outside 2 ... 256, or a picture over
+            `max_kb`.
     """
     if len(stops) < 2 or len(words) != len(stops):
         raise ValueError(f"stops must be at least 2, with words for each, got {len(stops)} and {len(words)} words")
@@ -129,13 +131,18 @@ def reveal(
     first = np.ravel(drawn)[0]
     at = [first.transData.transform((first.convert_xunits(stop), 0))[0] / figure.bbox.width for stop in stops]
     covered = [f"{100 * (1 - share):.2f}" for share in at]
-    (picture,) = _encoded([_rendered(figure)], colors)
+    whole = _rendered(figure)
+    figure.set_layout_engine("none")  # or empty axes would move
+    for ax in figure.axes:
+        for artist in (*ax.lines, *ax.collections, *ax.patches, *ax.images, *ax.texts, *ax.tables, *ax.artists):
+            artist.set_visible(False)
+    picture, empty = _encoded([whole, _rendered(figure)], colors)
     width, height = (round(inches * mpl.rcParams["figure.dpi"]) for inches in figsize or mpl.rcParams["figure.figsize"])
     frames = [[share, f"{alt}: {text}", text] for share, text in zip(covered, words, strict=True)]
     script = _SCRIPT.replace("image.src = frames[i][0]", 'image.style.clipPath = "inset(0 " + frames[i][0] + "% 0 0)"')
     paper = "@media print { .effens-player img { clip-path: none !important; } }\n</style>"
     style = _STYLE.replace("</style>", paper)
-    page = _page(picture, width, height, alt, label, frames, style, script, interval, max_kb)
+    page = _page(picture, width, height, alt, label, frames, style, script, interval, max_kb, behind=empty)
     return HTML(page.replace("effens-player", "effens-reveal"))
 
 
@@ -234,6 +241,8 @@ def chooser() -> HTML:
 def planner(trainings: int, seconds: float, start: float) -> HTML:
     """Return a table of what 1 ... 1000 machines bring, whose inputs can be changed with no kernel.
 
+    The price appears once one is given; what cannot be computed with is said, and the table is empty meanwhile.
+
     Args:
         trainings: how many, all alike.
         seconds: of each.
@@ -244,14 +253,21 @@ def planner(trainings: int, seconds: float, start: float) -> HTML:
     for count in machines:
         took = start + seconds * math.ceil(trainings / count)
         speed, busy = (start + seconds * trainings) / took, 100 * trainings * seconds / (count * took)
-        cells = _duration(took), f"{speed:.1f}x", f"{busy:.0f}%", f"{count * took / 3600:.2f}", "0.00"
-        rows += f"<tr><th scope='row'>{count}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-    asked = {"trainings": trainings, "seconds of each": seconds, "seconds to start": start, "price of an hour": 0}
+        cells = _duration(took), f"{speed:.1f}x", f"{busy:.0f}%", f"{count * took / 3600:.2f}"
+        shown = "".join(f"<td>{cell}</td>" for cell in cells) + "<td hidden='hidden'></td>"
+        rows += f"<tr><th scope='row'>{count}</th>{shown}</tr>"
+    asked = {
+        "trainings": (f"{trainings:g}", "give a whole number above 0"),
+        "seconds of each": (f"{seconds:g}", "give a number above 0"),
+        "seconds to start": (f"{start:g}", "give 0 or a number above 0"),
+        "price of an hour": ("", "give 0 or a number above 0, or none"),
+    }
     fields = "".join(
-        f"<label>{words} <input type='number' min='0' step='any' value='{value:g}'></label>"
-        for words, value in asked.items()
+        f"<label>{words} <input type='number' min='0' step='any' value='{value}' data-rule='{words}: {rule}'></label>"
+        for words, (value, rule) in asked.items()
     )
-    heads = ("machines", "time", "faster", "busy", "machine-hours", "price")
+    heads = "".join(f"<th scope='col'>{head}</th>" for head in ("machines", "time", "faster", "busy", "machine-hours"))
+    heads += "<th scope='col' hidden='hidden'>price</th>"
     return HTML(f"""<div class="effens-planner" data-lm-suppress-shortcuts="true">
 <style>
 {_DARK.replace("div.effens-player", "div.effens-planner")}
@@ -259,22 +275,30 @@ def planner(trainings: int, seconds: float, start: float) -> HTML:
 .effens-planner form {{ display: flex; flex-wrap: wrap; gap: 0.5rem 1rem; margin-bottom: 0.75rem; }}
 .effens-planner input {{ font: inherit; width: 6em; min-height: 2.2em; color: CanvasText; background: Canvas; }}
 .effens-planner table {{ border-collapse: collapse; }}
-.effens-planner td, .effens-planner th {{ padding: 0.2rem 0.7rem; text-align: right; font-weight: normal; }}
+.effens-planner [hidden] {{ display: none !important; }}
+.effens-planner p:empty {{ display: none; }}
+.effens-planner td, .effens-planner th {{ padding: 0.2rem min(0.7rem, 1vw); text-align: right; font-weight: normal; }}
+.effens-planner td {{ white-space: nowrap; }}
 </style>
 <form onsubmit="return false">{fields}</form>
-<table><thead><tr>{"".join(f"<th scope='col'>{head}</th>" for head in heads)}</tr></thead><tbody>{rows}</tbody></table>
+<p aria-live="polite"></p>
+<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>
 <script>
 document.querySelectorAll(".effens-planner").forEach(box => {{
   const fields = [...box.querySelectorAll("input")], rows = [...box.querySelector("tbody").rows];
   const words = s => s < 60 ? s.toFixed(0) + " s" :
     s < 3600 ? (s / 60).toFixed(1) + " min" : (s / 3600).toFixed(1) + " h";
   function show() {{
-    const [n, t, start, price] = fields.map(field => Math.max(0, +field.value || 0));
+    const [n, t, start, price] = fields.map(field => field.valueAsNumber), free = fields[3].value === "";
+    const fine = [n > 0 && Number.isInteger(n), t > 0, start >= 0, price >= 0 || free && !fields[3].validity.badInput];
+    fields.forEach((field, i) => field.setAttribute("aria-invalid", !fine[i]));
+    box.querySelector("p").textContent = fields.filter((_, i) => !fine[i]).map(field => field.dataset.rule).join("; ");
+    for (const part of box.querySelectorAll("tr > :nth-child(6)")) part.hidden = !(price > 0);
     for (const row of rows) {{
       const count = +row.cells[0].textContent, took = start + t * Math.ceil(n / count), hours = count * took / 3600;
-      const busy = took ? 100 * n * t / (count * took) : 0, faster = took ? (start + t * n) / took : 1;
+      const busy = 100 * n * t / (count * took), faster = (start + t * n) / took;
       [words(took), faster.toFixed(1) + "x", busy.toFixed(0) + "%", hours.toFixed(2), (hours * price).toFixed(2)]
-        .forEach((text, i) => {{ row.cells[i + 1].textContent = text; }});
+        .forEach((text, i) => {{ row.cells[i + 1].textContent = fine.includes(false) ? "" : text; }});
     }}
   }}
   fields.forEach(field => {{ field.oninput = show; }});
@@ -397,17 +421,21 @@ def _page(
     script: str,
     interval: int,
     max_kb: float,
+    behind: str = "",
 ) -> str:
-    """A picture, and controls for its frames if it has more than one; raise if it is too large."""
+    """A picture, perhaps before another, and controls for its frames if it has more than one; raise if too large."""
     first, last = frames[0][2], len(frames) - 1
     # One frame a line, "<" never: text in it cannot end the script.
     content = json.dumps(frames, indent=0).replace("<", "\\u003c")
     controls = _CONTROLS.format(label=html.escape(label), last=last, words=html.escape(first))
     content = f'<script type="application/json">{content}</script>\n{script.replace("INTERVAL", str(int(interval)))}'
     lines = math.ceil(max(len(said) for _, _, said in frames) / 40)  # on a phone, so that longer words move nothing
+    shown = f'<img src="{picture}" alt="{html.escape(alt)}" width="{width}" height="{height}">'
+    if behind:
+        shown = f'<div style="background: url({behind}) 0 0 / 100% 100% no-repeat">{shown}</div>'
     page = f"""<div class="effens-player" data-lm-suppress-shortcuts="true" style="max-width: {width}px">
 {style}
-<img src="{picture}" alt="{html.escape(alt)}" width="{width}" height="{height}">
+{shown}
 {controls if last else ""}
 <output aria-live="polite" style="min-height: {1.5 * lines}em">{html.escape(first)}</output>
 {content if last else ""}
@@ -441,16 +469,47 @@ def _pictures(
 
 
 def _encoded(rows: list[np.ndarray], colors: int) -> list[str]:
-    """Pictures of one size as the data URLs of PNGs."""
+    """Pictures of one size as the data URLs of PNGs, with one palette for all, or colors would flicker."""
+    if not 2 <= colors <= 256:
+        raise ValueError(f"colors must be in 2 ... 256, got {colors}")
     height, width, _ = rows[0].shape
-    # One palette for all frames, or colors would flicker.
-    sheet = Image.fromarray(np.concatenate(rows)).quantize(colors, dither=Image.Dither.NONE)
+    packed = np.concatenate(rows).astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
+    found, which, count = np.unique(packed, return_inverse=True, return_counts=True)
+    seen = np.stack([found >> 16, found >> 8 & 255, found & 255], axis=1).astype(np.uint8)
+    palette = _palette(seen, count, colors)
+    apart = seen[:, None].astype(np.int32) - palette  # (seen, palette, 3)
+    nearest = (apart**2).sum(-1).argmin(1).astype(np.uint8)[which].reshape(len(rows), height, width)
     urls = []
-    for i in range(len(rows)):
+    for indices in nearest:
+        frame = Image.fromarray(indices, "P")
+        frame.putpalette(palette.tobytes())
         file = io.BytesIO()
-        sheet.crop((0, i * height, width, (i + 1) * height)).save(file, "png", optimize=True)
+        frame.save(file, "png", optimize=True)
         urls.append("data:image/png;base64," + base64.b64encode(file.getvalue()).decode())
     return urls
+
+
+def _palette(seen: np.ndarray, count: np.ndarray, colors: int) -> np.ndarray:
+    """At most so many colors for pictures with these, (colors, 3): those drawn are kept as they are, however small.
+
+    A line or a dot of one color is many pixels of exactly it, and the blends along edges are few of each: half of the
+    palette goes to the former, the methods' own and then the most frequent, and a median cut of the blends fills the
+    rest.
+    """
+    from effens.figures import COLORS  # and with it pyplot, which the import of players does not need
+
+    own = np.array([list(bytes.fromhex(color[1:])) for color in COLORS.values()])
+    is_own = (seen[:, None] == own).all(-1).any(1)
+    order = np.lexsort((-count, ~is_own))
+    kept, blends = np.split(seen[order], [colors // 2])
+    if not len(blends):
+        return kept
+    # Each counts as the root of its frequency, or large areas would take all colors.
+    weights = np.sqrt(count[order[len(kept) :]]).astype(int)
+    sheet = Image.fromarray(np.repeat(blends, weights, axis=0)[None])
+    left = colors - len(kept)
+    cut = np.array(sheet.quantize(left, dither=Image.Dither.NONE).getpalette(), np.uint8).reshape(-1, 3)[:left]
+    return np.concatenate([kept, cut])
 
 
 def _align(figures: list[Figure]) -> None:

@@ -285,6 +285,60 @@ def light_and_dark_are_legible(here: Visit) -> list[str]:
     return faults
 
 
+PANELS = """() => [...document.querySelectorAll(".text_html:has([class^=effens-])")].filter(part =>
+  getComputedStyle(part).backgroundColor !== "rgba(0, 0, 0, 0)").map(part => part.innerHTML.slice(0, 60))"""
+
+
+def the_dark_page_shows_through_what_moves(here: Visit) -> list[str]:
+    shown_in(here, "dark")
+    faults = list(here.page.evaluate(PANELS))
+    shown_in(here, "light")
+    return faults
+
+
+CHANGES = """() => [...document.querySelectorAll("pre :is(.gi, .gd)")].filter(line =>
+  getComputedStyle(line).color === getComputedStyle(line.closest("pre")).color).map(line => line.textContent)"""
+
+
+def added_and_removed_lines_are_colored(here: Visit) -> list[str]:
+    faults = list(here.page.evaluate(CHANGES))
+    shown_in(here, "dark")
+    faults += here.page.evaluate(CHANGES)
+    shown_in(here, "light")
+    return faults
+
+
+CUT_OUTPUTS = """() => [...document.querySelectorAll(".cell_output pre")].filter(text =>
+  text.scrollWidth > text.clientWidth).map(text => text.textContent.split("\\n").reduce((a, b) =>
+  a.length > b.length ? a : b))"""
+
+
+def printed_text_fits_its_box(here: Visit) -> list[str]:
+    return [f"{len(line)} columns: {line}" for line in here.page.evaluate(CUT_OUTPUTS)]
+
+
+# On a phone: figures of several panels stay legible and can be scrolled by key, names stay whole, the next page's title
+# has the whole width.
+ON_A_PHONE = """() => [
+  ...[...document.querySelectorAll("main .cell_output img")].filter(picture => picture.naturalWidth > 780 &&
+    !picture.closest("[class^=effens-]") && !(picture.width >= 600 && picture.closest("[tabindex='0']")))
+    .map(picture => "small, or out of reach: " + picture.alt),
+  ...[...document.querySelectorAll("td code .pre")].filter(name => name.getClientRects().length > 1)
+    .map(name => "broken: " + name.textContent),
+  ...[...document.querySelectorAll(".prev-next-area a")].filter(link => link.clientWidth < 0.8 * innerWidth)
+    .map(link => "narrow: " + link.textContent.trim())]"""
+
+
+def a_phone_shows_large_figures_and_whole_names(here: Visit) -> list[str]:
+    here.page.set_viewport_size({"width": 390, "height": 900})
+    here.page.wait_for_timeout(100)
+    settle(here.page)
+    faults = list(here.page.evaluate(ON_A_PHONE))
+    here.page.set_viewport_size({"width": 1280, "height": 900})
+    settle(here.page)
+    return faults
+
+
 # axe takes minutes for the contrast of thousands of letters of code and formulas: FAINT measures those as well.
 AXE = """async scheme => {
   const quick = {preload: false, resultTypes: ["violations"]};
@@ -451,6 +505,10 @@ LOOKS: list[Check] = [  # the same wherever the page lies
     every_picture_is_there_and_says_what_it_shows,
     nothing_is_wider_than_the_screen,
     light_and_dark_are_legible,
+    the_dark_page_shows_through_what_moves,
+    added_and_removed_lines_are_colored,
+    printed_text_fits_its_box,
+    a_phone_shows_large_figures_and_whole_names,
     axe_finds_nothing_serious,
     paper_shows_the_text_alone,
 ]
@@ -547,9 +605,9 @@ def test_search_by_keyboard_leads_to_a_page(browser: "Browser", bases: dict[str,
 # Each check must be able to fail: on a page that is right but for one thing
 
 
-def png(gray: int) -> str:
+def png(gray: int, width: int = 200) -> str:
     file = io.BytesIO()
-    Image.new("L", (200, 100), gray).save(file, "png")
+    Image.new("L", (width, 100), gray).save(file, "png")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
@@ -631,6 +689,30 @@ def test_every_check_passes_a_good_page(page_with: Callable[[str], Any]) -> None
         (light_and_dark_are_legible, "<p style='opacity: 0.5'>faint in both</p>"),
         (light_and_dark_are_legible, PICTURE.replace(png(255), png(40))),
         (light_and_dark_are_legible, "<script>dark.onchange = null</script>"),
+        (
+            the_dark_page_shows_through_what_moves,
+            "<style>[data-theme=dark] .text_html { background: #ced6dd }</style>"
+            "<div class='text_html'><p class='effens-live'>pale</p></div>",
+        ),
+        (added_and_removed_lines_are_colored, "<pre><span class='gi'>+ plain</span></pre>"),
+        (
+            added_and_removed_lines_are_colored,
+            "<style>[data-theme=light] .gd { color: #800 }</style><pre><span class='gd'>- plain in dark</span></pre>",
+        ),
+        (
+            printed_text_fits_its_box,
+            f"<div class='cell_output'><pre tabindex='0' style='overflow: auto'>{'x' * 300}</pre></div>",
+        ),
+        (
+            a_phone_shows_large_figures_and_whole_names,
+            f"<div class='cell_output'>{PICTURE.replace(png(255), png(255, 900)).replace('200', '300')}</div>",
+        ),
+        (
+            a_phone_shows_large_figures_and_whole_names,
+            "<table style='width: 60px'><td><code><span class='pre' style='overflow-wrap: anywhere'>diversity_gain()"
+            "</span></code></td></table>",
+        ),
+        (a_phone_shows_large_figures_and_whole_names, "<p class='prev-next-area'><a href='#top'>Hyper</a></p>"),
         (axe_finds_nothing_serious, "<select><option>nobody says what for</option></select>"),
         (axe_finds_nothing_serious, "<pre style='overflow: auto; width: 9em'>no key scrolls this line of text</pre>"),
         (axe_finds_nothing_serious, "<p style='color: #888'>faint in light</p>"),
@@ -902,3 +984,55 @@ def test_the_chooser_says_what_choose_says(browser: "Browser", tmp_path: Path, g
             words = page.locator("p[aria-live]").inner_text()
             assert words.startswith(f"{len(fit)} of {len(expected)} qualify; the best mean: {fit[0]};")
             assert words.endswith(f": {'; '.join(same)}" if same else "; all others can be told from it")
+
+
+def test_answers_to_exercises_wait_folded_open_by_key_and_print(browser: "Browser", site: Path) -> None:
+    page = browser.new_page()
+    page.goto(f"{site.as_uri()}/chapters/snapshot_ensembles.html")
+    exercises = page.locator("#exercises")
+    for number in (1, 2, 3):
+        assert exercises.get_by_text(f"{number}.", exact=True).is_visible()
+    said = [part.inner_text().strip() for part in exercises.locator("summary").all()]
+    assert said == ["Show the solution", "Show the answer"] * 3
+    answer = exercises.get_by_text("The cycles have 3, 3 and 4 steps.")
+    assert not answer.is_visible()
+    page.emulate_media(media="print")
+    assert answer.is_visible()
+    page.emulate_media(media="screen")
+    exercises.locator("summary").nth(3).press("Enter")
+    assert answer.is_visible()
+    page.close()
+
+
+def test_a_planner_shows_prices_once_one_is_given_and_says_what_it_cannot_use(
+    browser: "Browser", tmp_path: Path
+) -> None:
+    path = tmp_path / "index.html"
+    page_of = '<!doctype html><html lang="en"><link rel="icon" href="data:,"><title>Plan</title>'
+    path.write_text(page_of + players.planner(trainings=12, seconds=3600, start=1800).data, "utf-8")
+    with opened(browser, path) as page:
+        row, said = page.locator("tbody tr").first, page.locator("p")
+        before = row.inner_text()
+        assert "price" not in page.locator("thead").inner_text()
+        page.get_by_label("price").fill("2")
+        assert "price" in page.locator("thead").inner_text()
+        assert row.inner_text().split() == [*before.split(), "25.00"]
+        page.get_by_label("price").fill("")
+        assert row.inner_text() == before
+        for name, wrong in (
+            ("trainings", ""),
+            ("trainings", "-5"),
+            ("trainings", "2.5"),
+            ("seconds of each", "0"),
+            ("seconds to start", "-1"),
+            ("price of an hour", "-1"),
+        ):
+            field = page.get_by_label(name)
+            was = field.input_value()
+            field.fill(wrong)
+            assert said.inner_text().startswith(f"{name}: give "), wrong
+            assert field.get_attribute("aria-invalid") == "true"
+            assert row.inner_text().split() == ["1"]
+            field.fill(was)
+            assert not said.is_visible()
+            assert row.inner_text() == before

@@ -963,6 +963,11 @@ def test_auroc_is_the_one_of_total_entropy(bank: Path) -> None:
 # ---- Intervals and comparisons. ----
 
 
+def test_an_interval_prints_no_sign_before_a_zero() -> None:
+    assert str(ledger.Interval(-0.0001, 0.0002)) == "0.000 ± 0.000"
+    assert str(ledger.Interval(-0.0123, 0.0046)) == "-0.012 ± 0.005"
+
+
 @pytest.mark.parametrize("n", [2, 8, 10])
 def test_intervals_are_those_of_student(n: int) -> None:
     sample = 3 + torch.randn(n, generator=torch.Generator().manual_seed(n))

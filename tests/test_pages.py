@@ -7,13 +7,17 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
+import effens_book
 import effens_pages
 import nbformat
 import pytest
 import torch
 from address import ROOT, link
+from docutils import nodes
+from docutils.utils import new_document
+from PIL import Image
 from pybtex.database import Entry, parse_file
 from rerun import chapters
 
@@ -167,3 +171,53 @@ def test_no_two_papers_have_the_same_address() -> None:
     links = [re.search(r"\((https.*)\)$", link(paper, textual=False)) for paper in PAPERS.values()]
     addresses = [found[1] for found in links if found]
     assert len(set(addresses)) == len(addresses) == sum(paper.type != "book" for paper in PAPERS.values())
+
+
+# Exercises
+
+
+def paragraph(text: str) -> nodes.paragraph:
+    """A paragraph as MyST makes it, with an empty text before what is bold."""
+    number, found, rest = text.partition(" ") if text[0].isdigit() else ("", "", text)
+    return nodes.paragraph("", "", nodes.Text(""), *[nodes.strong("", number)] * bool(found), nodes.Text(rest))
+
+
+def solution(source: str = "# Solution", **options: Any) -> nodes.container:
+    return nodes.container(
+        "", nodes.literal_block("", source), nb_element="cell_code", **{"hide_mode": "all"} | options
+    )
+
+
+def test_what_follows_a_solution_is_folded_until_the_next_exercise() -> None:
+    parts = [
+        *(nodes.title("", "Exercises"), paragraph("1. Why?"), paragraph("Think."), solution()),
+        *(paragraph("Because."), paragraph("And so."), paragraph("2. And then?"), solution(), solution("more = 1")),
+        *(paragraph("Then."), solution("shown = 1", hide_mode=None), paragraph("In the open.")),
+    ]
+    document = new_document("page")
+    document += nodes.section("", *parts, ids=["exercises"])
+    document += nodes.section("", solution(), paragraph("Elsewhere."), ids=["elsewhere"])
+    document += nodes.section("", solution("plot()"), ids=["figures"])
+    for cell in document.findall(nodes.container):
+        cell["prompt_show"] = "Show the code"
+    effens_book.fold_answers(Mock(), document)
+    begin, end = effens_book.OPEN_ANSWER, "</details>"
+    assert [part.astext() for part in document[0].children] == [
+        *("Exercises", "1.Why?", "Think.", "# Solution", begin, "Because.", "And so.", end),
+        *("2.And then?", "# Solution", "more = 1", begin, "Then.", end, "shown = 1", "In the open."),
+    ]
+    assert [part.astext() for part in document[1].children] == ["# Solution", "Elsewhere."]
+    shown = [cell["prompt_show"] for cell in document.findall(nodes.container)]
+    assert shown == ["Show the solution"] * 3 + ["Show the code", "Show the solution", "Show the code"]
+
+
+def test_only_wide_figures_are_boxed_and_only_once(tmp_path: Path) -> None:
+    (tmp_path / "_images").mkdir()
+    for name, width in (("wide", 900), ("small", 700)):
+        Image.new("L", (width, 300)).save(tmp_path / f"_images/{name}.png")
+    wide, small = (f'<img alt="x" src="../_images/{name}.png" width="1">' for name in ("wide", "small"))
+    boxed = effens_book.box_wide_figures(f"<body>{wide}{small}</body>", tmp_path)
+    assert f'<div class="wide-figure">{wide}</div>{small}' in boxed
+    assert boxed.count("ResizeObserver") == 1
+    assert effens_book.box_wide_figures(boxed, tmp_path) == boxed
+    assert effens_book.box_wide_figures(f"<body>{small}</body>", tmp_path) == f"<body>{small}</body>"

@@ -158,6 +158,29 @@ def test_frames_share_one_palette_and_white_stays_white() -> None:
     assert all(picture.convert("RGB").getcolors(maxcolors=16) for picture in pictures)  # None above that
 
 
+def test_every_methods_color_survives_as_a_small_dot_beside_large_areas() -> None:
+    def dots(ax: Axes, value: int) -> None:
+        rng = np.random.default_rng(value)
+        ax.imshow(rng.uniform(size=(20, 20)), extent=(0, 1, 0, 0.5), aspect="auto")  # hundreds of colors
+        for i, color in enumerate(figures.COLORS.values()):
+            ax.plot([i / 12, i / 12], [0.6, 0.9], color=color, alpha=0.5)
+            ax.plot(i / 12, 0.9, "o", color=color, markersize=5)
+        ax.set(xlim=(0, 1), ylim=(0, 1))
+
+    page = Page(players.player(dots, [1, 2], alt="x"))
+    for url, *_ in page.frames():
+        seen = np.unique(np.asarray(image(url).convert("RGB")).reshape(-1, 3), axis=0).astype(int)
+        for name, color in figures.COLORS.items():
+            drawn = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+            assert np.abs(seen - drawn).max(1).min() <= 2, name
+
+
+@pytest.mark.parametrize("colors", [1, 257])
+def test_more_colors_than_a_palette_holds_are_refused(colors: int) -> None:
+    with pytest.raises(ValueError, match=rf"colors must be in 2 \.\.\. 256, got {colors}"):
+        players.player(draw, [1, 2], alt="x", colors=colors)
+
+
 def test_axes_stand_still_when_tick_labels_grow() -> None:
     seen: list[Any] = []
 
@@ -259,9 +282,35 @@ def test_one_picture_is_uncovered_up_to_each_stop() -> None:
         (covered[1] - covered[2]) / 0.5, abs=0.05
     )  # as on the axis
     assert 0 <= covered[2] < covered[1] < covered[0] < 100
-    assert page.data.count("data:image/png") == 1
+    assert page.data.count("data:image/png") == 2  # the whole, and its axes
     assert "clipPath" in page.data
     assert "clip-path: none !important" in page.data  # on paper all of it
+
+
+def test_what_is_still_covered_shows_its_axes_and_legend_but_no_data() -> None:
+    def drawn(axes: Any) -> None:
+        for ax in axes:
+            ax.plot(X, 0.9 * X**2, color="red", label="risk")
+            ax.fill_between(X, X, color="red")
+            ax.text(0.8, 0.1, "crash", color="red")
+            ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="time")
+            ax.legend(loc="upper left", labelcolor="green")
+
+    shown = players.reveal(drawn, [0.1, 1.0], words=["a", "b"], alt="A crash", axes=(2, 1))
+    (behind,) = re.findall(r"url\((data:.*?)\)", shown.data)
+    empty, whole = (
+        np.asarray(image(url).convert("RGB")).astype(int) for url in (behind, Page(shown).all("img")[0][0]["src"])
+    )
+    assert empty.shape == whole.shape
+
+    def much(picture: Any, channel: int) -> int:
+        return int((picture[..., channel] > np.delete(picture, channel, -1).max(-1) + 60).sum())
+
+    assert much(whole, 0) > 10_000
+    assert much(empty, 0) < 400  # the legends' own lines
+    assert much(empty, 1) > 50  # and words
+    dark = (whole < 60).all(-1)  # spines, ticks and labels
+    assert ((empty < 60).all(-1) & dark).sum() >= 0.98 * dark.sum()
 
 
 def test_stops_lie_where_the_axis_has_them() -> None:
@@ -332,11 +381,12 @@ def test_planner_without_script_is_the_formula() -> None:
     rows = re.findall(r"<tr><th scope='row'>(\d+)</th>(.*?)</tr>", page)
     table = {int(count): re.findall(r"<td>(.*?)</td>", cells) for count, cells in rows}
     assert list(table) == [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
-    assert table[1] == ["12.5 h", "1.0x", "96%", "12.50", "0.00"]
-    assert table[5] == ["3.5 h", "3.6x", "69%", "17.50", "0.00"]  # three rounds
+    assert table[1] == ["12.5 h", "1.0x", "96%", "12.50"]
+    assert table[5] == ["3.5 h", "3.6x", "69%", "17.50"]  # three rounds
     assert table[10][0] == "2.5 h"
     assert table[20][:2] == table[1000][:2] == ["1.5 h", "8.3x"]
     assert page.count("<label>") == page.count("<input") == 4
+    assert page.count("hidden='hidden'") == 1 + 10  # the price of nothing
     assert [players._duration(seconds) for seconds in (59, 60, 3600)] == ["59 s", "1.0 min", "1.0 h"]
 
 

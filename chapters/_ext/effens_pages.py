@@ -153,12 +153,12 @@ class MethodMap(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """Return two pictures and a table."""
         pictures = "".join(svg_map(key, title) for key, title in TITLES.items())
-        rows = ["| | training | prediction | memory | NLL on digits |", "|---|---:|---:|---:|---:|"]
+        rows = ["| | NLL on digits | training | prediction | memory |", "|---|---:|---:|---:|---:|"]
         for name, chapter in CHAPTERS.items():
             cost = ledger.relative_costs(TASK, name)
             shown = f"[{name}]({chapter}.ipynb)" if chapter else name
             numbers = [f"{cost[key]:.1f}x" for key in ("training", "batch 256", "memory")]
-            rows.append(f"| {' | '.join([shown, *numbers, str(ledger.interval(ledger.values(TASK, name)))])} |")
+            rows.append(f"| {' | '.join([shown, str(ledger.interval(ledger.values(TASK, name))), *numbers])} |")
         raw = nodes.raw("", f'<div class="effens-map">{pictures}</div>', format="html")
         return [raw, *self.parse_text_to_nodes("\n".join(rows))]
 
@@ -170,7 +170,10 @@ def picture(chapter: str, cell: str) -> str:
     page = "".join("".join(output["data"]["text/html"]) for output in outputs if "text/html" in output.get("data", {}))
     (*_, frame) = re.findall(r"data:image/[\w+]+;base64,[A-Za-z0-9+/=]+", page)
     (alt, *_) = re.findall(r'alt="([^"]+)"', page)
-    return f'<img src="{frame}" alt="{alt.rpartition(":")[0] or alt}">'
+    shown = f'<img src="{frame}" alt="{alt.rpartition(":")[0] or alt}">'
+    # What a slider uncovers is shown half uncovered, before its empty axes: who bets must not see the end.
+    behind = re.search(r"background: (url\([^)]+\))", page)
+    return f'<span class="half" style="background-image: {behind[1]}">{shown}</span>' if behind else shown
 
 
 class Pictures(SphinxDirective):
