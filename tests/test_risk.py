@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -252,6 +253,14 @@ def test_simulated_p_values_are_valid_and_less_blind() -> None:
     torch.testing.assert_close(slow, fast[:5])
     assert (fast[300:] < 0.05).double().mean() < 0.05 + 4 * (0.05 * 0.95 / 700) ** 0.5
     assert (fast[:300] < 0.05).sum() > (test(hits[:300]).p_value < 0.05).sum()
+
+
+@pytest.mark.parametrize("test", [risk.kupiec, risk.conditional_coverage])
+def test_simulated_p_values_are_of_the_level_asked_for(test: Callable[..., risk.LikelihoodRatio]) -> None:
+    none = torch.zeros(500)
+    found = risk.simulated_p(test, none, 0.95, draws=999)
+    assert found == risk.simulated_p(lambda hits: test(hits, 0.95), none, 0.95, draws=999) < 0.01
+    assert risk.simulated_p(partial(test, level=0.95), none, 0.95, draws=999) == found
 
 
 def noise(*shape: int, memory: float = 0.0, seed: int = 0) -> Tensor:
