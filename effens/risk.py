@@ -438,7 +438,7 @@ def model_confidence_set(losses: Tensor, *, block: float | None = None, draws: i
     while len(left) > 1:
         d = mean[left] - mean[left].mean()
         noise = shift[:, left] - shift[:, left].mean(1, keepdim=True)
-        error = noise.square().mean(0).sqrt().clamp_min(1e-9 * x.abs().max() + TINY)
+        error = noise.square().mean(0).sqrt().clamp_min(1e-9 * x[left].abs().max() + TINY)
         statistic = d / error
         beyond = (noise / error).max(1).values >= statistic.max() - 1e-5  # equal models differ by rounding errors
         largest = max(largest, float(beyond.double().mean()))

@@ -378,6 +378,13 @@ def test_the_confidence_set_of_equal_and_of_ordered_models() -> None:
     assert torch.equal(risk.model_confidence_set(noise(3, 200, seed=2)[order]), p_value[order])
 
 
+def test_a_model_that_diverged_does_not_hide_the_others() -> None:
+    losses = noise(500) + 0.1 * noise(2, 500, seed=1) + torch.tensor([0, 0.5]).double()[:, None]
+    diverged = torch.full((1, 500), 1e14, dtype=F64)
+    assert risk.model_confidence_set(losses).tolist() == [1, 0]
+    assert risk.model_confidence_set(torch.cat([losses, diverged])).tolist() == [1, 0, 0]
+
+
 def misses(scores: Tensor, thresholds: Tensor) -> Tensor:
     return (scores > thresholds).double()
 
