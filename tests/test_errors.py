@@ -195,7 +195,7 @@ CASES: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], object], type[Except
         "predictions must be (candidates, n) and y (n,), none of them 0, got (2, 5), (4,)",
     ),
     "selection by infinite likelihoods": (
-        lambda *_: effens.greedy_select(NORMAL, torch.tensor([0, 0, 0, 0, 1e30]), 1),
+        lambda *_: effens.greedy_select(NORMAL, torch.tensor([0, 0, 0, 0, torch.inf]), 1),
         ValueError,
         "log likelihoods must be finite, got 2 that are not",
     ),
