@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from effens.ensembles.base import Ensemble
 from effens.likelihoods import Categorical, Likelihood
-from effens.training import make_optimizer
+from effens.training import losses_of, make_optimizer
 
 TRAIN_BATCH = 128
 BATCHES = (1, 256)
@@ -149,7 +149,7 @@ def loss_at_batch(
 
     def loss() -> Tensor:
         outputs = ensemble(xs) if ensemble.shared_batch else ensemble.forward_members(xs)
-        return ensemble.reduce(likelihood.nll(outputs, ys))
+        return ensemble.reduce(losses_of(likelihood, outputs, ys))
 
     return loss
 

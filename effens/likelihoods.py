@@ -84,7 +84,9 @@ class Categorical(Likelihood):
         return losses.view(outputs.shape[:-1])
 
     def check(self, outputs: Tensor, y: Tensor) -> None:
-        """Raise `ValueError` unless all labels are integers that name a class."""
+        """Raise `ValueError` unless all labels are integers that name a class, one for each row of logits."""
+        if outputs.dim() > 3:
+            raise ValueError(f"outputs must be (members, batch, classes), got shape {tuple(outputs.shape)}")
         check_integers(y)
         low, high = (int(y.min()), int(y.max())) if y.numel() else (0, 0)
         if low < 0 or high >= outputs.shape[-1]:

@@ -120,9 +120,10 @@ def fit(
         The losses, the rates and the time taken.
 
     Raises:
-        ValueError: there are no examples, labels are out of range, or targets are not one per example; or there are
-            rates or decays for each member where there cannot be, or not one for each; or ``checkpoint`` is no whole
-            file, or of another call: other settings, shapes, numbers in tensors ``data``, version of PyTorch ...
+        ValueError: there are no examples, labels are out of range, or targets or outputs are not one per example (but
+            one for each pixel, say); or there are rates or decays for each member where there cannot be, or not one for
+            each; or ``checkpoint`` is no whole file, or of another call: other settings, shapes, numbers in tensors
+            ``data``, version of PyTorch ...
         FloatingPointError: a loss is not finite. No checkpoint is written after it.
         OSError: the checkpoint cannot be written, the disk is full, say. The last one is kept.
         TypeError: ``ensemble`` is none, but a plain network, say.
@@ -171,7 +172,7 @@ def fit(
                 outputs = ask(xs)
                 if unchecked is not None:
                     likelihood.check(outputs, unchecked)
-                each = likelihood.nll(outputs, ys)  # (streams, batch)
+                each = losses_of(likelihood, outputs, ys)  # (streams, batch)
                 ensemble.reduce(each).backward()
                 descent.step()
                 ensemble.collect(step, steps)
@@ -262,6 +263,15 @@ def asker(
         return outputs.float() if outputs.dtype == torch.bfloat16 else outputs
 
     return call
+
+
+def losses_of(likelihood: Likelihood, outputs: Tensor, ys: Tensor) -> Tensor:
+    """Return the loss of each example, ``(streams, batch)``; raise `ValueError` if there is not one for each."""
+    losses = likelihood.nll(outputs, ys)
+    if losses.shape != outputs.shape[:2]:
+        rule = "outputs must be (members, batch, outputs), with one loss for each"
+        raise ValueError(f"{rule}, got outputs {tuple(outputs.shape)} and losses {tuple(losses.shape)}")
+    return losses
 
 
 def moved(tensor: Tensor, place: torch.device) -> Tensor:

@@ -122,6 +122,11 @@ def test_labels_out_of_range(y: list[int], got: str) -> None:
         effens.Categorical().check(torch.zeros(3, 2, 4), torch.tensor(y))
 
 
+def test_a_class_for_each_pixel_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"outputs must be \(members, batch, classes\), got shape \(3, 2, 5, 4\)"):
+        effens.Categorical().check(torch.zeros(3, 2, 5, 4), torch.zeros(2, 5, dtype=torch.int64))
+
+
 def test_labels_that_are_no_integers() -> None:
     with pytest.raises(ValueError, match=r"labels must be integers, got torch.float32"):
         effens.Categorical().check(torch.zeros(3, 2, 4), torch.zeros(2))

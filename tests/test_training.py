@@ -396,6 +396,22 @@ class TestMistakes:
         with pytest.raises(ValueError, match="data must hold at least one example for each member, got none"):
             effens.fit(effens.DeepEnsemble(mlp, 2), data, device="cpu")
 
+    @pytest.mark.parametrize("of", [effens.DeepEnsemble, effens.BatchEnsemble, effens.SnapshotEnsemble])
+    @pytest.mark.parametrize("sequence", [4, 6])
+    def test_outputs_for_each_position(self, of: Any, sequence: int) -> None:
+        x = torch.zeros(4, sequence, 3)
+        for y in (torch.zeros(4, sequence).long(), torch.zeros(4).long()):
+            with pytest.raises(ValueError, match=r"outputs must be \(members, batch, classes\), got shape"):
+                effens.fit(of(lambda: nn.Linear(3, 2), 2), (x, y), epochs=2, device="cpu")
+
+    def test_a_target_for_each_example_is_not_one_for_each_position(self) -> None:
+        x = torch.zeros(4, 4, 3)
+        ensemble = effens.BatchEnsemble(lambda: nn.Linear(3, 2), 2)
+        with pytest.raises(
+            ValueError, match=r"outputs must be \(members, batch, outputs\), with one loss for each, got "
+        ):
+            effens.fit(ensemble, (x, x[:, 0, 0]), likelihood=effens.Gaussian(), device="cpu")
+
     def test_no_data_and_too_little_to_be_split(self) -> None:
         x, y = vectors(1)
         for n, message in ((0, "data must hold at least one example"), (1, "split needs one example or more")):
