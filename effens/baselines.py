@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effens.ensembles.base import Ensemble, MakeNet, made
+from effens.ensembles.base import Ensemble, MakeNet, changed, made
 from effens.likelihoods import Categorical, Gaussian, Likelihood, StudentT
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
@@ -35,6 +35,10 @@ class MCDropout(Ensemble):
         self.network = made(make_net)
         if not any(isinstance(layer, DROPOUTS) and layer.p > 0 for layer in self.network.modules()):
             raise ValueError(f"the network must have dropout, got {self.network}")
+
+    def extra_repr(self) -> str:
+        """Show how many members there are, if not as many as usual."""
+        return ", ".join(changed({"members": self.members}, {"members": 30}))
 
     def forward(self, x: Tensor) -> Tensor:
         """Answer with every member: ``(batch, ...)`` to ``(members, batch, outputs)``."""
@@ -141,6 +145,11 @@ class LastLayerLaplace(Ensemble):
         shift = torch.linalg.solve_triangular(factor.mT, noise.to(mean), upper=True)  # of covariance information^-1
         self.samples.copy_(mean + shift.mT.reshape(self.members, *mean.shape))
         self.ready = True
+
+    def extra_repr(self) -> str:
+        """Show the settings that are not the usual ones."""
+        settings = {"precision": self.precision, "seed": self.seed, "fisher": self.fisher.__name__}
+        return ", ".join(changed(settings, {"precision": 1.0, "seed": 0, "fisher": "categorical_fisher"}))
 
 
 def reconsider(ensemble: LastLayerLaplace, _: Any) -> None:

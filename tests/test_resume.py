@@ -177,6 +177,9 @@ def test_data_and_dropout_draw_the_same_numbers(
     resumes(lambda: method(net, 2), data, tmp_path / "run", monkeypatch, every=every)
 
 
+noisy = partial(mlp, dropout=0.5)
+
+
 class Unkept(nn.Linear):
     """A layer with a buffer that no state dict has: how often it was called."""
 
@@ -335,6 +338,40 @@ def test_settings_of_snapshots_and_swag_are_part_of_the_call(tmp_path: Path) -> 
         path = tmp_path / str(i)
         effens.fit(method(mlp, 2), vectors(), checkpoint=path, **FIT)
         refused(path, ValueError, message, ensemble=method(mlp, 2, **options))
+
+
+def pooled(**geometry: Any) -> nn.Module:
+    layers = [nn.Conv2d(1, 4, 3, **geometry), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)]
+    return nn.Sequential(*layers).double()
+
+
+@pytest.mark.parametrize("method", [effens.DeepEnsemble, effens.BatchEnsemble])
+@pytest.mark.parametrize(
+    ("geometry", "message"),
+    [
+        ({"stride": 2}, r"bias=True\) instead of .*bias=True, stride=\(2, 2\)"),
+        ({"padding": "same", "dilation": 2}, r"instead of .*, padding=same, dilation=\(2, 2\)"),
+    ],
+)
+def test_a_convolution_s_geometry_is_part_of_the_call(
+    method: Any, geometry: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    data = images()
+    effens.fit(method(pooled, 2), data, checkpoint=tmp_path / "run", **FIT)
+    refused(tmp_path / "run", ValueError, message, ensemble=method(partial(pooled, **geometry), 2), data=data)
+
+
+def test_settings_of_baselines_are_part_of_the_call(tmp_path: Path) -> None:
+    student = LastLayerLaplace(mlp, likelihood=effens.StudentT())
+    pairs: list[tuple[Any, Any, str]] = [
+        (LastLayerLaplace(mlp), LastLayerLaplace(mlp, precision=2.0), r"Laplace\(\) instead of .*precision=2\.0"),
+        (LastLayerLaplace(mlp), LastLayerLaplace(mlp, seed=3), r"Laplace\(\) instead of .*\(seed=3\)"),
+        (LastLayerLaplace(mlp), student, r"instead of .*\(fisher=student_fisher\)"),
+        (MCDropout(noisy), MCDropout(noisy, 3), r"MCDropout\(\) instead of MCDropout\(members=3\)"),
+    ]
+    for i, (first, second, message) in enumerate(pairs):
+        effens.fit(first, vectors(), checkpoint=tmp_path / str(i), **FIT)
+        refused(tmp_path / str(i), ValueError, message, ensemble=second)
 
 
 def test_a_file_that_was_cut_anywhere_is_refused(kept: Path) -> None:

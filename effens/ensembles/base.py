@@ -253,6 +253,14 @@ def has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, kind) for kind in kinds)
 
 
+CONVOLUTION = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
+
+
+def changed(settings: dict[str, Any], usual: dict[str, Any]) -> list[str]:
+    """Return the settings that are not the usual ones, as ``name=value``: which `extra_repr` shows."""
+    return [f"{name}={value}" for name, value in settings.items() if value != usual[name]]
+
+
 def filled(plain: PlainLayer, layer: Any, m: int, weight: Tensor) -> PlainLayer:
     """Give a plain layer copies of this weight and of a layer's bias ``m``; it is frozen, or in training, if that is.
 

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effens.ensembles.base import (
+    CONVOLUTION,
     MakeNet,
     MemberLayer,
     RowEnsemble,
+    changed,
     filled,
     made,
     member_conv2d,
@@ -329,10 +331,9 @@ class BatchEnsembleConv2d(RankOneLayer):
     def extra_repr(self) -> str:
         """Describe the layer as `nn.Conv2d` does."""
         out_channels, in_channels = self.s.shape[1], self.r.shape[1]
-        kernel = tuple(self.weight.shape[2:])
-        return (
-            f"{in_channels}, {out_channels}, kernel_size={kernel}, members={self.members}, bias={self.bias is not None}"
-        )
+        kernel, bias = tuple(self.weight.shape[2:]), self.bias is not None
+        plain = f"{in_channels}, {out_channels}, kernel_size={kernel}, members={self.members}, bias={bias}"
+        return ", ".join([plain, *changed(self.geometry, CONVOLUTION)])
 
 
 def across(factors: Tensor, x: Tensor, axis: int = -1) -> Tensor:

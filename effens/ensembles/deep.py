@@ -18,11 +18,13 @@ from torch.nn import functional as F
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from effens.ensembles.base import (
+    CONVOLUTION,
     Apart,
     Ensemble,
     MakeNet,
     MemberLayer,
     RowEnsemble,
+    changed,
     filled,
     has_hooks,
     is_rowwise,
@@ -218,7 +220,8 @@ class StackedConv2d(MemberLayer):
         """Describe the layer as `nn.Conv2d` does."""
         members, out, inner, *kernel = self.weight.shape
         inputs = inner * self.geometry["groups"]
-        return f"{inputs}, {out}, kernel_size={tuple(kernel)}, members={members}, bias={self.bias is not None}"
+        plain = f"{inputs}, {out}, kernel_size={tuple(kernel)}, members={members}, bias={self.bias is not None}"
+        return ", ".join([plain, *changed(self.geometry, CONVOLUTION)])
 
 
 class LoopedLayer(MemberLayer):
