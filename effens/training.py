@@ -92,7 +92,8 @@ def fit(
     With a ``checkpoint``, a run that was killed goes on where that was last written, when it is called again in the
     same way, and ends bit by bit as if it had never stopped: weights, buffers, optimizer, schedule, every source of
     random numbers that PyTorch has (on the same machine, with as many threads). A finished run returns at once.
-    What is no tensor, such as a counter that a network keeps in an attribute, is not kept.
+    What is no tensor, such as a counter that a network keeps in an attribute, is not kept, nor are the random states of
+    NumPy and Python: a `Dataset` that draws must draw from PyTorch.
 
     Args:
         ensemble: any ensemble; it is moved to ``device`` and stays there, in eval mode.
@@ -523,7 +524,12 @@ class Run:
     def generators(self) -> list[torch.Generator]:
         """Return the generators of a `DataLoader`."""
         data = self.batches.data
-        found = [data.generator, getattr(data.sampler, "generator", None)] if isinstance(data, DataLoader) else []
+        if not isinstance(data, DataLoader):
+            return []
+        found = [data.generator, getattr(data.sampler, "generator", None)]
+        for holder in (data.batch_sampler, getattr(data.batch_sampler, "sampler", None)):
+            if (generator := getattr(holder, "generator", None)) not in found:
+                found.append(generator)
         return [generator for generator in found if generator is not None]
 
 

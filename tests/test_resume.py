@@ -16,7 +16,7 @@ import torch
 from scenarios import cnn, generator, images, mlp, normed, residual, vectors
 from test_contract import METHODS, Method, build
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
 import effens
 from effens import storage
@@ -158,12 +158,19 @@ def seeded_loader() -> DataLoader[Any]:
     return DataLoader(Noisy(*vectors()), batch_size=8, shuffle=True, generator=generator(5))
 
 
+def sampled_loader() -> DataLoader[Any]:
+    data = TensorDataset(*vectors())
+    sampler = BatchSampler(RandomSampler(data, generator=generator(5)), 8, drop_last=False)
+    return DataLoader(data, batch_sampler=sampler)
+
+
 DATA: dict[str, tuple[Callable[[], Any], int | None]] = {
     "tensors": (vectors, 2),
     "dataset": (lambda: TensorDataset(*vectors()), 2),
     "noisy dataset": (lambda: Noisy(*vectors()), 2),
     "loader": (lambda: DataLoader(Noisy(*vectors()), batch_size=8, shuffle=True), None),
     "loader with a generator": (seeded_loader, None),
+    "loader with a sampler of batches": (sampled_loader, None),
 }
 
 
