@@ -1,6 +1,5 @@
 """Weights and checkpoints on disk: safetensors, so that a file can hold numbers and nothing that runs."""
 
-import glob
 import json
 import os
 import re
@@ -112,8 +111,10 @@ class Checkpoint:
             raise FileNotFoundError(f"checkpoint must be in a folder that exists, got {self.path}")
         if self.path.is_dir():
             raise IsADirectoryError(f"checkpoint must name a file, got the folder {self.path}")
-        for part in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.part"):
-            part.unlink(missing_ok=True)
+        left = re.compile(rf"\.{re.escape(self.path.name)}\.([0-9a-f]{{32}}|\d+)\.part")  # as `write_whole` names it
+        for part in self.path.parent.iterdir():
+            if left.fullmatch(part.name):
+                part.unlink(missing_ok=True)
 
     def write(self, state: Any) -> None:
         """Replace the file by one that holds this state, whole or not at all.

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import torch
@@ -501,12 +502,13 @@ def test_a_disk_that_is_full_from_the_start(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_what_a_killed_write_left_is_removed(kept: Path) -> None:
-    left, another = kept.with_name(".run.safetensors.123.part"), kept.with_name(".run.123.part")
-    left.touch()
-    another.touch()
+    left = [kept.with_name(f".run.safetensors.{token}.part") for token in ("123", uuid4().hex)]
+    others = [kept.with_name(f".run{name}.123.part") for name in ("", ".safetensors.2", ".safetensors.v")]
+    for path in (*left, *others):
+        path.touch()
     effens.fit(effens.MIMO(mlp, 2), vectors(), checkpoint=kept, every=1, **FIT)
-    assert another.exists()
-    assert not left.exists()
+    assert all(path.exists() for path in others)
+    assert not any(path.exists() for path in left)
 
 
 def test_the_file_holds_no_pickle(kept: Path) -> None:
