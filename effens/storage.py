@@ -48,7 +48,7 @@ def load(ensemble: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file was cut or was not written by `save`, or holds another kind of ensemble, other names, other
-            shapes, or numbers of another kind (real ones for integers).
+            shapes, numbers of another kind (real ones for integers), or a `HyperEnsemble` of another index.
 
     Example:
         >>> make = lambda: effens.DeepEnsemble(lambda: nn.Linear(3, 2), members=4)
@@ -79,6 +79,9 @@ def load(ensemble: nn.Module, path: str | os.PathLike[str]) -> None:
             raise ValueError(f"{path.name}: {name} must fit {tensor.dtype}, got {tensors[name].dtype}")
     ensemble.load_state_dict(tensors)
 
+    for prefix, module in ensemble.named_modules():  # first, for a module may refuse its extra state
+        if (name := f"{prefix}._extra_state".lstrip(".")) in tensors:
+            module.set_extra_state(tensors[name])
 
 def kind(ensemble: nn.Module) -> dict[str, str]:
     """Return what must agree between the ensemble that was saved and the one that is loaded."""
