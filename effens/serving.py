@@ -43,7 +43,7 @@ from effens.ensembles.mimo import MIMO, FirstLayer
 from effens.ensembles.snapshot import SnapshotEnsemble
 from effens.ensembles.swag import SWAG
 from effens.likelihoods import Categorical, Likelihood
-from effens.storage import write_whole
+from effens.storage import check_folder, write_whole
 from effens.training import check_positive, predict
 
 FORMAT = "effens served 1"
@@ -139,6 +139,7 @@ def export(
 
     Raises:
         ValueError: ``backend`` is unknown, or ``x`` holds no rows.
+        FileNotFoundError: the folder of ``path`` does not exist.
         RuntimeError: there are no members yet; no C++ compiler is found (``"aoti"``); or the file does not answer what
             the ensemble does.
         ModuleNotFoundError: a package is missing (``"onnx"``).
@@ -151,6 +152,7 @@ def export(
     if backend not in BACKENDS:
         raise ValueError(f"backend must be 'aoti' or 'onnx', got {backend!r}")
     require(backend)
+    check_folder("path", Path(path))
     if x.dim() < 2 or not len(x):
         raise ValueError(f"x must be (batch, ...) with at least one row, got shape {tuple(x.shape)}")
     likelihood = Categorical() if likelihood is None else likelihood

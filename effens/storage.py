@@ -24,6 +24,7 @@ def save(ensemble: nn.Module, path: str | os.PathLike[str]) -> None:
         path: where to; by custom ``*.safetensors``. A file that is there is replaced once the new one is complete.
 
     Raises:
+        FileNotFoundError: the folder does not exist.
         TypeError: the state holds more than tensors (a module has an extra state).
 
     Example:
@@ -32,6 +33,7 @@ def save(ensemble: nn.Module, path: str | os.PathLike[str]) -> None:
         >>> path.stat().st_size < 1000
         True
     """
+    check_folder("path", Path(path))
     if others := [name for name, value in ensemble.state_dict().items() if not isinstance(value, Tensor)]:
         raise TypeError(f"the state must hold nothing but tensors, got {others}")
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in ensemble.state_dict().items()}
@@ -77,11 +79,11 @@ def load(ensemble: nn.Module, path: str | os.PathLike[str]) -> None:
             raise ValueError(f"{path.name}: {name} must have shape {shapes[0]}, got {shapes[1]}")
         if not torch.can_cast(tensors[name].dtype, tensor.dtype):
             raise ValueError(f"{path.name}: {name} must fit {tensor.dtype}, got {tensors[name].dtype}")
-    ensemble.load_state_dict(tensors)
-
     for prefix, module in ensemble.named_modules():  # first, for a module may refuse its extra state
         if (name := f"{prefix}._extra_state".lstrip(".")) in tensors:
             module.set_extra_state(tensors[name])
+    ensemble.load_state_dict(tensors)
+
 
 def kind(ensemble: nn.Module) -> dict[str, str]:
     """Return what must agree between the ensemble that was saved and the one that is loaded."""
@@ -110,8 +112,7 @@ class Checkpoint:
     def __init__(self, path: str | os.PathLike[str], call: dict[str, Any]) -> None:
         self.path = Path(path)
         self.call = json.loads(re.sub(r" at 0x[0-9a-f]+", "", json.dumps(call, default=repr)))  # as it will be read
-        if not self.path.parent.is_dir():
-            raise FileNotFoundError(f"checkpoint must be in a folder that exists, got {self.path}")
+        check_folder("checkpoint", self.path)
         if self.path.is_dir():
             raise IsADirectoryError(f"checkpoint must name a file, got the folder {self.path}")
         left = re.compile(rf"\.{re.escape(self.path.name)}\.([0-9a-f]{{32}}|\d+)\.part")  # as `write_whole` names it
@@ -205,6 +206,12 @@ def read_whole(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(
             f"{path.name} must be a whole safetensors file, got one that cannot be read: {error}"
         ) from None
+
+
+def check_folder(name: str, path: Path) -> None:
+    """Raise `FileNotFoundError` unless there is a folder for this file."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{name} must be in a folder that exists, got {path}")
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -24,6 +24,10 @@ from effens.storage import Checkpoint
 Data = tuple[Tensor, Tensor] | Dataset[Any] | DataLoader[Any]
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
 FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+KEPT = (
+    *("epoch", "finished", "losses", "rates", "seconds", "begun", "taken"),
+    *("tensors", "optimizer", "groups", "random", "loader"),
+)  # what a checkpoint holds
 GRAPHS = 10_000_000  # weights: up to here a GPU waits for its next kernel, and a compiled network runs as a CUDA graph
 
 
@@ -454,6 +458,8 @@ class Run:
         kept = self.checkpoint.read() if self.checkpoint else None
         if kept is None:
             return
+        if missing := [name for name in KEPT if name not in kept]:
+            raise ValueError(f"checkpoint must hold a whole state, got one without {missing}")
         self.epoch, self.finished = kept["epoch"], kept["finished"]
         self.losses, self.rates = list(kept["losses"].to(self.batches.place)), kept["rates"].tolist()
         self.began -= kept["seconds"]

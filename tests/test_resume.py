@@ -398,6 +398,13 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "weights", ValueError, "weights must hold 'effens checkpoint 1', got 'effens 1'")
 
 
+def test_a_state_without_a_part_is_refused(kept: Path) -> None:
+    content = kept.read_bytes()
+    kept.write_bytes(content.replace(rb"\"epoch\"", rb"\"epxch\""))
+    assert kept.read_bytes() != content
+    refused(kept, ValueError, r"checkpoint must hold a whole state, got one without \['epoch'\]")
+
+
 def test_a_checkpoint_is_no_file_for_load(kept: Path) -> None:
     with pytest.raises(ValueError, match="must hold .*'effens 1'.*got .*'effens checkpoint 1'"):
         effens.load(effens.MIMO(mlp, 2), kept)

@@ -310,7 +310,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_litter(saved: Path, monke
 
 
 def test_a_folder_that_is_not_there_is_an_error_and_no_litter(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="path must be in a folder that exists, got .*/none/network$"):
         effens.save(net(), tmp_path / "none" / "network")
     (tmp_path / "folder").mkdir()
     with pytest.raises(IsADirectoryError):
