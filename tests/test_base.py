@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from scenarios import generator, mlp, relative, vectors
+from scenarios import cnn, generator, mlp, relative, vectors
 from torch import Tensor, nn
 
 import effens
@@ -200,3 +200,17 @@ def test_a_method_is_a_few_hooks() -> None:
 @pytest.mark.parametrize("x", [torch.zeros(4, 3), torch.zeros(0, 3)])
 def test_run_shared_repeats_x_where_it_must(x: Tensor) -> None:
     assert torch.equal(run_shared(nn.ReLU(), x, 3), torch.cat([x] * 3))
+
+
+@pytest.mark.parametrize("of", [effens.DeepEnsemble, effens.BatchEnsemble])
+@pytest.mark.parametrize("shape", [(5, 4), (200, 1, 8, 8)])
+def test_hooks_on_the_first_layer_are_called(of: Any, shape: tuple[int, ...]) -> None:
+    net: Any = mlp if len(shape) == 2 else cnn
+    ensemble, x, seen = of(net, 2), torch.randn(shape, generator=generator()).double(), []
+    expected = ensemble(x)
+    handle = ensemble.network[0].register_forward_hook(lambda _, args, outputs: seen.append(len(outputs)))
+    assert relative(ensemble(x), expected) < 1e-12
+    assert relative(ensemble.forward_members(torch.stack([x, x])), expected) < 1e-12
+    assert seen == [2 * len(x)] * 2
+    handle.remove()
+    assert torch.equal(ensemble(x), expected)

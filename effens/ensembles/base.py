@@ -164,7 +164,8 @@ class RowEnsemble(Ensemble):
             return False
         layers = list(chain(self.network))
         convolves = any(isinstance(layer, MemberLayer) and layer.convolves for layer in layers)
-        return convolves and all(isinstance(layer, MemberLayer) or is_rowwise(layer) for layer in layers)
+        each = all((isinstance(layer, MemberLayer) and not has_hooks(layer)) or is_rowwise(layer) for layer in layers)
+        return convolves and each
 
     def run_apart(self, inputs: Sequence[Tensor]) -> Tensor:
         """Run each member by itself through the whole network, with its part of the weights."""
@@ -237,7 +238,7 @@ def run_shared(network: nn.Module, x: Tensor, members: int) -> Any:
     layers = deque(chain(network))
     while layers and type(layers[0]) in (nn.Flatten, nn.Identity):
         x = layers.popleft()(x)
-    if layers and isinstance(first := layers[0], MemberLayer):
+    if layers and isinstance(first := layers[0], MemberLayer) and not has_hooks(first):
         layers.popleft()
         rows = first.forward_shared(x)
     else:
@@ -249,8 +250,8 @@ def run_shared(network: nn.Module, x: Tensor, members: int) -> Any:
 
 def has_hooks(module: nn.Module) -> bool:
     """Say whether anything is hooked to the module, so that calling it is more than its `forward`."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for kind in kinds)
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
 CONVOLUTION = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
