@@ -46,7 +46,7 @@ class MCDropout(Ensemble):
         try:
             for layer, _ in modes:
                 layer.train()
-            rows = self.network(x.expand(self.members, *x.shape).flatten(0, 1))
+            rows = self.network(torch.cat([x] * self.members))
         finally:
             for layer, mode in modes:
                 layer.train(mode)
@@ -120,7 +120,7 @@ class LastLayerLaplace(Ensemble):
 
     def features(self, x: Tensor) -> Tensor:
         """Return what the last layer reads, and 1: ``(batch, features + 1)``."""
-        found: Tensor = self.network[:-1](x)
+        found: Tensor = self.network[:-1](x.clone())  # which may change it in place
         return torch.cat([found, found.new_ones(len(found), 1)], 1)
 
     @torch.no_grad()

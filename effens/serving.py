@@ -39,7 +39,7 @@ from effens.ensembles.base import Ensemble, MemberLayer, RowEnsemble, chain, spl
 from effens.ensembles.batch import BatchEnsemble, BatchEnsembleConv2d, BatchEnsembleLinear, across
 from effens.ensembles.deep import Mixture, StackedConv2d, StackedLinear
 from effens.ensembles.hyper import HyperEnsemble
-from effens.ensembles.mimo import MIMO, FirstLayer
+from effens.ensembles.mimo import MIMO, FirstLayer, may_write
 from effens.ensembles.snapshot import SnapshotEnsemble
 from effens.ensembles.swag import SWAG
 from effens.likelihoods import Categorical, Likelihood
@@ -336,7 +336,7 @@ class Heads(RowEnsemble):
 
     def forward(self, x: Tensor) -> Tensor:
         """Answer with every head: ``(batch, ...)`` to ``(members, batch, outputs)``."""
-        return self._answers(self.network(x), len(x))
+        return self._answers(self.network(x.clone() if may_write(self.network) else x), len(x))
 
 
 class Together(RowEnsemble):

@@ -381,12 +381,12 @@ class Batches:
         return moved(x, self.place).unflatten(0, index.shape), moved(y, self.place).unflatten(0, index.shape), y
 
     def inputs(self) -> Iterator[Tensor]:
-        """Yield every training input once, in batches, for `Ensemble.finish`."""
+        """Yield a copy of every training input once, in batches, for `Ensemble.finish`, which may change it."""
         if self.tensors:
-            yield from self.tensors[0].split(self.batch_size)
+            yield from (part.clone() for part in self.tensors[0].split(self.batch_size))
         elif isinstance(self.data, DataLoader):
             for batch in self.data:
-                yield moved(as_pair(batch)[0], self.place)
+                yield moved(as_pair(batch)[0], self.place).clone()
         else:
             for part in torch.arange(len(cast(Sized, self.data))).split(self.batch_size):
                 yield self.fetch(part)[0]

@@ -1,6 +1,7 @@
 """What every ensemble shares."""
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from scenarios import cnn, generator, mlp, relative, vectors
 from torch import Tensor, nn
 
 import effens
+from effens.baselines import LastLayerLaplace, MCDropout
 from effens.ensembles.base import MemberLayer, RowEnsemble, chain, has_hooks, run_shared, split_rows
 
 
@@ -200,6 +202,55 @@ def test_a_method_is_a_few_hooks() -> None:
 @pytest.mark.parametrize("x", [torch.zeros(4, 3), torch.zeros(0, 3)])
 def test_run_shared_repeats_x_where_it_must(x: Tensor) -> None:
     assert torch.equal(run_shared(nn.ReLU(), x, 3), torch.cat([x] * 3))
+
+
+class Centers(nn.Module):
+    """A network that changes its input in a forward of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x -= 0.5
+        head: Tensor = self.last(self.first(x).tanh())
+        return head
+
+
+def rectified() -> nn.Module:
+    layers = nn.ReLU(inplace=True), nn.Linear(4, 4), nn.Dropout(0.5), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)
+    return nn.Sequential(nn.Flatten(), *layers)
+
+
+CHANGING: dict[str, Any] = {
+    "deep": effens.DeepEnsemble,
+    "batch": effens.BatchEnsemble,
+    "mimo": effens.MIMO,
+    "snapshot": effens.SnapshotEnsemble,
+    "swag": partial(effens.SWAG, rank=0),
+    "MC dropout": MCDropout,
+    "Laplace": LastLayerLaplace,
+}
+
+
+@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize("make_net", [rectified, Centers])
+@pytest.mark.parametrize("name", CHANGING)
+def test_a_network_that_changes_its_input_leaves_the_reader_s_alone(name: str, make_net: Any, members: int) -> None:
+    if make_net is Centers and name in ("MC dropout", "Laplace"):
+        pytest.skip("takes no such network")
+    ensemble = CHANGING[name](make_net, members)
+    x, y = vectors()
+    x = x.float()
+    before = x.clone()
+    effens.fit(ensemble, (x, y), epochs=2, batch_size=11, device="cpu", progress=False)
+    assert torch.equal(x, before)
+    for rows in (1, 22):
+        answers = ensemble(x[:rows])
+        assert torch.equal(x, before)
+        if name != "MC dropout":
+            assert torch.equal(ensemble(x[:rows]), answers)
+            torch.testing.assert_close(effens.predict(ensemble, x)[:, :rows], answers.softmax(-1))
 
 
 @pytest.mark.parametrize("of", [effens.DeepEnsemble, effens.BatchEnsemble])

@@ -320,6 +320,15 @@ def test_no_first_layer_of_mimo_is_left() -> None:
     assert [type(layer).__name__ for layer in layers] == ["LastLayer"]
 
 
+@pytest.mark.parametrize("members", [1, 2])
+def test_a_served_network_that_changes_its_input_leaves_the_reader_s_alone(members: int) -> None:
+    make = lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))  # noqa: E731
+    x = torch.randn(22, 4)
+    before = x.clone()
+    serving.folded(effens.MIMO(make, members), 2)(x)
+    assert torch.equal(x, before)
+
+
 def test_kernels_that_read_the_input_are_folded() -> None:
     served = serving.folded(trained("batch", cnn), 2)
     names = [type(layer).__name__ for layer in served.modules() if isinstance(layer, MemberLayer)]

@@ -233,7 +233,8 @@ def is_rowwise(layer: nn.Module) -> bool:
 def run_shared(network: nn.Module, x: Tensor, members: int) -> Any:
     """Run ``x`` (batch, ...), the same for all members, to rows (members * batch, ...).
 
-    Where the network begins with a member layer, that layer reads ``x`` once; else ``x`` is repeated.
+    Where the network begins with a member layer, that layer reads ``x`` once; else ``x`` is repeated, in memory of its
+    own also for one member or one row: the network may change it in place.
     """
     layers = deque(chain(network))
     while layers and type(layers[0]) in (nn.Flatten, nn.Identity):
@@ -242,7 +243,7 @@ def run_shared(network: nn.Module, x: Tensor, members: int) -> Any:
         layers.popleft()
         rows = first.forward_shared(x)
     else:
-        rows = x.expand(members, *x.shape).flatten(0, 1)
+        rows = torch.cat([x] * members)
     for layer in layers:
         rows = layer(rows)
     return rows
