@@ -607,6 +607,7 @@ class PerMember:
         self.moves = [torch.zeros_like(p) for p in owners]
         self.optimizer = make_optimizer(optimizer, [{"params": self.moves}], 1.0, 0.0)
         self.param_groups = self.optimizer.param_groups
+        self.sign = -1 if self.param_groups[0]["maximize"] else 1  # of the gradient that the optimizer follows
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -619,7 +620,7 @@ class PerMember:
         for weight, move, decay in zip(self.weights, self.moves, self.decays, strict=True):
             move.grad = weight.grad
             if self.coupled and move.grad is not None:
-                move.grad.addcmul_(weight, decay)
+                move.grad.addcmul_(weight, decay, value=self.sign)
         self.optimizer.step()
         multiplier = self.param_groups[0]["lr"]
         for weight, move, rate, decay in zip(self.weights, self.moves, self.rates, self.decays, strict=True):

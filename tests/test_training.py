@@ -302,6 +302,19 @@ class TestRatesOfTheMembersOwn:
                 assert relative(p, q) < 1e-10
 
 
+@pytest.mark.parametrize("rule", [torch.optim.AdamW, torch.optim.SGD])
+def test_weights_decay_also_where_a_loss_is_maximized(rule: Any) -> None:
+    optimizer = partial(rule, maximize=True)
+    make, plain = remembered(mlp, 3)
+    ensemble, (x, y) = effens.DeepEnsemble(make, 3), vectors(22)
+    options: dict[str, Any] = {"epochs": 3, "batch_size": 8, "optimizer": optimizer, "device": "cpu"}
+    effens.fit(ensemble, (x, y), rate=RATES, weight_decay=DECAYS, **options)
+    for m, network in enumerate(plain):
+        batches = [index[m] for index in indices(ensemble, 22, 8, 3)]
+        plain_loop(network, x, y, batches, rate=RATES[m], weight_decay=DECAYS[m], optimizer=optimizer)
+        assert relative(ensemble.member(m)(x), network(x)) < 1e-10
+
+
 def test_history_has_a_rate_for_each_member() -> None:
     history = effens.fit(effens.DeepEnsemble(mlp, 3), vectors(22), epochs=2, rate=RATES, batch_size=8, device="cpu")
     cosine = torch.tensor([0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6)])
