@@ -310,12 +310,15 @@ class Batches:
     ) -> None:
         self.ensemble, self.batch_size, self.place, self.generator = ensemble, batch_size, place, generator
         self.data = data
+        self.skipped = 0
         self.tensors: tuple[Tensor, Tensor] | None = None
         if isinstance(data, tuple | list):
             x, y = as_pair(data)
             if len(x) != len(y):
                 raise ValueError(f"x and y must have the same length, got {len(x)} and {len(y)}")
             self.tensors = x.to(place), y.to(place)
+        elif isinstance(data, DataLoader):
+            self.skipped = skipped(data, ensemble)
         elif not isinstance(data, Sized):
             raise ValueError(f"data must have a length, got {type(data).__name__} without one")
         if len(self) == 0:
@@ -327,7 +330,7 @@ class Batches:
         """Return how many steps an epoch has."""
         n = len(self.tensors[0]) if self.tensors else len(cast(Sized, self.data))
         if isinstance(self.data, DataLoader) or n == 0:
-            return n
+            return n - self.skipped
         if self.ensemble.order_within_batch:
             return math.ceil(n / self.batch_size)
         return math.ceil(self.ensemble.examples(n) / self.ensemble.examples(self.batch_size))
@@ -537,6 +540,14 @@ class Run:
             if (generator := getattr(holder, "generator", None)) not in found:
                 found.append(generator)
         return [generator for generator in found if generator is not None]
+
+
+def skipped(loader: DataLoader[Any], ensemble: Ensemble) -> int:
+    """Return how many batches of a loader's epoch are too small to be split among members: the last one, or none."""
+    if not loader.batch_size or loader.drop_last or not isinstance(loader.sampler, Sized):
+        return 0
+    last = len(loader.sampler) % loader.batch_size
+    return int(last > 0 and not ensemble.order(last, generator=torch.Generator()).numel())
 
 
 def summary(tensor: Tensor) -> str:

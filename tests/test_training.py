@@ -315,6 +315,15 @@ def test_weights_decay_also_where_a_loss_is_maximized(rule: Any) -> None:
         assert relative(ensemble.member(m)(x), network(x)) < 1e-10
 
 
+@pytest.mark.parametrize(("n", "steps"), [(18, 2), (20, 3), (16, 2)])
+def test_a_last_batch_too_small_to_be_split_is_no_step_of_the_schedule(n: int, steps: int) -> None:
+    ensemble = effens.BatchEnsemble(mlp, 4, split=True)
+    loader = DataLoader(TensorDataset(*vectors(n)), batch_size=8)
+    history = effens.fit(ensemble, loader, epochs=3, rate=1.0, device="cpu", progress=False)
+    assert history.steps == 3 * steps
+    assert history.rates.tolist() == pytest.approx([ensemble.schedule(step, 3 * steps) for step in range(3 * steps)])
+
+
 def test_history_has_a_rate_for_each_member() -> None:
     history = effens.fit(effens.DeepEnsemble(mlp, 3), vectors(22), epochs=2, rate=RATES, batch_size=8, device="cpu")
     cosine = torch.tensor([0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6)])
