@@ -152,7 +152,8 @@ def fit(
     if isinstance(rate, Sequence) or isinstance(weight_decay, Sequence):
         descent = PerMember(ensemble, optimizer, rate, weight_decay)
     else:
-        descent = make_optimizer(optimizer, ensemble.parameter_groups(rate, weight_decay), rate, weight_decay)
+        groups = ensemble.parameter_groups(rate, weight_decay)
+        descent = make_optimizer(optimizer, groups, rate, weight_decay, sparse=has_sparse(ensemble))
     highest = [group["lr"] for group in descent.param_groups]
     steps = epochs * len(batches)
     ask = asker(ensemble if ensemble.shared_batch else ensemble.forward_members, ensemble, place, precision, compile)
@@ -576,12 +577,22 @@ def place_of(name: torch.device | str | None) -> torch.device:
 
 
 def make_optimizer(
-    optimizer: MakeOptimizer, groups: list[dict[str, Any]], rate: float, weight_decay: float
+    optimizer: MakeOptimizer,
+    groups: list[dict[str, Any]],
+    rate: float,
+    weight_decay: float,
+    *,
+    sparse: bool = False,
 ) -> torch.optim.Optimizer:
     """Make the optimizer, fused where PyTorch can: for many small parameters most of its time is overhead."""
     floating = all(p.is_floating_point() for group in groups for p in group["params"])
-    options = {"fused": True} if optimizer in FUSED and floating else {}
+    options = {"fused": True} if optimizer in FUSED and floating and not sparse else {}
     return optimizer(groups, lr=rate, weight_decay=weight_decay, **options)
+
+
+def has_sparse(ensemble: nn.Module) -> bool:
+    """Say whether an embedding has sparse gradients, which no fused optimizer takes."""
+    return any(isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse for m in ensemble.modules())
 
 
 class PerMember:

@@ -315,6 +315,17 @@ def test_weights_decay_also_where_a_loss_is_maximized(rule: Any) -> None:
         assert relative(ensemble.member(m)(x), network(x)) < 1e-10
 
 
+def test_sparse_gradients() -> None:
+    make, plain = remembered(lambda: nn.EmbeddingBag(10, 3, sparse=True), 2)
+    x, y = torch.randint(10, (22, 4), generator=generator()), vectors()[1]
+    ensemble = effens.DeepEnsemble(make, 2)
+    options: dict[str, Any] = {"rate": 0.3, "optimizer": torch.optim.SGD}
+    effens.fit(ensemble, (x, y), epochs=2, batch_size=8, device="cpu", **options)
+    for m, network in enumerate(plain):
+        plain_loop(network, x, y, [index[m] for index in indices(ensemble, 22, 8, 2)], weight_decay=0.0, **options)
+        assert relative(ensemble.member(m)(x), network(x)) < 1e-6
+
+
 @pytest.mark.parametrize(("n", "steps"), [(18, 2), (20, 3), (16, 2)])
 def test_a_last_batch_too_small_to_be_split_is_no_step_of_the_schedule(n: int, steps: int) -> None:
     ensemble = effens.BatchEnsemble(mlp, 4, split=True)
