@@ -246,7 +246,8 @@ class Summary(nn.Module):
         self.likelihood = likelihood
         counts = repeats(ensemble)
         even = len(set(counts)) == 1
-        self.register_buffer("weights", None if even else torch.tensor(counts) / sum(counts))
+        dtype = next((p.dtype for p in self.ensemble.parameters() if p.is_floating_point()), torch.float32)
+        self.register_buffer("weights", None if even else torch.tensor(counts, dtype=dtype) / sum(counts))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map ``(batch, ...)`` to the mean and the spread."""

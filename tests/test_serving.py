@@ -282,6 +282,13 @@ def test_double_precision(backend: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_repeats_in_double_precision(backend: str, tmp_path: Path) -> None:
+    ensemble = effens.HyperEnsemble([mlp().double(), mlp().double()], [0, 0, 1])
+    x = inputs(mlp, 2).double()
+    assert far(serving.export(ensemble, x, tmp_path / "served", backend), ensemble, x, effens.Categorical()) < 1e-14
+
+
 def test_more_of_a_compiled_and_an_interpreted_file(backend: str, tmp_path: Path) -> None:
     ensemble, x, path = trained("deep", cnn), inputs(cnn, 2), tmp_path / "served"
     served = serving.export(ensemble, x, path, backend)
