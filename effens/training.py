@@ -73,6 +73,7 @@ def device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+@torch.inference_mode(False)  # with gradients, whatever mode it is called in
 def fit(
     ensemble: Ensemble,
     data: Data,

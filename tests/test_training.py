@@ -4,6 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -313,6 +314,27 @@ def test_weights_decay_also_where_a_loss_is_maximized(rule: Any) -> None:
         batches = [index[m] for index in indices(ensemble, 22, 8, 3)]
         plain_loop(network, x, y, batches, rate=RATES[m], weight_decay=DECAYS[m], optimizer=optimizer)
         assert relative(ensemble.member(m)(x), network(x)) < 1e-10
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_trains_also_where_gradients_are_off(mode: Any) -> None:
+    x, y = vectors()
+    options: dict[str, Any] = {"epochs": 2, "batch_size": 8, "device": "cpu", "rate": [0.1, 0.01]}
+    answers = []
+    for context in (mode, nullcontext):
+        torch.manual_seed(0)
+        ensemble = effens.DeepEnsemble(mlp, 2)
+        with context():
+            effens.fit(ensemble, (x, y), **options)
+            effens.fit(ensemble, (x.clone(), y.clone()), **{**options, "rate": 0.1})
+        answers.append(ensemble(x))
+    assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("ask", [effens.predict, effens.summarize])
+def test_arrays_are_refused(ask: Any) -> None:
+    with pytest.raises(TypeError, match="x must be a tensor, got ndarray"):
+        ask(effens.DeepEnsemble(mlp, 2), np.zeros((3, 4)))
 
 
 def test_sparse_gradients() -> None:
