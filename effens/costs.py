@@ -100,6 +100,8 @@ def measure(
     """
     if len(x) == 0 or len(x) != len(y):
         raise ValueError(f"x and y must have the same length >= 1, got {len(x)} and {len(y)}")
+    if not any(parameter.requires_grad for parameter in ensemble.parameters()):
+        raise ValueError("the ensemble must have weights to train, got none that require gradients")
     likelihood = Categorical() if likelihood is None else likelihood
     ensemble = copy.deepcopy(ensemble)
     place = next(ensemble.parameters()).device

@@ -35,6 +35,7 @@ from torch.distributions import Distribution
 from torch.distributions import StudentT as StudentTDistribution
 from torch.nn import functional as F
 
+from effens.baselines import MCDropout
 from effens.ensembles.base import Ensemble, MemberLayer, RowEnsemble, chain, split_rows
 from effens.ensembles.batch import BatchEnsemble, BatchEnsembleConv2d, BatchEnsembleLinear, across
 from effens.ensembles.deep import Mixture, StackedConv2d, StackedLinear
@@ -138,7 +139,8 @@ def export(
         it: the variance over them is divided by M, and 0 for one member.
 
     Raises:
-        ValueError: ``backend`` is unknown, or ``x`` holds no rows.
+        ValueError: ``backend`` is unknown, ``x`` holds no rows or numbers that are not finite, or members are drawn
+            anew at each call (`MCDropout`).
         FileNotFoundError: the folder of ``path`` does not exist.
         RuntimeError: there are no members yet; no C++ compiler is found (``"aoti"``); or the file does not answer what
             the ensemble does.
@@ -155,6 +157,8 @@ def export(
     check_folder("path", Path(path))
     if x.dim() < 2 or not len(x):
         raise ValueError(f"x must be (batch, ...) with at least one row, got shape {tuple(x.shape)}")
+    if unknown := int((~x.isfinite()).sum()):
+        raise ValueError(f"x must be finite, as answers are checked on it, got {unknown} numbers that are not")
     likelihood = Categorical() if likelihood is None else likelihood
     network = Summary(ensemble, likelihood, len(x)).eval().requires_grad_(False)
     expected = moments(predict(ensemble, x, likelihood=likelihood, chunk=len(x)), None)  # says what is wrong, if it is
@@ -297,7 +301,10 @@ def folded(ensemble: Ensemble, batch: int) -> Ensemble:
 
     Raises:
         RuntimeError: there are no members yet.
+        ValueError: the members are others at each call.
     """
+    if isinstance(ensemble, MCDropout):
+        raise ValueError("members must be the same at each call, got those of MCDropout, which are drawn anew")
     if isinstance(ensemble, SnapshotEnsemble):
         ensemble.check_collected()
         return folded(ensemble.snapshots, batch)

@@ -221,6 +221,7 @@ def predict(
         `torch.distributions` object of batch shape ``(members, batch)``; either on the device of ``x``.
 
     Raises:
+        TypeError: ``ensemble`` is none, or ``x`` is no tensor, but an array, say.
         ValueError: ``chunk`` is below 1, or ``precision`` is unknown.
 
     Example:
@@ -231,6 +232,8 @@ def predict(
         torch.Size([4, 10])
     """
     check_ensemble(ensemble)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     check_positive(chunk=chunk)
     likelihood = Categorical() if likelihood is None else likelihood
     modes = [(module, module.training) for module in ensemble.modules()]
