@@ -123,6 +123,11 @@ class LastLayerLaplace(Ensemble):
         found: Tensor = self.network[:-1](x.clone())  # which may change it in place
         return torch.cat([found, found.new_ones(len(found), 1)], 1)
 
+    def extra_repr(self) -> str:
+        """Show the settings that are not the usual ones."""
+        settings = {"precision": self.precision, "seed": self.seed, "fisher": self.fisher.__name__}
+        return ", ".join(changed(settings, {"precision": 1.0, "seed": 0, "fisher": "categorical_fisher"}))
+
     @torch.no_grad()
     def finish(self, batches: Iterable[Tensor]) -> None:
         """Fit the Gaussian and draw the members, the same for the same seed.
@@ -145,11 +150,6 @@ class LastLayerLaplace(Ensemble):
         shift = torch.linalg.solve_triangular(factor.mT, noise.to(mean), upper=True)  # of covariance information^-1
         self.samples.copy_(mean + shift.mT.reshape(self.members, *mean.shape))
         self.ready = True
-
-    def extra_repr(self) -> str:
-        """Show the settings that are not the usual ones."""
-        settings = {"precision": self.precision, "seed": self.seed, "fisher": self.fisher.__name__}
-        return ", ".join(changed(settings, {"precision": 1.0, "seed": 0, "fisher": "categorical_fisher"}))
 
 
 def reconsider(ensemble: LastLayerLaplace, _: Any) -> None:

@@ -199,11 +199,6 @@ def test_a_method_is_a_few_hooks() -> None:
     assert relative(ensemble(x)[1], ensemble(x)[0]) < 1e-12
 
 
-@pytest.mark.parametrize("x", [torch.zeros(4, 3), torch.zeros(0, 3)])
-def test_run_shared_repeats_x_where_it_must(x: Tensor) -> None:
-    assert torch.equal(run_shared(nn.ReLU(), x, 3), torch.cat([x] * 3))
-
-
 class Centers(nn.Module):
     """A network that changes its input in a forward of its own."""
 
@@ -265,3 +260,8 @@ def test_hooks_on_the_first_layer_are_called(of: Any, shape: tuple[int, ...]) ->
     assert seen == [2 * len(x)] * 2
     handle.remove()
     assert torch.equal(ensemble(x), expected)
+
+
+@pytest.mark.parametrize("x", [torch.zeros(4, 3), torch.zeros(0, 3)])
+def test_run_shared_repeats_x_where_it_must(x: Tensor) -> None:
+    assert torch.equal(run_shared(nn.ReLU(), x, 3), torch.cat([x] * 3))
