@@ -320,7 +320,7 @@ def folded(ensemble: Ensemble, batch: int) -> Ensemble:
     if ensemble.members == 1:
         return Heads(ensemble.member(0), 1)
     instead: dict[int, Any] = {}
-    reads_x = next(link for link in chain(ensemble.network) if type(link) not in (nn.Flatten, nn.Identity))
+    reads_x = next((link for link in chain(ensemble.network) if type(link) not in (nn.Flatten, nn.Identity)), None)
     for layer in ensemble.network.modules():
         if isinstance(layer, FirstLayer):
             instead[id(layer)] = layer.member(0)

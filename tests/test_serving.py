@@ -337,6 +337,13 @@ def test_a_served_network_that_changes_its_input_leaves_the_reader_s_alone(membe
     assert torch.equal(x, before)
 
 
+def test_a_network_without_layers_is_folded() -> None:
+    x = torch.randn(2, 4)
+    assert torch.equal(
+        serving.folded(effens.DeepEnsemble(lambda: nn.Sequential(nn.Flatten()), 2), 2)(x), torch.stack([x, x])
+    )
+
+
 def test_kernels_that_read_the_input_are_folded() -> None:
     served = serving.folded(trained("batch", cnn), 2)
     names = [type(layer).__name__ for layer in served.modules() if isinstance(layer, MemberLayer)]
