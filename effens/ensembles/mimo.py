@@ -143,7 +143,7 @@ class MIMO(RowEnsemble):
             modes = [(module, module.training) for module in self.modules()]
             self.eval()
             try:
-                self.forward_members(x[:1].expand(self.members, 2, *x.shape[1:]))
+                self.forward_members(torch.stack([x[[0, 0]]] * self.members))  # the network may change them in place
             finally:
                 for module, mode in modes:
                     module.training = mode
