@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effens.ensembles.base import Ensemble, MakeNet, changed, made
+from effens.ensembles.base import Ensemble, MakeNet, made
 from effens.likelihoods import Categorical, Gaussian, Likelihood, StudentT
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
@@ -38,7 +38,7 @@ class MCDropout(Ensemble):
 
     def extra_repr(self) -> str:
         """Show how many members there are, if not as many as usual."""
-        return ", ".join(changed({"members": self.members}, {"members": 30}))
+        return changed({"members": self.members}, {"members": 30})
 
     def forward(self, x: Tensor) -> Tensor:
         """Answer with every member: ``(batch, ...)`` to ``(members, batch, outputs)``."""
@@ -126,7 +126,7 @@ class LastLayerLaplace(Ensemble):
     def extra_repr(self) -> str:
         """Show the settings that are not the usual ones."""
         settings = {"precision": self.precision, "seed": self.seed, "fisher": self.fisher.__name__}
-        return ", ".join(changed(settings, {"precision": 1.0, "seed": 0, "fisher": "categorical_fisher"}))
+        return changed(settings, {"precision": 1.0, "seed": 0, "fisher": "categorical_fisher"})
 
     @torch.no_grad()
     def finish(self, batches: Iterable[Tensor]) -> None:
@@ -155,6 +155,11 @@ class LastLayerLaplace(Ensemble):
 def reconsider(ensemble: LastLayerLaplace, _: Any) -> None:
     """See whether a loaded ensemble has members: samples that are not all 0."""
     ensemble.ready = bool(ensemble.samples.any())
+
+
+def changed(settings: dict[str, Any], usual: dict[str, Any]) -> str:
+    """Return the settings that are not the usual ones, as `extra_repr` shows them and checkpoints compare them."""
+    return ", ".join(f"{name}={value}" for name, value in settings.items() if value != usual[name])
 
 
 def fisher_of(likelihood: Likelihood) -> Callable[[Tensor], Tensor]:

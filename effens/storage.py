@@ -153,7 +153,8 @@ class Checkpoint:
         if found.get("format") != CHECKPOINT:
             raise ValueError(f"{name} must hold {CHECKPOINT!r}, got {found.get('format')!r}")
         content = json.loads(found["content"])
-        if different := list(differences(self.call, content["call"])):
+        call = {key: self.call[key] for key in self.call if key in content["call"]}  # an older version wrote fewer
+        if different := list(differences(call, content["call"])):
             more = f", and {len(different) - 3} more" if len(different) > 3 else ""
             raise ValueError(f"{name} must be a checkpoint of the same call, got {'; '.join(different[:3])}{more}")
         return unpacked(content["state"], tensors)

@@ -453,6 +453,7 @@ class Run:
             **settings,
             "data": self.batches.look(),
             "modules": {name: f"{type(m).__name__}({m.extra_repr()})" for name, m in self.ensemble.named_modules()},
+            "geometry": {name: m.geometry for name, m in self.ensemble.named_modules() if hasattr(m, "geometry")},
             "shared batch": self.ensemble.shared_batch,
             "tensors": {name: summary(tensor) for name, tensor in self.tensors().items()},
             "trained": [name for name, p in self.ensemble.named_parameters() if p.requires_grad],

@@ -357,8 +357,8 @@ def pooled(**geometry: Any) -> nn.Module:
 @pytest.mark.parametrize(
     ("geometry", "message"),
     [
-        ({"stride": 2}, r"bias=True\) instead of .*bias=True, stride=\(2, 2\)"),
-        ({"padding": "same", "dilation": 2}, r"instead of .*, padding=same, dilation=\(2, 2\)"),
+        ({"stride": 2}, r"geometry\.network\.0\.stride \[1, 1\] instead of \[2, 2\]"),
+        ({"padding": "same", "dilation": 2}, r"padding \[0, 0\] instead of same; .*dilation \[1, 1\] instead of"),
     ],
 )
 def test_a_convolution_s_geometry_is_part_of_the_call(

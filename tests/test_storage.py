@@ -270,6 +270,13 @@ def test_a_checkpoint_gives_back_what_it_was_given(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
+def test_what_an_older_version_did_not_write_is_not_compared(tmp_path: Path) -> None:
+    storage.Checkpoint(tmp_path / "run", {"rate": 0.1}).write([1])
+    assert storage.Checkpoint(tmp_path / "run", {"rate": 0.1, "new": 3}).read() == [1]
+    with pytest.raises(ValueError, match="got rate 0.1 instead of None"):
+        storage.Checkpoint(tmp_path / "run", {"new": 3}).read()
+
+
 def test_many_differences_are_counted(tmp_path: Path) -> None:
     storage.Checkpoint(tmp_path / "run", {str(i): 0 for i in range(9)}).write([])
     with pytest.raises(ValueError, match="got 0 0 instead of 1; 1 0 instead of 1; 2 0 instead of 1, and 6 more$"):

@@ -112,6 +112,7 @@ class MemberLayer(nn.Module):
 
     members: int
     convolves = False  # whether the layer is a convolution
+    geometry: dict[str, Any]  # of a convolution: stride, padding, dilation, groups
 
     def apart(self) -> list[Callable[[Tensor], Any]]:
         """Return what the layer does to each member's rows, as a function for each."""
@@ -253,14 +254,6 @@ def has_hooks(module: nn.Module) -> bool:
     """Say whether anything is hooked to the module, so that calling it is more than its `forward`."""
     forward = module._forward_hooks or module._forward_pre_hooks
     return bool(forward or module._backward_hooks or module._backward_pre_hooks)
-
-
-CONVOLUTION = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
-
-
-def changed(settings: dict[str, Any], usual: dict[str, Any]) -> list[str]:
-    """Return the settings that are not the usual ones, as ``name=value``: which `extra_repr` shows."""
-    return [f"{name}={value}" for name, value in settings.items() if value != usual[name]]
 
 
 def filled(plain: PlainLayer, layer: Any, m: int, weight: Tensor) -> PlainLayer:

@@ -20,11 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effens.ensembles.base import (
-    CONVOLUTION,
     MakeNet,
     MemberLayer,
     RowEnsemble,
-    changed,
     filled,
     made,
     member_conv2d,
@@ -288,7 +286,7 @@ class BatchEnsembleConv2d(RankOneLayer):
             raise ValueError(f"padding_mode must be 'zeros', got {plain.padding_mode!r}")
         self._set(plain.weight, plain.bias, plain.in_channels, members, init)
         names = ("stride", "padding", "dilation", "groups")
-        self.geometry: dict[str, Any] = {name: getattr(plain, name) for name in names}
+        self.geometry = {name: getattr(plain, name) for name in names}
 
     @classmethod
     def from_conv2d(cls, plain: nn.Conv2d, members: int, *, init: str = "signs") -> "BatchEnsembleConv2d":
@@ -334,9 +332,10 @@ class BatchEnsembleConv2d(RankOneLayer):
     def extra_repr(self) -> str:
         """Describe the layer as `nn.Conv2d` does."""
         out_channels, in_channels = self.s.shape[1], self.r.shape[1]
-        kernel, bias = tuple(self.weight.shape[2:]), self.bias is not None
-        plain = f"{in_channels}, {out_channels}, kernel_size={kernel}, members={self.members}, bias={bias}"
-        return ", ".join([plain, *changed(self.geometry, CONVOLUTION)])
+        kernel = tuple(self.weight.shape[2:])
+        return (
+            f"{in_channels}, {out_channels}, kernel_size={kernel}, members={self.members}, bias={self.bias is not None}"
+        )
 
 
 def across(factors: Tensor, x: Tensor, axis: int = -1) -> Tensor:

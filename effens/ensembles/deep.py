@@ -18,13 +18,11 @@ from torch.nn import functional as F
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from effens.ensembles.base import (
-    CONVOLUTION,
     Apart,
     Ensemble,
     MakeNet,
     MemberLayer,
     RowEnsemble,
-    changed,
     filled,
     has_hooks,
     is_rowwise,
@@ -192,7 +190,7 @@ class StackedConv2d(MemberLayer):
         self.weight = stacked([layer.weight for layer in layers])
         self.bias = stacked_biases(layers)
         names = ("stride", "padding", "dilation", "groups")
-        self.geometry: dict[str, Any] = {name: getattr(first, name) for name in names}
+        self.geometry = {name: getattr(first, name) for name in names}
 
     def apart(self) -> list[Callable[[Tensor], Any]]:
         """Return each member's own convolution."""
@@ -220,8 +218,7 @@ class StackedConv2d(MemberLayer):
         """Describe the layer as `nn.Conv2d` does."""
         members, out, inner, *kernel = self.weight.shape
         inputs = inner * self.geometry["groups"]
-        plain = f"{inputs}, {out}, kernel_size={tuple(kernel)}, members={members}, bias={self.bias is not None}"
-        return ", ".join([plain, *changed(self.geometry, CONVOLUTION)])
+        return f"{inputs}, {out}, kernel_size={tuple(kernel)}, members={members}, bias={self.bias is not None}"
 
 
 class LoopedLayer(MemberLayer):
