@@ -37,13 +37,17 @@ class MCDropout(OneNetwork):
         if not any(isinstance(layer, DROPOUTS) and layer.p > 0 for layer in self.network.modules()):
             raise ValueError(f"the network must have dropout, got {self.network}")
 
+    def extra_repr(self) -> str:
+        """Show how many members there are, if not as many as usual."""
+        return changed({"members": self.members}, {"members": 30})
+
     def forward(self, x: Tensor) -> Tensor:
         """Answer with every member: ``(batch, ...)`` to ``(members, batch, outputs)``."""
         modes = [(layer, layer.training) for layer in self.network.modules() if isinstance(layer, DROPOUTS)]
         try:
             for layer, _ in modes:
                 layer.train()
-            rows = self.network(x.expand(self.members, *x.shape).flatten(0, 1))
+            rows = self.network(torch.cat([x] * self.members))
         finally:
             for layer, mode in modes:
                 layer.train(mode)
@@ -122,8 +126,13 @@ class LastLayerLaplace(OneNetwork):
 
     def features(self, x: Tensor) -> Tensor:
         """Return what the last layer reads, and 1: ``(batch, features + 1)``."""
-        found: Tensor = self.network[:-1](x)
+        found: Tensor = self.network[:-1](x.clone())  # which may change it in place
         return torch.cat([found, found.new_ones(len(found), 1)], 1)
+
+    def extra_repr(self) -> str:
+        """Show the settings that are not the usual ones."""
+        settings = {"precision": self.precision, "seed": self.seed, "fisher": self.fisher.__name__}
+        return changed(settings, {"precision": 1.0, "seed": 0, "fisher": "categorical_fisher"})
 
     @torch.no_grad()
     def finish(self, batches: Iterable[Tensor]) -> None:
@@ -157,6 +166,11 @@ class LastLayerLaplace(OneNetwork):
 def reconsider(ensemble: LastLayerLaplace, _: Any) -> None:
     """See whether a loaded ensemble has members: samples that are not all 0."""
     ensemble.ready = bool(ensemble.samples.any())
+
+
+def changed(settings: dict[str, Any], usual: dict[str, Any]) -> str:
+    """Return the settings that are not the usual ones, as `extra_repr` shows them and checkpoints compare them."""
+    return ", ".join(f"{name}={value}" for name, value in settings.items() if value != usual[name])
 
 
 def fisher_of(likelihood: Likelihood) -> Callable[[Tensor], Tensor]:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from effens.ensembles.base import Ensemble
 from effens.likelihoods import Categorical, Likelihood
-from effens.training import make_optimizer
+from effens.training import losses_of, make_optimizer
 
 TRAIN_BATCH = 128
 BATCHES = (1, 256)
@@ -118,6 +118,8 @@ def measure(
     """
     if len(x) == 0 or len(x) != len(y):
         raise ValueError(f"x and y must have the same length >= 1, got {len(x)} and {len(y)}")
+    if not any(parameter.requires_grad for parameter in ensemble.parameters()):
+        raise ValueError("the ensemble must have weights to train, got none that require gradients")
     likelihood = Categorical() if likelihood is None else likelihood
     asked = copy.deepcopy(ensemble)
     ensemble = asked if isinstance(asked, Ensemble) else Alone(asked)
@@ -168,7 +170,7 @@ def loss_at_batch(
 
     def loss() -> Tensor:
         outputs = ensemble(xs) if ensemble.shared_batch else ensemble.forward_members(xs)
-        return ensemble.reduce(likelihood.nll(outputs, ys))
+        return ensemble.reduce(losses_of(likelihood, outputs, ys))
 
     return loss
 

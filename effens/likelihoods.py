@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -83,7 +84,9 @@ class Categorical(Likelihood):
         return losses.view(outputs.shape[:-1])
 
     def check(self, outputs: Tensor, y: Tensor) -> None:
-        """Raise `ValueError` unless all labels are integers that name a class."""
+        """Raise `ValueError` unless all labels are integers that name a class, one for each row of logits."""
+        if outputs.dim() > 3:
+            raise ValueError(f"outputs must be (members, batch, classes), got shape {tuple(outputs.shape)}")
         check_integers(y)
         low, high = (int(y.min()), int(y.max())) if y.numel() else (0, 0)
         if low < 0 or high >= outputs.shape[-1]:
@@ -141,20 +144,36 @@ class StudentT(Likelihood):
         """Return the negative log density of each example, ``(..., batch)``, in nats."""
         check_outputs(self, outputs)
         check_targets(outputs, y)
-        df, location, scale = self.parameters(outputs)  # no distribution: it would refuse a network that diverged
-        z = (y - location) / scale
-        normalizer = log_gamma_ratio(df / 2) - 0.5 * (math.pi * df).log() - scale.log()
-        return (df + 1) / 2 * torch.log1p(z.square() / df) - normalizer
+        return student_nll(*self.parameters(outputs), y)
 
     def predict(self, outputs: Tensor) -> StudentTDistribution:
-        """Return a `torch.distributions.StudentT` of batch shape ``(..., batch)``."""
+        """Return a `torch.distributions.StudentT` of batch shape ``(..., batch)``, whose log densities are `nll`'s."""
         check_outputs(self, outputs)
-        return StudentTDistribution(*self.parameters(outputs), validate_args=False)
+        return student_t(*self.parameters(outputs))
 
     def parameters(self, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return degrees of freedom, location and scale, each ``(..., batch)``."""
         location, scale, df = outputs.unbind(-1)
         return 2.01 + F.softplus(df), location, F.softplus(scale) + 1e-3
+
+
+def student_t(df: Tensor, location: Tensor, scale: Tensor) -> StudentTDistribution:
+    """Return Student's t whose log densities keep their digits at many degrees of freedom, as PyTorch's do not."""
+    distribution = StudentTDistribution(df, location, scale, validate_args=False)
+    vars(distribution)["log_prob"] = partial(student_log_prob, df, location, scale)  # no subclass: type() tells kinds
+    return distribution
+
+
+def student_log_prob(df: Tensor, location: Tensor, scale: Tensor, value: Tensor) -> Tensor:
+    """Return Student's log density."""
+    return -student_nll(df, location, scale, value)
+
+
+def student_nll(df: Tensor, location: Tensor, scale: Tensor, y: Tensor) -> Tensor:
+    """Return Student's negative log density."""
+    z = (y - location) / scale
+    normalizer = log_gamma_ratio(df / 2) - 0.5 * (math.pi * df).log() - scale.log()
+    return (df + 1) / 2 * torch.log1p(z.square() / df) - normalizer
 
 
 def log_gamma_ratio(x: Tensor) -> Tensor:
@@ -185,8 +204,7 @@ def mixture(distribution: Distribution) -> MixtureSameFamily:
         case Normal():
             component: Distribution = Normal(distribution.loc.T, distribution.scale.T, validate_args=False)
         case StudentTDistribution():
-            parts = (distribution.df.T, distribution.loc.T, distribution.scale.T)
-            component = StudentTDistribution(*parts, validate_args=False)
+            component = student_t(distribution.df.T, distribution.loc.T, distribution.scale.T)
         case _:
             raise TypeError(f"distribution must be Normal or StudentT, got {type(distribution).__name__}")
     weights = torch.zeros_like(distribution.loc.T)  # equal logits: equal weights

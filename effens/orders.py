@@ -72,10 +72,11 @@ def threshold(value: Tensor, moves: Tensor) -> float:
     Returns:
         One of the |value|; infinite if no trade pays.
     """
-    order = value.abs().argsort(descending=True)
+    bounds, order = value.abs().sort(descending=True)
     gains = (value.sign() * moves - COST)[order].double().cumsum(0)
+    gains[:-1][bounds[:-1] == bounds[1:]] = -torch.inf  # a bound lets in all that are as large
     best = int(gains.argmax())
-    return float(value.abs()[order[best]]) if float(gains[best]) > 0 else float("inf")
+    return float(bounds[best]) if float(gains[best]) > 0 else float("inf")
 
 
 def delays(arrivals: Tensor, service: Tensor) -> Tensor:

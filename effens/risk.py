@@ -8,10 +8,12 @@ expected shortfall are losses, positive numbers in the unit of y**; ``level`` is
 A forecast of day i must be made from what was known before it; nothing here can see whether it was.
 """
 
+import inspect
 import math
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -302,7 +304,7 @@ def draw_hits(n: int, rate: float, *, again: float | None = None, draws: int = 1
 
 
 def simulated_p(
-    test: Callable[[Tensor], LikelihoodRatio], hits: Tensor, level: float = 0.99, *, draws: int = 9999, seed: int = 0
+    test: Callable[..., LikelihoodRatio], hits: Tensor, level: float = 0.99, *, draws: int = 9999, seed: int = 0
 ) -> float:
     r"""Return a p-value that is valid with few hits: the rank of the statistic among histories that the model implies.
 
@@ -312,12 +314,14 @@ def simulated_p(
     doi:10.1093/jjfinec/nbh004) Ties count against rejecting, so it is never too small.
 
     Args:
-        test: of hits, `independence` for instance.
+        test: of hits, `independence` for instance; one that takes a ``level`` gets this one.
         hits: (n,) booleans, or 0 and 1, in the order of days.
         level: of the value at risk.
         draws: how many histories of independent hits.
         seed: of the draws.
     """
+    if "level" in inspect.signature(test).parameters:
+        test = partial(test, level=level)
     null = test(draw_hits(hits.shape[-1], _tail(level), draws=draws, seed=seed)).statistic
     return (1 + int((null >= test(hits).statistic - 1e-9).sum())) / (draws + 1)
 
@@ -434,7 +438,7 @@ def model_confidence_set(losses: Tensor, *, block: float | None = None, draws: i
     while len(left) > 1:
         d = mean[left] - mean[left].mean()
         noise = shift[:, left] - shift[:, left].mean(1, keepdim=True)
-        error = noise.square().mean(0).sqrt().clamp_min(1e-9 * x.abs().max() + TINY)
+        error = noise.square().mean(0).sqrt().clamp_min(1e-9 * x[left].abs().max() + TINY)
         statistic = d / error
         beyond = (noise / error).max(1).values >= statistic.max() - 1e-5  # equal models differ by rounding errors
         largest = max(largest, float(beyond.double().mean()))

@@ -35,15 +35,16 @@ from torch.distributions import Distribution
 from torch.distributions import StudentT as StudentTDistribution
 from torch.nn import functional as F
 
+from effens.baselines import MCDropout
 from effens.ensembles.base import Ensemble, MemberLayer, RowEnsemble, chain, split_rows
 from effens.ensembles.batch import BatchEnsemble, BatchEnsembleConv2d, BatchEnsembleLinear, across
 from effens.ensembles.deep import Mixture, StackedConv2d, StackedLinear
 from effens.ensembles.hyper import HyperEnsemble
-from effens.ensembles.mimo import MIMO, FirstLayer
+from effens.ensembles.mimo import MIMO, FirstLayer, may_write
 from effens.ensembles.snapshot import SnapshotEnsemble
 from effens.ensembles.swag import SWAG
 from effens.likelihoods import Categorical, Likelihood
-from effens.storage import write_whole
+from effens.storage import check_folder, write_whole
 from effens.training import check_positive, predict
 
 FORMAT = "effens served 1"
@@ -139,7 +140,9 @@ def export(
         it: the variance over them is divided by M, and 0 for one member.
 
     Raises:
-        ValueError: ``backend`` is unknown, or ``x`` holds no rows.
+        ValueError: ``backend`` is unknown, ``x`` holds no rows or numbers that are not finite, or members are drawn
+            anew at each call (`MCDropout`).
+        FileNotFoundError: the folder of ``path`` does not exist.
         RuntimeError: there are no members yet; no C++ compiler is found (``"aoti"``); or the file does not answer what
             the ensemble does.
         ModuleNotFoundError: a package is missing (``"onnx"``).
@@ -152,8 +155,11 @@ def export(
     if backend not in BACKENDS:
         raise ValueError(f"backend must be 'aoti' or 'onnx', got {backend!r}")
     require(backend)
+    check_folder("path", Path(path))
     if x.dim() < 2 or not len(x):
         raise ValueError(f"x must be (batch, ...) with at least one row, got shape {tuple(x.shape)}")
+    if unknown := int((~x.isfinite()).sum()):
+        raise ValueError(f"x must be finite, as answers are checked on it, got {unknown} numbers that are not")
     likelihood = Categorical() if likelihood is None else likelihood
     network = Summary(ensemble, likelihood, len(x)).eval().requires_grad_(False)
     expected = moments(predict(ensemble, x, likelihood=likelihood, chunk=len(x)), None)  # says what is wrong, if it is
@@ -245,7 +251,8 @@ class Summary(nn.Module):
         self.likelihood = likelihood
         counts = repeats(ensemble)
         even = len(set(counts)) == 1
-        self.register_buffer("weights", None if even else torch.tensor(counts) / sum(counts))
+        dtype = next((p.dtype for p in self.ensemble.parameters() if p.is_floating_point()), torch.float32)
+        self.register_buffer("weights", None if even else torch.tensor(counts, dtype=dtype) / sum(counts))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map ``(batch, ...)`` to the mean and the spread."""
@@ -295,7 +302,10 @@ def folded(ensemble: Ensemble, batch: int) -> Ensemble:
 
     Raises:
         RuntimeError: there are no members yet.
+        ValueError: the members are others at each call.
     """
+    if isinstance(ensemble, MCDropout):
+        raise ValueError("members must be the same at each call, got those of MCDropout, which are drawn anew")
     if isinstance(ensemble, SnapshotEnsemble):
         ensemble.check_collected()
         return folded(ensemble.snapshots, batch)
@@ -311,7 +321,7 @@ def folded(ensemble: Ensemble, batch: int) -> Ensemble:
     if ensemble.members == 1:
         return Heads(ensemble.member(0), 1)
     instead: dict[int, Any] = {}
-    reads_x = next(link for link in chain(ensemble.network) if type(link) not in (nn.Flatten, nn.Identity))
+    reads_x = next((link for link in chain(ensemble.network) if type(link) not in (nn.Flatten, nn.Identity)), None)
     for layer in ensemble.network.modules():
         if isinstance(layer, FirstLayer):
             instead[id(layer)] = layer.member(0)
@@ -335,7 +345,7 @@ class Heads(RowEnsemble):
 
     def forward(self, x: Tensor) -> Tensor:
         """Answer with every head: ``(batch, ...)`` to ``(members, batch, outputs)``."""
-        return self._answers(self.network(x), len(x))
+        return self._answers(self.network(x.clone() if may_write(self.network) else x), len(x))
 
 
 class Together(RowEnsemble):

@@ -1,6 +1,5 @@
 """Weights and checkpoints on disk: safetensors, so that a file can hold numbers and nothing that runs."""
 
-import glob
 import json
 import os
 import re
@@ -26,6 +25,7 @@ def save(ensemble: nn.Module, path: str | os.PathLike[str]) -> None:
         path: where to; by custom ``*.safetensors``. A file that is there is replaced once the new one is complete.
 
     Raises:
+        FileNotFoundError: the folder does not exist.
         TypeError: the state holds more than tensors (a module has an extra state).
 
     Example:
@@ -34,6 +34,7 @@ def save(ensemble: nn.Module, path: str | os.PathLike[str]) -> None:
         >>> path.stat().st_size < 1000
         True
     """
+    check_folder("path", Path(path))
     if others := [name for name, value in ensemble.state_dict().items() if not isinstance(value, Tensor)]:
         raise TypeError(f"the state must hold nothing but tensors, got {others}")
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in ensemble.state_dict().items()}
@@ -50,7 +51,7 @@ def load(ensemble: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file was cut or was not written by `save`, or holds another kind of ensemble, other names, other
-            shapes, or numbers of another kind (real ones for integers).
+            shapes, numbers of another kind (real ones for integers), or a `HyperEnsemble` of another index.
 
     Example:
         >>> make = lambda: effens.DeepEnsemble(lambda: nn.Linear(3, 2), members=4)
@@ -79,6 +80,9 @@ def load(ensemble: nn.Module, path: str | os.PathLike[str]) -> None:
             raise ValueError(f"{path.name}: {name} must have shape {shapes[0]}, got {shapes[1]}")
         if not torch.can_cast(tensors[name].dtype, tensor.dtype):
             raise ValueError(f"{path.name}: {name} must fit {tensor.dtype}, got {tensors[name].dtype}")
+    for prefix, module in ensemble.named_modules():  # first, for a module may refuse its extra state
+        if (name := f"{prefix}._extra_state".lstrip(".")) in tensors:
+            module.set_extra_state(tensors[name])
     ensemble.load_state_dict(tensors)
 
 
@@ -109,12 +113,13 @@ class Checkpoint:
     def __init__(self, path: str | os.PathLike[str], call: dict[str, Any]) -> None:
         self.path = Path(path)
         self.call = json.loads(re.sub(r" at 0x[0-9a-f]+", "", json.dumps(call, default=repr)))  # as it will be read
-        if not self.path.parent.is_dir():
-            raise FileNotFoundError(f"checkpoint must be in a folder that exists, got {self.path}")
+        check_folder("checkpoint", self.path)
         if self.path.is_dir():
             raise IsADirectoryError(f"checkpoint must name a file, got the folder {self.path}")
-        for part in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.part"):
-            part.unlink(missing_ok=True)
+        left = re.compile(rf"\.{re.escape(self.path.name)}\.([0-9a-f]{{32}}|\d+)\.part")  # as `write_whole` names it
+        for part in self.path.parent.iterdir():
+            if left.fullmatch(part.name):
+                part.unlink(missing_ok=True)
 
     def write(self, state: Any) -> None:
         """Replace the file by one that holds this state, whole or not at all.
@@ -149,7 +154,8 @@ class Checkpoint:
         if found.get("format") != CHECKPOINT:
             raise ValueError(f"{name} must hold {CHECKPOINT!r}, got {found.get('format')!r}")
         content = json.loads(found["content"])
-        if different := list(differences(self.call, content["call"])):
+        call = {key: self.call[key] for key in self.call if key in content["call"]}  # an older version wrote fewer
+        if different := list(differences(call, content["call"])):
             more = f", and {len(different) - 3} more" if len(different) > 3 else ""
             raise ValueError(f"{name} must be a checkpoint of the same call, got {'; '.join(different[:3])}{more}")
         return unpacked(content["state"], tensors)
@@ -202,6 +208,12 @@ def read_whole(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(
             f"{path.name} must be a whole safetensors file, got one that cannot be read: {error}"
         ) from None
+
+
+def check_folder(name: str, path: Path) -> None:
+    """Raise `FileNotFoundError` unless there is a folder for this file."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{name} must be in a folder that exists, got {path}")
 
 
 def write_whole(path: Path, content: bytes) -> None:

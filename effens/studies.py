@@ -327,20 +327,23 @@ def panel_forecasts(
 
 
 def ranks_of(x: Tensor) -> Tensor:
-    """Return ranks over the last dimension, centered: (days, assets)."""
-    ranks = x.argsort(-1).argsort(-1).double()
+    """Return ranks over the last dimension, centered, equals sharing their mean: (days, assets)."""
+    x = x.contiguous()
+    ordered = x.sort(-1).values
+    ranks = (torch.searchsorted(ordered, x) + torch.searchsorted(ordered, x, right=True)).double() / 2
     return ranks - ranks.mean(-1, keepdim=True)
 
 
 def ranked(a: Tensor, b: Tensor) -> float:
-    """Return the rank correlation over assets, the mean over days."""
+    """Return the rank correlation over assets, the mean over days; 0 on a day on which all of either are equal."""
     first, second = ranks_of(a), ranks_of(b)
-    return float(((first * second).sum(-1) / first.square().sum(-1)).mean())
+    sizes = (first.square().sum(-1) * second.square().sum(-1)).sqrt()
+    return float(((first * second).sum(-1) / sizes.clamp_min(0.5)).mean())  # two assets that differ have 0.5
 
 
 def turnover(a: Tensor, b: Tensor) -> float:
     """Return how much of a book that is proportional to ranks changes hands from one to the other, in percent."""
-    first, second = (each / each.abs().sum(-1, keepdim=True) for each in (ranks_of(a), ranks_of(b)))
+    first, second = (each / each.abs().sum(-1, keepdim=True).clamp_min(1) for each in (ranks_of(a), ranks_of(b)))
     return 100 * float((first - second).abs().sum(-1).mean()) / 2
 
 

@@ -24,6 +24,10 @@ from effens.storage import Checkpoint
 Data = tuple[Tensor, Tensor] | Dataset[Any] | DataLoader[Any]
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
 FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+KEPT = (
+    *("epoch", "finished", "losses", "rates", "seconds", "begun", "taken"),
+    *("tensors", "optimizer", "groups", "random", "loader"),
+)  # what a checkpoint holds
 GRAPHS = 10_000_000  # weights: up to here a GPU waits for its next kernel, and a compiled network runs as a CUDA graph
 
 
@@ -69,6 +73,7 @@ def device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+@torch.inference_mode(False)  # with gradients, whatever mode it is called in
 def fit(
     ensemble: Ensemble,
     data: Data,
@@ -92,7 +97,8 @@ def fit(
     With a ``checkpoint``, a run that was killed goes on where that was last written, when it is called again in the
     same way, and ends bit by bit as if it had never stopped: weights, buffers, optimizer, schedule, every source of
     random numbers that PyTorch has (on the same machine, with as many threads). A finished run returns at once.
-    What is no tensor, such as a counter that a network keeps in an attribute, is not kept.
+    What is no tensor, such as a counter that a network keeps in an attribute, is not kept, nor are the random states of
+    NumPy and Python: a `Dataset` that draws must draw from PyTorch.
 
     Args:
         ensemble: any ensemble; it is moved to ``device`` and stays there, in eval mode.
@@ -120,9 +126,10 @@ def fit(
         The losses, the rates and the time taken.
 
     Raises:
-        ValueError: there are no examples, labels are out of range, or targets are not one per example; or there are
-            rates or decays for each member where there cannot be, or not one for each; or ``checkpoint`` is no whole
-            file, or of another call: other settings, shapes, numbers in tensors ``data``, version of PyTorch ...
+        ValueError: there are no examples, labels are out of range, or targets or outputs are not one per example (but
+            one for each pixel, say); or there are rates or decays for each member where there cannot be, or not one for
+            each; or ``checkpoint`` is no whole file, or of another call: other settings, shapes, numbers in tensors
+            ``data``, version of PyTorch ...
         FloatingPointError: a loss is not finite. No checkpoint is written after it.
         OSError: the checkpoint cannot be written, the disk is full, say. The last one is kept.
         TypeError: ``ensemble`` is none, but a plain network, say.
@@ -146,7 +153,8 @@ def fit(
     if isinstance(rate, Sequence) or isinstance(weight_decay, Sequence):
         descent = PerMember(ensemble, optimizer, rate, weight_decay)
     else:
-        descent = make_optimizer(optimizer, ensemble.parameter_groups(rate, weight_decay), rate, weight_decay)
+        groups = ensemble.parameter_groups(rate, weight_decay)
+        descent = make_optimizer(optimizer, groups, rate, weight_decay, sparse=has_sparse(ensemble))
     highest = [group["lr"] for group in descent.param_groups]
     steps = epochs * len(batches)
     ask = asker(ensemble if ensemble.shared_batch else ensemble.forward_members, ensemble, place, precision, compile)
@@ -171,7 +179,7 @@ def fit(
                 outputs = ask(xs)
                 if unchecked is not None:
                     likelihood.check(outputs, unchecked)
-                each = likelihood.nll(outputs, ys)  # (streams, batch)
+                each = losses_of(likelihood, outputs, ys)  # (streams, batch)
                 ensemble.reduce(each).backward()
                 descent.step()
                 ensemble.collect(step, steps)
@@ -213,6 +221,7 @@ def predict(
         `torch.distributions` object of batch shape ``(members, batch)``; either on the device of ``x``.
 
     Raises:
+        TypeError: ``ensemble`` is none, or ``x`` is no tensor, but an array, say.
         ValueError: ``chunk`` is below 1, or ``precision`` is unknown.
 
     Example:
@@ -223,6 +232,8 @@ def predict(
         torch.Size([4, 10])
     """
     check_ensemble(ensemble)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     check_positive(chunk=chunk)
     likelihood = Categorical() if likelihood is None else likelihood
     modes = [(module, module.training) for module in ensemble.modules()]
@@ -264,6 +275,15 @@ def asker(
     return call
 
 
+def losses_of(likelihood: Likelihood, outputs: Tensor, ys: Tensor) -> Tensor:
+    """Return the loss of each example, ``(streams, batch)``; raise `ValueError` if there is not one for each."""
+    losses = likelihood.nll(outputs, ys)
+    if losses.shape != outputs.shape[:2]:
+        rule = "outputs must be (members, batch, outputs), with one loss for each"
+        raise ValueError(f"{rule}, got outputs {tuple(outputs.shape)} and losses {tuple(losses.shape)}")
+    return losses
+
+
 def moved(tensor: Tensor, place: torch.device) -> Tensor:
     """Return a tensor on this device; on its way to a GPU from memory that stays put, so that nobody waits for it."""
     if place.type == "cuda" and tensor.device.type == "cpu":
@@ -295,12 +315,15 @@ class Batches:
     ) -> None:
         self.ensemble, self.batch_size, self.place, self.generator = ensemble, batch_size, place, generator
         self.data = data
+        self.skipped = 0
         self.tensors: tuple[Tensor, Tensor] | None = None
         if isinstance(data, tuple | list):
             x, y = as_pair(data)
             if len(x) != len(y):
                 raise ValueError(f"x and y must have the same length, got {len(x)} and {len(y)}")
             self.tensors = x.to(place), y.to(place)
+        elif isinstance(data, DataLoader):
+            self.skipped = skipped(data, ensemble)
         elif not isinstance(data, Sized):
             raise ValueError(f"data must have a length, got {type(data).__name__} without one")
         if len(self) == 0:
@@ -312,7 +335,7 @@ class Batches:
         """Return how many steps an epoch has."""
         n = len(self.tensors[0]) if self.tensors else len(cast(Sized, self.data))
         if isinstance(self.data, DataLoader) or n == 0:
-            return n
+            return n - self.skipped
         if self.ensemble.order_within_batch:
             return math.ceil(n / self.batch_size)
         return math.ceil(self.ensemble.examples(n) / self.ensemble.examples(self.batch_size))
@@ -366,12 +389,12 @@ class Batches:
         return moved(x, self.place).unflatten(0, index.shape), moved(y, self.place).unflatten(0, index.shape), y
 
     def inputs(self) -> Iterator[Tensor]:
-        """Yield every training input once, in batches, for `Ensemble.finish`."""
+        """Yield a copy of every training input once, in batches, for `Ensemble.finish`, which may change it."""
         if self.tensors:
-            yield from self.tensors[0].split(self.batch_size)
+            yield from (part.clone() for part in self.tensors[0].split(self.batch_size))
         elif isinstance(self.data, DataLoader):
             for batch in self.data:
-                yield moved(as_pair(batch)[0], self.place)
+                yield moved(as_pair(batch)[0], self.place).clone()
         else:
             for part in torch.arange(len(cast(Sized, self.data))).split(self.batch_size):
                 yield self.fetch(part)[0]
@@ -430,6 +453,7 @@ class Run:
             **settings,
             "data": self.batches.look(),
             "modules": {name: f"{type(m).__name__}({m.extra_repr()})" for name, m in self.ensemble.named_modules()},
+            "geometry": {name: m.geometry for name, m in self.ensemble.named_modules() if hasattr(m, "geometry")},
             "shared batch": self.ensemble.shared_batch,
             "tensors": {name: summary(tensor) for name, tensor in self.tensors().items()},
             "trained": [name for name, p in self.ensemble.named_parameters() if p.requires_grad],
@@ -443,6 +467,8 @@ class Run:
         kept = self.checkpoint.read() if self.checkpoint else None
         if kept is None:
             return
+        if missing := [name for name in KEPT if name not in kept]:
+            raise ValueError(f"checkpoint must hold a whole state, got one without {missing}")
         self.epoch, self.finished = kept["epoch"], kept["finished"]
         self.losses, self.rates = list(kept["losses"].to(self.batches.place)), kept["rates"].tolist()
         self.began -= kept["seconds"]
@@ -513,8 +539,21 @@ class Run:
     def generators(self) -> list[torch.Generator]:
         """Return the generators of a `DataLoader`."""
         data = self.batches.data
-        found = [data.generator, getattr(data.sampler, "generator", None)] if isinstance(data, DataLoader) else []
+        if not isinstance(data, DataLoader):
+            return []
+        found = [data.generator, getattr(data.sampler, "generator", None)]
+        for holder in (data.batch_sampler, getattr(data.batch_sampler, "sampler", None)):
+            if (generator := getattr(holder, "generator", None)) not in found:
+                found.append(generator)
         return [generator for generator in found if generator is not None]
+
+
+def skipped(loader: DataLoader[Any], ensemble: Ensemble) -> int:
+    """Return how many batches of a loader's epoch are too small to be split among members: the last one, or none."""
+    if not loader.batch_size or loader.drop_last or not isinstance(loader.sampler, Sized):
+        return 0
+    last = len(loader.sampler) % loader.batch_size
+    return int(last > 0 and not ensemble.order(last, generator=torch.Generator()).numel())
 
 
 def summary(tensor: Tensor) -> str:
@@ -543,12 +582,22 @@ def place_of(name: torch.device | str | None) -> torch.device:
 
 
 def make_optimizer(
-    optimizer: MakeOptimizer, groups: list[dict[str, Any]], rate: float, weight_decay: float
+    optimizer: MakeOptimizer,
+    groups: list[dict[str, Any]],
+    rate: float,
+    weight_decay: float,
+    *,
+    sparse: bool = False,
 ) -> torch.optim.Optimizer:
     """Make the optimizer, fused where PyTorch can: for many small parameters most of its time is overhead."""
     floating = all(p.is_floating_point() for group in groups for p in group["params"])
-    options = {"fused": True} if optimizer in FUSED and floating else {}
+    options = {"fused": True} if optimizer in FUSED and floating and not sparse else {}
     return optimizer(groups, lr=rate, weight_decay=weight_decay, **options)
+
+
+def has_sparse(ensemble: nn.Module) -> bool:
+    """Say whether an embedding has sparse gradients, which no fused optimizer takes."""
+    return any(isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse for m in ensemble.modules())
 
 
 class PerMember:
@@ -585,6 +634,7 @@ class PerMember:
         self.moves = [torch.zeros_like(p) for p in owners]
         self.optimizer = make_optimizer(optimizer, [{"params": self.moves}], 1.0, 0.0)
         self.param_groups = self.optimizer.param_groups
+        self.sign = -1 if self.param_groups[0]["maximize"] else 1  # of the gradient that the optimizer follows
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -597,7 +647,7 @@ class PerMember:
         for weight, move, decay in zip(self.weights, self.moves, self.decays, strict=True):
             move.grad = weight.grad
             if self.coupled and move.grad is not None:
-                move.grad.addcmul_(weight, decay)
+                move.grad.addcmul_(weight, decay, value=self.sign)
         self.optimizer.step()
         multiplier = self.param_groups[0]["lr"]
         for weight, move, rate, decay in zip(self.weights, self.moves, self.rates, self.decays, strict=True):

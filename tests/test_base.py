@@ -3,15 +3,17 @@
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from scenarios import generator, mlp, relative, vectors
+from scenarios import cnn, generator, mlp, relative, vectors
 from torch import Tensor, nn
 
 import effens
+from effens.baselines import LastLayerLaplace, MCDropout
 from effens.ensembles.base import MemberLayer, RowEnsemble, chain, has_hooks, run_shared, split_rows
 
 
@@ -214,6 +216,72 @@ def test_a_method_is_a_few_hooks() -> None:
     assert isinstance(ensemble, Aligned)
     effens.fit(ensemble, (x, y), epochs=2, batch_size=8, device="cpu")
     assert relative(ensemble(x)[1], ensemble(x)[0]) < 1e-12
+
+
+class Centers(nn.Module):
+    """A network that changes its input in a forward of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x -= 0.5
+        head: Tensor = self.last(self.first(x).tanh())
+        return head
+
+
+def rectified() -> nn.Module:
+    layers = nn.ReLU(inplace=True), nn.Linear(4, 4), nn.Dropout(0.5), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)
+    return nn.Sequential(nn.Flatten(), *layers)
+
+
+CHANGING: dict[str, Any] = {
+    "deep": effens.DeepEnsemble,
+    "batch": effens.BatchEnsemble,
+    "mimo": effens.MIMO,
+    "snapshot": effens.SnapshotEnsemble,
+    "swag": partial(effens.SWAG, rank=0),
+    "MC dropout": MCDropout,
+    "Laplace": LastLayerLaplace,
+}
+
+
+@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize("make_net", [rectified, Centers])
+@pytest.mark.parametrize("name", CHANGING)
+def test_a_network_that_changes_its_input_leaves_the_reader_s_alone(name: str, make_net: Any, members: int) -> None:
+    if make_net is Centers and name in ("MC dropout", "Laplace"):
+        pytest.skip("takes no such network")
+    ensemble = CHANGING[name](make_net, members)
+    x, y = vectors()
+    x = x.float()
+    before = x.clone()
+    if name in ("deep", "batch", "mimo"):  # whose first call may be this one
+        CHANGING[name](make_net, members)(x)
+        assert torch.equal(x, before)
+    effens.fit(ensemble, (x, y), epochs=2, batch_size=11, device="cpu", progress=False)
+    assert torch.equal(x, before)
+    for rows in (1, 22):
+        answers = ensemble(x[:rows])
+        assert torch.equal(x, before)
+        if name != "MC dropout":
+            assert torch.equal(ensemble(x[:rows]), answers)
+            torch.testing.assert_close(effens.predict(ensemble, x)[:, :rows], answers.softmax(-1))
+
+
+@pytest.mark.parametrize("of", [effens.DeepEnsemble, effens.BatchEnsemble])
+@pytest.mark.parametrize("shape", [(5, 4), (200, 1, 8, 8)])
+def test_hooks_on_the_first_layer_are_called(of: Any, shape: tuple[int, ...]) -> None:
+    net: Any = mlp if len(shape) == 2 else cnn
+    ensemble, x, seen = of(net, 2), torch.randn(shape, generator=generator()).double(), []
+    expected = ensemble(x)
+    handle = ensemble.network[0].register_forward_hook(lambda _, args, outputs: seen.append(len(outputs)))
+    assert relative(ensemble(x), expected) < 1e-12
+    assert relative(ensemble.forward_members(torch.stack([x, x])), expected) < 1e-12
+    assert seen == [2 * len(x)] * 2
+    handle.remove()
+    assert torch.equal(ensemble(x), expected)
 
 
 @pytest.mark.parametrize("x", [torch.zeros(4, 3), torch.zeros(0, 3)])

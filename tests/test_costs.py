@@ -316,6 +316,8 @@ def test_errors_say_the_rule_and_the_value() -> None:
         effens.measure(ensemble, x, y.float())
     with pytest.raises(ValueError, match="Gaussian needs 2 outputs, got 3"):
         effens.measure(ensemble, x, y.float(), likelihood=effens.Gaussian())
+    with pytest.raises(ValueError, match="the ensemble must have weights to train, got none that require gradients"):
+        effens.measure(effens.DeepEnsemble(nn.Softplus, 2), x, y)
 
 
 def test_the_random_state_is_kept_where_measuring_fails() -> None:

@@ -484,3 +484,19 @@ class TestMistakes:
     def test_outputs_that_are_no_rows(self, layers: list[nn.Module]) -> None:
         with pytest.raises(ValueError, match=r"one row of outputs per example, \(6, outputs\), got"):
             effens.DeepEnsemble.of([nn.Sequential(*layers)] * 2)(torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("layer", "setting"),
+    [
+        (partial(nn.AvgPool2d, 3, 1, 1), "count_include_pad"),
+        (partial(nn.Upsample, scale_factor=2, mode="bilinear"), "align_corners"),
+    ],
+)
+def test_settings_that_no_repr_shows_are_each_network_s_own(layer: Any, setting: str) -> None:
+    def network(value: bool) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(1, 2, 3), layer(**{setting: value}), nn.Flatten(), nn.LazyLinear(3)).double()
+
+    networks, (x, _) = [network(True), network(False)], images(5)
+    expected = torch.stack([each(x) for each in networks])
+    assert relative(effens.DeepEnsemble(partial(next, iter(networks)), 2)(x), expected) < 1e-12

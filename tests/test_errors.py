@@ -149,6 +149,11 @@ CASES: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], object], type[Except
         ValueError,
         f"the network must have an nn.Linear or nn.Conv2d to convert, got {PLAIN}",
     ),
+    "a negative rate of fast weights": (
+        lambda *_: effens.BatchEnsemble(mlp, 2, fast_rate=-1.0),
+        ValueError,
+        "fast_rate must be >= 0 and finite, got -1.0",
+    ),
     "split batches too small": (
         lambda *_: effens.BatchEnsemble(mlp, 4, split=True).examples(3),
         ValueError,
@@ -195,7 +200,7 @@ CASES: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], object], type[Except
         "predictions must be (candidates, n) and y (n,), none of them 0, got (2, 5), (4,)",
     ),
     "selection by infinite likelihoods": (
-        lambda *_: effens.greedy_select(NORMAL, torch.tensor([0, 0, 0, 0, 1e30]), 1),
+        lambda *_: effens.greedy_select(NORMAL, torch.tensor([0, 0, 0, 0, torch.inf]), 1),
         ValueError,
         "log likelihoods must be finite, got 2 that are not",
     ),

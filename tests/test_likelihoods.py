@@ -1,5 +1,6 @@
 """Likelihoods against their closed forms."""
 
+import copy
 import math
 from typing import Any
 
@@ -120,6 +121,11 @@ def test_labels_out_of_range(y: list[int], got: str) -> None:
         effens.Categorical().check(torch.zeros(3, 2, 4), torch.tensor(y))
 
 
+def test_a_class_for_each_pixel_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"outputs must be \(members, batch, classes\), got shape \(3, 2, 5, 4\)"):
+        effens.Categorical().check(torch.zeros(3, 2, 5, 4), torch.zeros(2, 5, dtype=torch.int64))
+
+
 def test_labels_that_are_no_integers() -> None:
     with pytest.raises(ValueError, match=r"labels must be integers, got torch.float32"):
         effens.Categorical().check(torch.zeros(3, 2, 4), torch.zeros(2))
@@ -175,5 +181,20 @@ def test_a_network_that_diverges_is_told_from_its_loss() -> None:
 def test_the_density_of_student_is_that_of_torch() -> None:
     outputs = 3 * torch.randn(4, 50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     y = 10 * torch.randn(50, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    expected = -effens.StudentT().predict(outputs).log_prob(y)
-    torch.testing.assert_close(effens.StudentT().nll(outputs, y), expected)
+    said = effens.StudentT().predict(outputs)
+    expected = torch.distributions.StudentT(said.df, said.loc, said.scale).log_prob(y)
+    torch.testing.assert_close(-effens.StudentT().nll(outputs, y), expected)
+    assert torch.equal(-effens.StudentT().nll(outputs, y), said.log_prob(y))
+    assert type(said) is torch.distributions.StudentT  # by which a ledger tells what it keeps
+    again = copy.deepcopy(said)
+    again.loc += 1
+    torch.testing.assert_close(again.log_prob(y), said.log_prob(y - 1))
+
+
+@pytest.mark.parametrize("raw", [1e3, 1e4, 1e5, 1e6])
+def test_densities_of_student_keep_their_digits_at_many_degrees_of_freedom(raw: float) -> None:
+    outputs, y = torch.tensor([[[0.3, 0.5, raw]]]), torch.tensor([1.2])
+    expected = effens.StudentT().nll(outputs.double(), y.double())[0].float()
+    said = effens.StudentT().predict(outputs)
+    torch.testing.assert_close(-said.log_prob(y)[0], expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(-effens.mixture(said).log_prob(y), expected, rtol=1e-5, atol=0)

@@ -84,6 +84,12 @@ def test_the_threshold_is_the_best_of_all(seed: int) -> None:
     assert gain(found) == pytest.approx(max(gain(bound) for bound in value.abs().tolist()), abs=1e-4)
 
 
+def test_forecasts_of_one_size_are_traded_together_or_not_at_all() -> None:
+    assert orders.threshold(torch.ones(3), torch.tensor([5.0, -5, -5])) == float("inf")
+    assert orders.threshold(torch.tensor([1.0, -2, 1]), torch.tensor([5.0, -5, -1])) == 1
+    assert orders.threshold(torch.tensor([1.0, -2, 1]), torch.tensor([5.0, -5, -9])) == 2
+
+
 def test_where_no_trade_pays_there_is_none() -> None:
     value = draw(20)
     assert orders.threshold(value, -value) == float("inf")

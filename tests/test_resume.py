@@ -10,13 +10,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import torch
 from scenarios import cnn, generator, images, mlp, normed, residual, vectors
 from test_contract import METHODS, Method, build
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
 import effens
 from effens import storage
@@ -158,12 +159,19 @@ def seeded_loader() -> DataLoader[Any]:
     return DataLoader(Noisy(*vectors()), batch_size=8, shuffle=True, generator=generator(5))
 
 
+def sampled_loader() -> DataLoader[Any]:
+    data = TensorDataset(*vectors())
+    sampler = BatchSampler(RandomSampler(data, generator=generator(5)), 8, drop_last=False)
+    return DataLoader(data, batch_sampler=sampler)
+
+
 DATA: dict[str, tuple[Callable[[], Any], int | None]] = {
     "tensors": (vectors, 2),
     "dataset": (lambda: TensorDataset(*vectors()), 2),
     "noisy dataset": (lambda: Noisy(*vectors()), 2),
     "loader": (lambda: DataLoader(Noisy(*vectors()), batch_size=8, shuffle=True), None),
     "loader with a generator": (seeded_loader, None),
+    "loader with a sampler of batches": (sampled_loader, None),
 }
 
 
@@ -175,6 +183,9 @@ def test_data_and_dropout_draw_the_same_numbers(
     data, every = DATA[kind]
     net = partial(mlp, dropout=0.5)
     resumes(lambda: method(net, 2), data, tmp_path / "run", monkeypatch, every=every)
+
+
+noisy = partial(mlp, dropout=0.5)
 
 
 class Unkept(nn.Linear):
@@ -337,6 +348,40 @@ def test_settings_of_snapshots_and_swag_are_part_of_the_call(tmp_path: Path) -> 
         refused(path, ValueError, message, ensemble=method(mlp, 2, **options))
 
 
+def pooled(**geometry: Any) -> nn.Module:
+    layers = [nn.Conv2d(1, 4, 3, **geometry), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)]
+    return nn.Sequential(*layers).double()
+
+
+@pytest.mark.parametrize("method", [effens.DeepEnsemble, effens.BatchEnsemble])
+@pytest.mark.parametrize(
+    ("geometry", "message"),
+    [
+        ({"stride": 2}, r"geometry\.network\.0\.stride \[1, 1\] instead of \[2, 2\]"),
+        ({"padding": "same", "dilation": 2}, r"padding \[0, 0\] instead of same; .*dilation \[1, 1\] instead of"),
+    ],
+)
+def test_a_convolution_s_geometry_is_part_of_the_call(
+    method: Any, geometry: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    data = images()
+    effens.fit(method(pooled, 2), data, checkpoint=tmp_path / "run", **FIT)
+    refused(tmp_path / "run", ValueError, message, ensemble=method(partial(pooled, **geometry), 2), data=data)
+
+
+def test_settings_of_baselines_are_part_of_the_call(tmp_path: Path) -> None:
+    student = LastLayerLaplace(mlp, likelihood=effens.StudentT())
+    pairs: list[tuple[Any, Any, str]] = [
+        (LastLayerLaplace(mlp), LastLayerLaplace(mlp, precision=2.0), r"Laplace\(\) instead of .*precision=2\.0"),
+        (LastLayerLaplace(mlp), LastLayerLaplace(mlp, seed=3), r"Laplace\(\) instead of .*\(seed=3\)"),
+        (LastLayerLaplace(mlp), student, r"instead of .*\(fisher=student_fisher\)"),
+        (MCDropout(noisy), MCDropout(noisy, 3), r"MCDropout\(\) instead of MCDropout\(members=3\)"),
+    ]
+    for i, (first, second, message) in enumerate(pairs):
+        effens.fit(first, vectors(), checkpoint=tmp_path / str(i), **FIT)
+        refused(tmp_path / str(i), ValueError, message, ensemble=second)
+
+
 def test_a_file_that_was_cut_anywhere_is_refused(kept: Path) -> None:
     content = kept.read_bytes()
     for length in [*range(0, 12, 3), *range(12, len(content), 997), len(content) - 1]:
@@ -351,6 +396,13 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "pickle", ValueError, "pickle must be a whole safetensors file")
     effens.save(effens.MIMO(mlp, 2), tmp_path / "weights")
     refused(tmp_path / "weights", ValueError, "weights must hold 'effens checkpoint 1', got 'effens 1'")
+
+
+def test_a_state_without_a_part_is_refused(kept: Path) -> None:
+    content = kept.read_bytes()
+    kept.write_bytes(content.replace(rb"\"epoch\"", rb"\"epxch\""))
+    assert kept.read_bytes() != content
+    refused(kept, ValueError, r"checkpoint must hold a whole state, got one without \['epoch'\]")
 
 
 def test_a_checkpoint_is_no_file_for_load(kept: Path) -> None:
@@ -457,12 +509,13 @@ def test_a_disk_that_is_full_from_the_start(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_what_a_killed_write_left_is_removed(kept: Path) -> None:
-    left, another = kept.with_name(".run.safetensors.123.part"), kept.with_name(".run.123.part")
-    left.touch()
-    another.touch()
+    left = [kept.with_name(f".run.safetensors.{token}.part") for token in ("123", uuid4().hex)]
+    others = [kept.with_name(f".run{name}.123.part") for name in ("", ".safetensors.2", ".safetensors.v")]
+    for path in (*left, *others):
+        path.touch()
     effens.fit(effens.MIMO(mlp, 2), vectors(), checkpoint=kept, every=1, **FIT)
-    assert another.exists()
-    assert not left.exists()
+    assert all(path.exists() for path in others)
+    assert not any(path.exists() for path in left)
 
 
 def test_the_file_holds_no_pickle(kept: Path) -> None:

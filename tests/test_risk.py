@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -254,6 +255,14 @@ def test_simulated_p_values_are_valid_and_less_blind() -> None:
     assert (fast[:300] < 0.05).sum() > (test(hits[:300]).p_value < 0.05).sum()
 
 
+@pytest.mark.parametrize("test", [risk.kupiec, risk.conditional_coverage])
+def test_simulated_p_values_are_of_the_level_asked_for(test: Callable[..., risk.LikelihoodRatio]) -> None:
+    none = torch.zeros(500)
+    found = risk.simulated_p(test, none, 0.95, draws=999)
+    assert found == risk.simulated_p(lambda hits: test(hits, 0.95), none, 0.95, draws=999) < 0.01
+    assert risk.simulated_p(partial(test, level=0.95), none, 0.95, draws=999) == found
+
+
 def noise(*shape: int, memory: float = 0.0, seed: int = 0) -> Tensor:
     """Standard normal numbers, each depending on the one before."""
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
@@ -367,6 +376,13 @@ def test_the_confidence_set_of_equal_and_of_ordered_models() -> None:
     order = torch.tensor([2, 0, 1])
     p_value = risk.model_confidence_set(noise(3, 200, seed=2))
     assert torch.equal(risk.model_confidence_set(noise(3, 200, seed=2)[order]), p_value[order])
+
+
+def test_a_model_that_diverged_does_not_hide_the_others() -> None:
+    losses = noise(500) + 0.1 * noise(2, 500, seed=1) + torch.tensor([0, 0.5]).double()[:, None]
+    diverged = torch.full((1, 500), 1e14, dtype=F64)
+    assert risk.model_confidence_set(losses).tolist() == [1, 0]
+    assert risk.model_confidence_set(torch.cat([losses, diverged])).tolist() == [1, 0, 0]
 
 
 def misses(scores: Tensor, thresholds: Tensor) -> Tensor:

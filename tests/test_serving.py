@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import effens
 from effens import costs, serving
+from effens.baselines import MCDropout
 from effens.ensembles.base import MemberLayer
 from effens.ensembles.deep import Mixture
 
@@ -282,6 +283,13 @@ def test_double_precision(backend: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_repeats_in_double_precision(backend: str, tmp_path: Path) -> None:
+    ensemble = effens.HyperEnsemble([mlp().double(), mlp().double()], [0, 0, 1])
+    x = inputs(mlp, 2).double()
+    assert far(serving.export(ensemble, x, tmp_path / "served", backend), ensemble, x, effens.Categorical()) < 1e-14
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_more_of_a_compiled_and_an_interpreted_file(backend: str, tmp_path: Path) -> None:
     ensemble, x, path = trained("deep", cnn), inputs(cnn, 2), tmp_path / "served"
     served = serving.export(ensemble, x, path, backend)
@@ -324,6 +332,22 @@ def test_a_repeated_network_is_exported_once() -> None:
 def test_no_first_layer_of_mimo_is_left() -> None:
     layers = [layer for layer in serving.folded(trained("mimo"), 2).modules() if isinstance(layer, MemberLayer)]
     assert [type(layer).__name__ for layer in layers] == ["LastLayer"]
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_a_served_network_that_changes_its_input_leaves_the_reader_s_alone(members: int) -> None:
+    make = lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))  # noqa: E731
+    x = torch.randn(22, 4)
+    before = x.clone()
+    serving.folded(effens.MIMO(make, members), 2)(x)
+    assert torch.equal(x, before)
+
+
+def test_a_network_without_layers_is_folded() -> None:
+    x = torch.randn(2, 4)
+    assert torch.equal(
+        serving.folded(effens.DeepEnsemble(lambda: nn.Sequential(nn.Flatten()), 2), 2)(x), torch.stack([x, x])
+    )
 
 
 def test_kernels_that_read_the_input_are_folded() -> None:
@@ -383,6 +407,26 @@ def test_an_unknown_backend_is_refused(tmp_path: Path) -> None:
 def test_inputs_need_rows(x: Tensor, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"x must be \(batch, ...\) with at least one row, got shape"):
         serving.export(trained("deep"), x, tmp_path / "served")
+
+
+def test_inputs_must_be_finite(tmp_path: Path) -> None:
+    x = torch.tensor([[0, torch.nan, torch.inf, 0]])
+    with pytest.raises(ValueError, match="x must be finite, as answers are checked on it, got 2 numbers that are not"):
+        serving.export(trained("deep"), x, tmp_path / "served")
+
+
+def test_members_that_are_drawn_anew_are_refused(tmp_path: Path) -> None:
+    mixed = effens.DeepEnsemble.of(
+        [MCDropout(lambda: nn.Sequential(nn.Linear(4, 5), nn.Dropout(), nn.Linear(5, 3)), 2)]
+    )
+    with pytest.raises(ValueError, match="members must be the same at each call, got those of MCDropout"):
+        serving.export(mixed, torch.zeros(2, 4), tmp_path / "served")
+    assert not os.listdir(tmp_path)
+
+
+def test_no_folder_is_said_before_anything_is_compiled(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="path must be in a folder that exists, got .*/none/served"):
+        serving.export(trained("deep"), inputs(mlp, 2), tmp_path / "none" / "served")
 
 
 def test_without_a_compiler_it_says_what_to_install(tmp_path: Path) -> None:

@@ -233,6 +233,22 @@ def test_a_state_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_another_index_within_a_mixture_loads_nothing(tmp_path: Path) -> None:
+    def mixed(index: list[int]) -> effens.Ensemble:
+        chosen = effens.HyperEnsemble([net(), net()], index)
+        return effens.DeepEnsemble.of([effens.DeepEnsemble(net, 2), chosen])
+
+    saved, other = mixed([0, 1, 0]), mixed([0, 1, 1])
+    effens.save(saved, tmp_path / "mixed")
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(ValueError, match=r"state must be of index \[0, 1, 1\], got one of \[0, 1, 0\]"):
+        effens.load(other, tmp_path / "mixed")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+    again = mixed([0, 1, 0])
+    effens.load(again, tmp_path / "mixed")
+    assert all(torch.equal(tensor, saved.state_dict()[name]) for name, tensor in again.state_dict().items())
+
+
 def test_a_checkpoint_gives_back_what_it_was_given(tmp_path: Path) -> None:
     path, call = tmp_path / "run", {"rate": 0.1, "betas": (0.9, 0.99), "function": test_tied_weights_stay_tied}
     assert storage.Checkpoint(path, call).read() is None
@@ -252,6 +268,13 @@ def test_a_checkpoint_gives_back_what_it_was_given(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"nothing but tensors, numbers and strings, got <class 'set'> at state/a/1"):
         storage.Checkpoint(path, call).write({"a": [0, {1}]})
     assert path.read_bytes() == before
+
+
+def test_what_an_older_version_did_not_write_is_not_compared(tmp_path: Path) -> None:
+    storage.Checkpoint(tmp_path / "run", {"rate": 0.1}).write([1])
+    assert storage.Checkpoint(tmp_path / "run", {"rate": 0.1, "new": 3}).read() == [1]
+    with pytest.raises(ValueError, match="got rate 0.1 instead of None"):
+        storage.Checkpoint(tmp_path / "run", {"new": 3}).read()
 
 
 def test_many_differences_are_counted(tmp_path: Path) -> None:
@@ -294,7 +317,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_litter(saved: Path, monke
 
 
 def test_a_folder_that_is_not_there_is_an_error_and_no_litter(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="path must be in a folder that exists, got .*/none/network$"):
         effens.save(net(), tmp_path / "none" / "network")
     (tmp_path / "folder").mkdir()
     with pytest.raises(IsADirectoryError):

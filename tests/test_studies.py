@@ -278,6 +278,10 @@ def test_ranks_and_turnover_are_what_they_say() -> None:
     assert studies.ranked(a, b) == pytest.approx(expected)
     assert studies.ranked(a, a) == pytest.approx(1)
     assert studies.ranked(a, -a) == pytest.approx(-1)
+    ties = torch.tensor([[1.0, 1, 2, 3, 3, 3]]).double(), torch.tensor([[2.0, 1, 2, 1, 5, 5]]).double()
+    assert studies.ranked(*ties) == pytest.approx(stats.spearmanr(ties[0][0], ties[1][0]).statistic)
+    assert studies.ranked(torch.zeros(2, 5), torch.arange(10.0).view(2, 5)) == 0
+    assert studies.turnover(torch.zeros(2, 5), torch.zeros(2, 5)) == 0
     assert studies.turnover(a, a) == 0
     assert studies.turnover(a, a.exp()) == 0  # the same ranks
     assert studies.turnover(a, -a) == pytest.approx(100)  # all of it: what was long is short

@@ -4,6 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -302,6 +303,60 @@ class TestRatesOfTheMembersOwn:
                 assert relative(p, q) < 1e-10
 
 
+@pytest.mark.parametrize("rule", [torch.optim.AdamW, torch.optim.SGD])
+def test_weights_decay_also_where_a_loss_is_maximized(rule: Any) -> None:
+    optimizer = partial(rule, maximize=True)
+    make, plain = remembered(mlp, 3)
+    ensemble, (x, y) = effens.DeepEnsemble(make, 3), vectors(22)
+    options: dict[str, Any] = {"epochs": 3, "batch_size": 8, "optimizer": optimizer, "device": "cpu"}
+    effens.fit(ensemble, (x, y), rate=RATES, weight_decay=DECAYS, **options)
+    for m, network in enumerate(plain):
+        batches = [index[m] for index in indices(ensemble, 22, 8, 3)]
+        plain_loop(network, x, y, batches, rate=RATES[m], weight_decay=DECAYS[m], optimizer=optimizer)
+        assert relative(ensemble.member(m)(x), network(x)) < 1e-10
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_trains_also_where_gradients_are_off(mode: Any) -> None:
+    x, y = vectors()
+    options: dict[str, Any] = {"epochs": 2, "batch_size": 8, "device": "cpu", "rate": [0.1, 0.01]}
+    answers = []
+    for context in (mode, nullcontext):
+        torch.manual_seed(0)
+        ensemble = effens.DeepEnsemble(mlp, 2)
+        with context():
+            effens.fit(ensemble, (x, y), **options)
+            effens.fit(ensemble, (x.clone(), y.clone()), **{**options, "rate": 0.1})
+        answers.append(ensemble(x))
+    assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("ask", [effens.predict, effens.summarize])
+def test_arrays_are_refused(ask: Any) -> None:
+    with pytest.raises(TypeError, match="x must be a tensor, got ndarray"):
+        ask(effens.DeepEnsemble(mlp, 2), np.zeros((3, 4)))
+
+
+def test_sparse_gradients() -> None:
+    make, plain = remembered(lambda: nn.EmbeddingBag(10, 3, sparse=True), 2)
+    x, y = torch.randint(10, (22, 4), generator=generator()), vectors()[1]
+    ensemble = effens.DeepEnsemble(make, 2)
+    options: dict[str, Any] = {"rate": 0.3, "optimizer": torch.optim.SGD}
+    effens.fit(ensemble, (x, y), epochs=2, batch_size=8, device="cpu", **options)
+    for m, network in enumerate(plain):
+        plain_loop(network, x, y, [index[m] for index in indices(ensemble, 22, 8, 2)], weight_decay=0.0, **options)
+        assert relative(ensemble.member(m)(x), network(x)) < 1e-6
+
+
+@pytest.mark.parametrize(("n", "steps"), [(18, 2), (20, 3), (16, 2)])
+def test_a_last_batch_too_small_to_be_split_is_no_step_of_the_schedule(n: int, steps: int) -> None:
+    ensemble = effens.BatchEnsemble(mlp, 4, split=True)
+    loader = DataLoader(TensorDataset(*vectors(n)), batch_size=8)
+    history = effens.fit(ensemble, loader, epochs=3, rate=1.0, device="cpu", progress=False)
+    assert history.steps == 3 * steps
+    assert history.rates.tolist() == pytest.approx([ensemble.schedule(step, 3 * steps) for step in range(3 * steps)])
+
+
 def test_history_has_a_rate_for_each_member() -> None:
     history = effens.fit(effens.DeepEnsemble(mlp, 3), vectors(22), epochs=2, rate=RATES, batch_size=8, device="cpu")
     cosine = torch.tensor([0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6)])
@@ -395,6 +450,22 @@ class TestMistakes:
     def test_no_data(self, data: Any) -> None:
         with pytest.raises(ValueError, match="data must hold at least one example for each member, got none"):
             effens.fit(effens.DeepEnsemble(mlp, 2), data, device="cpu")
+
+    @pytest.mark.parametrize("of", [effens.DeepEnsemble, effens.BatchEnsemble, effens.SnapshotEnsemble])
+    @pytest.mark.parametrize("sequence", [4, 6])
+    def test_outputs_for_each_position(self, of: Any, sequence: int) -> None:
+        x = torch.zeros(4, sequence, 3)
+        for y in (torch.zeros(4, sequence).long(), torch.zeros(4).long()):
+            with pytest.raises(ValueError, match=r"outputs must be \(members, batch, classes\), got shape"):
+                effens.fit(of(lambda: nn.Linear(3, 2), 2), (x, y), epochs=2, device="cpu")
+
+    def test_a_target_for_each_example_is_not_one_for_each_position(self) -> None:
+        x = torch.zeros(4, 4, 3)
+        ensemble = effens.BatchEnsemble(lambda: nn.Linear(3, 2), 2)
+        with pytest.raises(
+            ValueError, match=r"outputs must be \(members, batch, outputs\), with one loss for each, got "
+        ):
+            effens.fit(ensemble, (x, x[:, 0, 0]), likelihood=effens.Gaussian(), device="cpu")
 
     def test_no_data_and_too_little_to_be_split(self) -> None:
         x, y = vectors(1)

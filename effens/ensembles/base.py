@@ -137,6 +137,7 @@ class MemberLayer(nn.Module):
 
     members: int
     convolves = False  # whether the layer is a convolution
+    geometry: dict[str, Any]  # of a convolution: stride, padding, dilation, groups
 
     def apart(self) -> list[Callable[[Tensor], Any]]:
         """Return what the layer does to each member's rows, as a function for each."""
@@ -189,7 +190,8 @@ class RowEnsemble(Ensemble):
             return False
         layers = list(chain(self.network))
         convolves = any(isinstance(layer, MemberLayer) and layer.convolves for layer in layers)
-        return convolves and all(isinstance(layer, MemberLayer) or is_rowwise(layer) for layer in layers)
+        each = all((isinstance(layer, MemberLayer) and not has_hooks(layer)) or is_rowwise(layer) for layer in layers)
+        return convolves and each
 
     def run_apart(self, inputs: Sequence[Tensor]) -> Tensor:
         """Run each member by itself through the whole network, with its part of the weights."""
@@ -257,16 +259,17 @@ def is_rowwise(layer: nn.Module) -> bool:
 def run_shared(network: nn.Module, x: Tensor, members: int) -> Any:
     """Run ``x`` (batch, ...), the same for all members, to rows (members * batch, ...).
 
-    Where the network begins with a member layer, that layer reads ``x`` once; else ``x`` is repeated.
+    Where the network begins with a member layer, that layer reads ``x`` once; else ``x`` is repeated, in memory of its
+    own also for one member or one row: the network may change it in place.
     """
     layers = deque(chain(network))
     while layers and type(layers[0]) in (nn.Flatten, nn.Identity):
         x = layers.popleft()(x)
-    if layers and isinstance(first := layers[0], MemberLayer):
+    if layers and isinstance(first := layers[0], MemberLayer) and not has_hooks(first):
         layers.popleft()
         rows = first.forward_shared(x)
     else:
-        rows = x.expand(members, *x.shape).flatten(0, 1)
+        rows = torch.cat([x] * members)
     for layer in layers:
         rows = layer(rows)
     return rows
@@ -274,8 +277,8 @@ def run_shared(network: nn.Module, x: Tensor, members: int) -> Any:
 
 def has_hooks(module: nn.Module) -> bool:
     """Say whether anything is hooked to the module, so that calling it is more than its `forward`."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for kind in kinds)
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
 def filled(plain: PlainLayer, layer: Any, m: int, weight: Tensor) -> PlainLayer:

@@ -54,7 +54,8 @@ class BatchEnsemble(RowEnsemble):
         fast_rate: the rate of r and s, as a multiple of the rate; they have no weight decay.
 
     Raises:
-        ValueError: ``members`` is below 1, ``skip`` names no module, a module must be refused, or nothing is converted.
+        ValueError: ``members`` is below 1, ``fast_rate`` is negative, ``skip`` names no module, a module must be
+            refused, or nothing is converted.
 
     Shape:
         - ``ensemble(x)``: ``(batch, ...)`` to ``(members, batch, outputs)``
@@ -78,6 +79,8 @@ class BatchEnsemble(RowEnsemble):
     ) -> None:
         if members < 1:
             raise ValueError(f"members must be >= 1, got {members}")
+        if not 0 <= fast_rate < math.inf:
+            raise ValueError(f"fast_rate must be >= 0 and finite, got {fast_rate}")
         super().__init__(convert(made(make_net), members, skip, init), members)
         self.split = split
         self.fast_rate = fast_rate
@@ -281,7 +284,7 @@ class BatchEnsembleConv2d(RankOneLayer):
             raise ValueError(f"padding_mode must be 'zeros', got {plain.padding_mode!r}")
         self._set(plain.weight, plain.bias, plain.in_channels, members, init)
         names = ("stride", "padding", "dilation", "groups")
-        self.geometry: dict[str, Any] = {name: getattr(plain, name) for name in names}
+        self.geometry = {name: getattr(plain, name) for name in names}
 
     @classmethod
     def from_conv2d(cls, plain: nn.Conv2d, members: int, *, init: str = "signs") -> "BatchEnsembleConv2d":

@@ -190,7 +190,7 @@ class StackedConv2d(MemberLayer):
         self.weight = stacked([layer.weight for layer in layers])
         self.bias = stacked_biases(layers)
         names = ("stride", "padding", "dilation", "groups")
-        self.geometry: dict[str, Any] = {name: getattr(first, name) for name in names}
+        self.geometry = {name: getattr(first, name) for name in names}
 
     def apart(self) -> list[Callable[[Tensor], Any]]:
         """Return each member's own convolution."""
@@ -292,8 +292,11 @@ def named_tensors(network: nn.Module) -> dict[str, Tensor]:
 def alike(networks: Sequence[nn.Module]) -> bool:
     """Say whether networks are the same but for the values of their weights, with no hooks and no tied weights."""
 
-    def looks(network: nn.Module) -> tuple[str, list[tuple[str, bool]]]:
-        return str(network), [(name, p.requires_grad) for name, p in network.named_parameters(remove_duplicate=False)]
+    def looks(network: nn.Module) -> tuple[str, list[tuple[str, bool]], list[dict[str, Any]]]:
+        parameters = [(name, p.requires_grad) for name, p in network.named_parameters(remove_duplicate=False)]
+        shared = [vars(module) for module in network.modules() if is_rowwise(module)]  # a repr leaves settings out
+        public = [{name: value for name, value in each.items() if name[0] != "_"} for each in shared]
+        return str(network), parameters, public
 
     plain = not any(has_hooks(module) for network in networks for module in network.modules())
     untied = len(list(networks[0].parameters())) == len(looks(networks[0])[1])

@@ -22,10 +22,12 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Normal
+from torch.distributions import StudentT as StudentTDistribution
 
 from effens.ensembles.base import Ensemble
 from effens.ensembles.deep import DeepEnsemble
+from effens.likelihoods import student_t
 from effens.scores import exact, of_labels
 
 TIE = 1e-12  # nats: smaller differences are rounding
@@ -162,6 +164,12 @@ def log_likelihoods(prediction: Tensor | Distribution, y: Tensor) -> Tensor:
         raise ValueError(
             f"predictions must be (candidates, n) and y (n,), none of them 0, got {shape}, {tuple(y.shape)}"
         )
+    match prediction:
+        case Normal():
+            y, prediction = exact(y), Normal(exact(prediction.loc), exact(prediction.scale), validate_args=False)
+        case StudentTDistribution():
+            parts = (prediction.df, prediction.loc, prediction.scale)
+            y, prediction = exact(y), student_t(*map(exact, parts))
     logs = exact(prediction.log_prob(y))
     if not bool(logs.isfinite().all()):
         raise ValueError(f"log likelihoods must be finite, got {int((~logs.isfinite()).sum())} that are not")

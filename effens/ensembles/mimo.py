@@ -106,6 +106,7 @@ class MIMO(RowEnsemble):
         self.share = share
         self.repeats = repeats
         self._unchecked = route if route and not route.known else None
+        self._writes = may_write(self.network)
 
     def forward(self, x: Tensor) -> Tensor:
         """Answer with every head: ``(batch, ...)``, put into every slot, to ``(members, batch, outputs)``.
@@ -116,6 +117,8 @@ class MIMO(RowEnsemble):
             raise ValueError(f"x must be (batch, ...), got shape {tuple(x.shape)}")
         if self._unchecked and len(x):
             self._check(x)
+        if self._writes:
+            x = x.clone()
         if torch.compiler.is_dynamo_compiling():  # which cannot follow a context variable
             return self.forward_members(x.expand(self.members, *x.shape))
         token = SAME_INPUT.set(True)
@@ -140,7 +143,7 @@ class MIMO(RowEnsemble):
             modes = [(module, module.training) for module in self.modules()]
             self.eval()
             try:
-                self.forward_members(x[:1].expand(self.members, 2, *x.shape[1:]))
+                self.forward_members(torch.stack([x[[0, 0]]] * self.members))  # the network may change them in place
             finally:
                 for module, mode in modes:
                     module.training = mode
@@ -297,6 +300,12 @@ class Route:
             if self.found[role]:
                 rule = f"{role} must be the {role} linear or convolutional layer that is called: name it with {role}="
                 raise ValueError(f"{rule}, got {name!r} called {where}")
+
+
+def may_write(network: nn.Module) -> bool:
+    """Say whether a network may change its input in place: it does not begin with a layer that only reads it."""
+    first = next((link for link in chain(network) if type(link) not in (nn.Flatten, nn.Identity)), None)
+    return not isinstance(first, MemberLayer) and type(first) not in WIDENED
 
 
 def unfit(modules: dict[str, nn.Module], name: str) -> str:
