@@ -287,3 +287,14 @@ def test_hooks_on_the_first_layer_are_called(of: Any, shape: tuple[int, ...]) ->
 @pytest.mark.parametrize("x", [torch.zeros(4, 3), torch.zeros(0, 3)])
 def test_run_shared_repeats_x_where_it_must(x: Tensor) -> None:
     assert torch.equal(run_shared(nn.ReLU(), x, 3), torch.cat([x] * 3))
+
+
+@pytest.mark.parametrize("of", [effens.SnapshotEnsemble, effens.SWAG])
+def test_a_network_that_returns_no_tensor_is_named(of: Any) -> None:
+    class Two(nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x), x
+
+    data = torch.randn(20, 3), torch.zeros(20).long()
+    with pytest.raises(ValueError, match="the network must return a tensor of outputs, got tuple"):
+        effens.fit(of(lambda: Two(3, 2), 2), data, epochs=2, progress=False)

@@ -51,6 +51,21 @@ def best(task: str, key: str, budget: float) -> str:
 
 
 @cache
+def left_by_tuning() -> list[ledger.Interval]:
+    """How much lower each method's loss is at the best decay of the study than as tuned, the same five seeds."""
+    found = []
+    for task in REAL:
+        for method in studies.DECAYED:
+            where = {"task": task, "method": method}
+            losses = [
+                studies.values("decay", "nll", **where, weight_decay=d) for d in (0.003, 0.03, 0.1, 0.3, 1.0, 3.0)
+            ]
+            lowest = min(losses, key=lambda each: each.mean().item())
+            found.append(ledger.interval(lowest - ledger.values(task, method)[:5]))
+    return found
+
+
+@cache
 def calibrated(name: str) -> torch.Tensor:
     """The NLL on digits at the temperature of validation data, (seeds,)."""
     found = []
@@ -230,38 +245,42 @@ CLAIMS: list[tuple[str, str, Callable[[], str | bool]]] = [
     ("cost_comparison", "From the pool of {} networks on digits", lambda: str(ledger.pool_size(ledger.pool("digits")))),
     (
         "cost_comparison",
-        "measured times are about twice as long in the median, and at times four times",
-        lambda: (
-            all(word(layer_ratios(n).median().item()) == "two" for n in ("deep ensemble", "BatchEnsemble"))
-            and word(layer_ratios("BatchEnsemble").quantile(0.75).item()) == "four"
-        ),
+        "measured times are more than one and a half times as long in the median",
+        lambda: all(1.5 < layer_ratios(n).median() < 1.8 for n in ("deep ensemble", "BatchEnsemble")),
+    ),
+    (
+        "cost_comparison",
+        "a quarter of BatchEnsemble's are {} times as long or more",
+        lambda: word(layer_ratios("BatchEnsemble").quantile(0.75).item()),
     ),
     ("cost_comparison", "it comes at a {} of the rows predicted", lambda: part(knee_ratios()[2048])),
     ("cost_comparison", "of the rows predicted, or a {},", lambda: part(knee_ratios()[8192])),
     (
         "cost_comparison",
-        "reach less than a third of the peak",
-        lambda: max(map(peak_share, (1024, 2048, 4096, 8192))) < 1 / 3,
+        "reach less than half of the peak",
+        lambda: max(map(peak_share, (1024, 2048, 4096, 8192))) < 1 / 2,
     ),
     (
         "cost_comparison",
-        "off by up to a factor of ten, in either direction",
-        lambda: 8 < max(knee_ratios().values()) < 12 and 8 < 1 / min(knee_ratios().values()) < 12,
+        "off by up to a factor of five in one direction, and of ten in the other",
+        lambda: 4 < max(knee_ratios().values()) < 6 and 8 < 1 / min(knee_ratios().values()) < 12,
     ),
     (
         "cost_comparison",
-        "The largest weights are read at {} the speed of the next",
-        lambda: part(roofline.read()[0].bandwidths[-1][1] / roofline.read()[0].bandwidths[-2][1]),
+        "The two largest weights are read at half the speed of the next or less",
+        lambda: (
+            max(speed for _, speed in roofline.read()[0].bandwidths[-2:]) < 0.53 * roofline.read()[0].bandwidths[-3][1]
+        ),
     ),
     (
         "cost_comparison",
-        "At batch 1 calls are most of what a prediction on digits waits for",
-        lambda: all(calls_share(name, 1) > 0.5 for name in TESTED if name != "hyper"),
+        "At batch 1 calls are most of what most methods wait for on digits",
+        lambda: {name for name in TESTED if name != "hyper" and calls_share(name, 1) < 0.5} == {"wide", "MC dropout"},
     ),
     (
         "cost_comparison",
-        "they cost twice as much and more",
-        lambda: 2 <= cost("digits", "deep ensemble", "batch 1") < 3,
+        "four networks cost about three times one, and they cost more than that",
+        lambda: cost("digits", "deep ensemble", "batch 1") > 3.3,
     ),
     (
         "cost_comparison",
@@ -305,21 +324,58 @@ CLAIMS: list[tuple[str, str, Callable[[], str | bool]]] = [
     ),
     (
         "cost_comparison",
-        "four networks answer in hardly more time than one",
-        lambda: 0 < cost("diamonds", "deep ensemble", "batch 1") - 1 <= 0.1,
+        "four networks answer in about {} the time of one",
+        lambda: {2: "twice"}[round(cost("diamonds", "deep ensemble", "batch 1"))],
     ),
     (
         "cost_comparison",
-        "so the deep ensemble is the best at every latency, and from twice the training time on",
-        lambda: all(
-            best("diamonds", key, budget) == "deep ensemble"
-            for key, budget in (("batch 1", 1), ("batch 1", 8), ("training", 2))
+        "so the deep ensemble is the best from twice the latency on, and from twice the training time on",
+        lambda: all(best("diamonds", key, n) == "deep ensemble" for key in ("batch 1", "training") for n in (2, 4, 8)),
+    ),
+    (
+        "cost_comparison",
+        "with less time to answer it is the best itself",
+        lambda: best("diamonds", "batch 1", 1) == "single, temperature",
+    ),
+    (
+        "cost_comparison",
+        "In {} of ten cases it is within its interval of nothing",
+        lambda: word(sum(abs(left.mean) <= left.half + 5e-4 for left in left_by_tuning())),
+    ),
+    (
+        "cost_comparison",
+        "in the others it is up to {} nats",
+        lambda: f"{-min(left.mean for left in left_by_tuning()):.3f}",
+    ),
+    (
+        "cost_comparison",
+        "On rotated digits MC dropout and the hyperparameter ensemble",
+        lambda: (
+            set(sorted(TESTED, key=lambda n: mean("digits", n, "nll", "rotated"))[:2]) == {"MC dropout", "hyper"}
+            and mean("digits", "deep ensemble", "nll", "rotated") > mean("digits", "single", "nll", "rotated")
+        ),
+    ),
+    (
+        "cost_comparison",
+        "Letters are told from digits best by BatchEnsemble and the deep ensemble",
+        lambda: (
+            sorted(TESTED, key=lambda n: -mean("digits", n, "auroc", "letters"))[:2]
+            == ["BatchEnsemble", "deep ensemble"]
+        ),
+    ),
+    (
+        "cost_comparison",
+        "MIMO's bands miss in every seed, and BatchEnsemble and snapshots",
+        lambda: (
+            ledger.values("diamonds", "MIMO", "nll", "heavy").min() > 10
+            and set(sorted(TESTED, key=lambda n: mean("diamonds", n, "nll", "heavy"))[:2])
+            == {"BatchEnsemble", "snapshot"}
         ),
     ),
     (
         "cost_comparison",
         "is about {} times larger than on the processor of the ledger",
-        lambda: word(50e12 / 1e12 * 2 / roofline.read()[0].knee(1024)),
+        lambda: {30: "thirty"}[10 * round(0.1 * 50e12 / 1e12 * 2 / roofline.read()[0].knee(1024))],
     ),
     (
         "finance",
@@ -412,10 +468,10 @@ CLAIMS: list[tuple[str, str, Callable[[], str | bool]]] = [
     ),
     (
         "batch_ensemble",
-        "with one row it costs about one and a half times one layer, and four stacked networks can cost less",
+        "at width 64 it costs about three and a half times one layer, and four stacked networks cost less",
         lambda: (
-            {round(2 * layer("BatchEnsemble", 1)[width]) for width in (64, 256)} == {3}
-            and layer("deep ensemble", 1)[64] < layer("BatchEnsemble", 1)[64]
+            all(round(2 * layer("BatchEnsemble", batch)[64]) == 7 for batch in (1, 16))
+            and all(layer("deep ensemble", batch)[64] < layer("BatchEnsemble", batch)[64] for batch in (1, 16))
         ),
     ),
     (
@@ -478,7 +534,7 @@ CLAIMS: list[tuple[str, str, Callable[[], str | bool]]] = [
     ("swag", "The memory is not 1.2x", lambda: cost("digits", "SWAG", "memory") > 2),
 ]
 
-TABLE = "a cell of the usual table, which the chapter tests"
+TABLE = "a cell of the original table, which the chapter tests"
 PUBLISHED = "a published figure, with its source"
 LEVEL = "a level that was chosen"
 # chapter: {a part of its prose: why its numbers are not of the ledger}
@@ -490,6 +546,10 @@ KNOWN: dict[str, dict[str, str]] = {
         "said to cost 1.1 times": TABLE,
         "SWAG, said to need 1.2 times the memory": TABLE,
         "the probabilities 0.9 and 0.1": "an exercise, which the solution computes",
+        "| BatchEnsemble | 1.1× | 1.1× | 1.05× | good |": TABLE,
+        "| Snapshot ensemble | 1× | M× | M× | moderate |": TABLE,
+        "| SWAG | 1.1× | T× | 1.2× | good |": TABLE,
+        "| MIMO | 1.2× | 1× | 1.1× | moderate |": TABLE,
     },
     "deep_ensembles": {
         "The shade holds 90% of the random subsets": LEVEL,
@@ -510,8 +570,8 @@ KNOWN: dict[str, dict[str, str]] = {
     "mimo": {"training 1.2x, inference 1x, memory 1.1x": TABLE, "*1.2x* would be": TABLE},
     "snapshot_ensembles": {"training 1x, inference Mx, memory Mx": TABLE},
     "swag": {
-        "0.003 is the one at which no training diverged": "a setting of a cell, and why it was chosen",
-        "training 1.1x, inference Tx (for T samples), memory 1.2x": TABLE,
+        "only at 0.003 did no training diverge": "a setting of a cell, and why it was chosen",
+        "training 1.1x, inference as many times as samples are drawn, memory 1.2x": TABLE,
         "36.5 million weights": PUBLISHED,
     },
     "finance": {
@@ -533,7 +593,6 @@ KNOWN: dict[str, dict[str, str]] = {
     },
     "cost_comparison": {
         "below 0.05 a difference": LEVEL,
-        "within the 10% that the table leaves": LEVEL,
         "the claim of 1.1x": TABLE,
     },
     "speed": {"with 95% confidence": LEVEL},

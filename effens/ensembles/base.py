@@ -121,7 +121,9 @@ class OneNetwork(Ensemble):
 
     def forward_members(self, xs: Tensor) -> Tensor:
         """Give the network in training its batch: ``(1, batch, ...)`` to ``(1, batch, outputs)``."""
-        outputs: Tensor = self.network(self.check_streams(xs)[0])
+        outputs = self.network(self.check_streams(xs)[0])
+        if not isinstance(outputs, Tensor):
+            raise ValueError(f"the network must return a tensor of outputs, got {type(outputs).__name__}")
         return outputs[None]
 
     def train(self, mode: bool = True) -> Self:

@@ -1,6 +1,6 @@
 r"""BatchEnsemble: members share one weight matrix, and each scales its rows and columns by vectors of its own.
 
-.. math:: W_m = W \circ (s_m r_m^\top), \qquad y_m = ((x \circ r_m) W^\top) \circ s_m + b_m
+.. math:: W_m = W \odot (s_m r_m^\top), \qquad y_m = ((x \odot r_m) W^\top) \odot s_m + b_m
 
 Wen, Tran and Ba (2020), "BatchEnsemble: an alternative approach to efficient ensemble and lifelong learning",
 arXiv:2002.06715. PyTorch's weight is ``(out, in)``, so r scales inputs and s outputs; the bias comes after s.
@@ -153,7 +153,7 @@ class RankOneLayer(MemberLayer):
 class BatchEnsembleLinear(RankOneLayer):
     r"""A linear layer with a shared weight and rank-1 factors for each member.
 
-    .. math:: y_m = ((x_m \circ r_m) W^\top) \circ s_m + b_m
+    .. math:: y_m = ((x_m \odot r_m) W^\top) \odot s_m + b_m
 
     Args:
         in_features: size of each input row.
@@ -240,7 +240,7 @@ class BatchEnsembleLinear(RankOneLayer):
 class BatchEnsembleConv2d(RankOneLayer):
     r"""A convolution with shared kernels and rank-1 factors over input and output channels for each member.
 
-    .. math:: y_m = \mathrm{conv}(x_m \circ r_m, W) \circ s_m + b_m
+    .. math:: y_m = \mathrm{conv}(x_m \odot r_m, W) \odot s_m + b_m
 
     Args:
         in_channels: channels of the input.
