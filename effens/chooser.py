@@ -80,11 +80,11 @@ def choose(
     less = GOALS[goal][2]
     found: list[tuple[str, dict[str, float], float, list[str]]] = []
     for name in ledger.names():
-        costs = {key: round(cost, 2) for key, cost in ledger.relative_costs(TASK, name).items()}
+        costs = ledger.relative_costs(TASK, name)
         over = [
-            f"{key} {costs[BUDGETS[key]]:g}x, above {value:g}x"
+            f"{key} {cost:g}x, above {value:g}x"
             for key, value in given.items()
-            if costs[BUDGETS[key]] > value
+            if (cost := round(costs[BUDGETS[key]], 2)) > value
         ]
         found.append((name, costs, score_of(name, goal), over))
     found.sort(key=lambda item: (bool(item[3]), item[2] if less else -item[2]))
@@ -101,7 +101,7 @@ def standing(name: str, best: str, goal: str) -> str:
         return "the best mean within the budget"
     found = ledger.compare(TASK, name, best, *GOALS[goal][:2])
     words = {"unresolved": "cannot be told from", "tied": "tied with"}.get(found.verdict, f"{found.verdict} than")
-    return f"{words} {best}: {found.difference}"
+    return f"{words} {best}: {found.difference} {'nats' if GOALS[goal][0] == 'nll' else 'points'}"
 
 
 def alike(name: str, other: str, goal: str) -> bool:

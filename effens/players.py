@@ -180,10 +180,10 @@ def chooser() -> HTML:
     names = [choice.method for choice in choices]
     rows = []
     for choice in choices:
-        costs = [choice.costs[key] for key in BUDGETS.values()]
+        costs = [round(choice.costs[key], 2) for key in BUDGETS.values()]
         scores = [score_of(choice.method, goal) for goal in goals]
         same = [[i for i, name in enumerate(names) if alike(choice.method, name, goal)] for goal in goals]
-        cells = "".join(f"<td>{cost:.1f}x</td>" for cost in costs)
+        cells = "".join(f"<td>{choice.costs[key]:.1f}x</td>" for key in BUDGETS.values())
         facts = {"costs": costs, "scores": scores, "same": same}
         data = " ".join(f'data-{key}="{json.dumps(value)}"' for key, value in facts.items())
         rows.append(f"<tr {data}><th scope='row'>{html.escape(choice.method)}</th>{cells}<td>{scores[0]:.3f}</td></tr>")
