@@ -367,7 +367,7 @@ CLAIMS: list[tuple[str, str, Callable[[], str | bool]]] = [
         "cost_comparison",
         "MIMO's bands miss in every seed, and BatchEnsemble and snapshots",
         lambda: (
-            ledger.values("diamonds", "MIMO", "nll", "heavy").min() > 10
+            bool(ledger.values("diamonds", "MIMO", "nll", "heavy").min() > 10)
             and set(sorted(TESTED, key=lambda n: mean("diamonds", n, "nll", "heavy"))[:2])
             == {"BatchEnsemble", "snapshot"}
         ),
