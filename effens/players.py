@@ -181,7 +181,7 @@ def chooser() -> HTML:
     rows = []
     for choice in choices:
         costs = [round(choice.costs[key], 2) for key in BUDGETS.values()]
-        scores = [round(score_of(choice.method, goal), 5) for goal in goals]
+        scores = [round(score_of(choice.method, goal), 4) for goal in goals]
         same = [[i for i, name in enumerate(names) if alike(choice.method, name, goal)] for goal in goals]
         cells = "".join(f"<td>{choice.costs[key]:.1f}x</td>" for key in BUDGETS.values())
         facts = {"costs": costs, "scores": scores, "same": same}

@@ -506,7 +506,7 @@ def test_the_table_of_choices_holds_every_method_in_order_with_its_costs() -> No
     assert [name for *_, name in rows] == [choice.method for choice in choices]
     for (costs, scores, same, name), choice in zip(rows, choices, strict=True):
         assert json.loads(costs) == [round(choice.costs[key], 2) for key in chooser.BUDGETS.values()]
-        assert json.loads(scores)[0] == round(choice.score, 5)
+        assert json.loads(scores)[0] == round(choice.score, 4)
         for goal, found in zip(chooser.GOALS, json.loads(same), strict=True):
             expected = [i for i, other in enumerate(choices) if chooser.alike(name, other.method, goal)]
             assert found == expected
