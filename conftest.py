@@ -1,6 +1,8 @@
 """How the tests run the chapters: the same environment as their stored outputs, text compared and pictures not."""
 
+import math
 import os
+import re
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,47 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collectstart(collector: pytest.Collector) -> None:
     if isinstance(collector, IPyNbFile):
         collector.skip_compare += ("image/svg+xml", "stderr")  # nbval itself skips png, jpeg and widgets
+
+
+# What a cell tagged `approx` need not print alike: numbers with a decimal point or an exponent, outside HTML tags.
+NUMBER = r"(?<![\w.])[-+−]?(?:(?:\d[\d,]*)?\.\d+(?:e[-+]?\d+)?|\d+e[-+]?\d+)(?!\.?\d)|\bnan\b"
+TOKEN = re.compile(rf"(?P<tag><(style|script)\b.*?</\2>|</?[a-z!][^<>]*>)|(?P<number>{NUMBER})", re.I | re.S)
+
+
+class Near(str):
+    """A text that equals another of the same words if its numbers are near: by this share of them, or by .02."""
+
+    share = 0.05
+
+    def __eq__(self, other: object) -> bool:
+        (words, numbers), (others, stored) = self.read(self), self.read(str(other))
+        near = [math.isclose(*pair, rel_tol=self.share, abs_tol=0.02) for pair in zip(numbers, stored, strict=False)]
+        return words == others and len(numbers) == len(stored) and all(near)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+    @staticmethod
+    def read(text: str) -> tuple[str, list[float]]:
+        """The words, blanks counted once as columns of numbers grow and shrink, and the numbers."""
+        words = TOKEN.sub(lambda token: token["tag"] or " # ", text)
+        numbers = [token["number"] for token in TOKEN.finditer(text) if token["number"]]
+        return re.sub("[ \t]+", " ", words), [float(n.replace(",", "").replace("−", "-")) for n in numbers]
+
+
+def sanitize(cell: IPyNbCell, text: Any, exact: Any = IPyNbCell.sanitize) -> Any:
+    """What nbval compares: the tag `approx`, or `approx-0.1` for another share, says that numbers need only be near."""
+    text = exact(cell, text)
+    for tag in cell.cell.metadata.get("tags", []):
+        if isinstance(text, str) and (found := re.fullmatch(r"approx(?:-([\d.]+))?", tag)):
+            text = Near(text)
+            text.share = float(found[1] or Near.share)
+    return text
+
+
+IPyNbCell.sanitize = sanitize
 
 
 @pytest.hookimpl(wrapper=True)

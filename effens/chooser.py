@@ -1,4 +1,4 @@
-"""Which method fits: the ledger's measurements against a reader's budget."""
+"""Which method fits: what was measured on digits against a reader's budget."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -49,8 +49,8 @@ def choose(
 ) -> list[Choice]:
     """Rank the ledger's methods on digits for a budget: those within it first, the best for the goal first.
 
-    Costs count to two decimals. Two methods whose paired interval includes 0 cannot be told apart on this task: the
-    reason says so, and the cheaper one is the wiser choice.
+    Costs count to two decimals. Two methods whose paired interval includes 0 are not distinguishable on this task: the
+    reason says so, and the cheaper one is the better choice. On another task the ranking may be another: see `ranks`.
 
     Args:
         train: training time, at most this many times the single network's; None for any.
@@ -100,15 +100,21 @@ def standing(name: str, best: str, goal: str) -> str:
     if name == best:
         return "the best mean within the budget"
     found = ledger.compare(TASK, name, best, *GOALS[goal][:2])
-    words = {"unresolved": "cannot be told from", "tied": "tied with"}.get(found.verdict, f"{found.verdict} than")
+    words = {"unresolved": "not distinguishable from", "tied": "tied with"}.get(found.verdict, f"{found.verdict} than")
     return f"{words} {best}: {found.difference} {'nats' if GOALS[goal][0] == 'nll' else 'points'}"
 
 
 def alike(name: str, other: str, goal: str) -> bool:
-    """Say whether two methods cannot be told apart, or are tied."""
+    """Say whether two methods are not distinguishable, or tied."""
     return ledger.compare(TASK, name, other, *GOALS[goal][:2]).verdict in ("unresolved", "tied")
 
 
 def score_of(name: str, goal: str) -> float:
     """Return a method's mean score for a goal."""
     return ledger.values(TASK, name, *GOALS[goal][:2]).mean().item()
+
+
+def ranks(task: str) -> dict[str, int]:
+    """Return each method's rank by its mean NLL on the test set of a task; 1 is the best."""
+    losses = {name: ledger.values(task, name).mean().item() for name in ledger.names()}
+    return {name: place for place, name in enumerate(sorted(losses, key=losses.__getitem__), start=1)}

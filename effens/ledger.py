@@ -47,6 +47,7 @@ from effens.ensembles.swag import SWAG
 from effens.likelihoods import Categorical, Gaussian, Likelihood, StudentT
 from effens.nets import cnn, mlp
 from effens.storage import write_whole
+from effens.tables import Table
 from effens.training import MakeOptimizer, fit, predict
 
 Sets = dict[str, tuple[Tensor, Tensor | None]]
@@ -67,6 +68,7 @@ CONTROLS = (
     *("deep, one start", "deep, one order", "deep, bagged", "deep, short", "single, SGD"),
     *("single, searched", "deep, searched", "MIMO, repeated"),
 )
+LUCK = ("deep, as single", "BatchEnsemble, as single", "MIMO, second trial")  # what a near tie in tuning decided
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Task:
         refits: sets of every refit, where the test set comes in parts, and each is predicted by what was trained on all
             that was known before it. Settings are chosen once, before the first part.
         controls: which of the controls are run.
+        everywhere: which of these are kept for every set; of the others only what they say of the test set is.
     """
 
     name: str
@@ -105,6 +108,7 @@ class Task:
     truth: Callable[[int, str], Normal] | None = None
     refits: Callable[[], Sequence[Sets]] | None = None
     controls: Sequence[str] = CONTROLS
+    everywhere: Sequence[str] = ()
 
     def make_net(self) -> nn.Module:
         """Return a fresh network of the task's width."""
@@ -255,7 +259,20 @@ TASKS = {
     task.name: task
     for task in (
         Task("gap", 5, 20, 10, 800, 160, Gaussian(), 64, make_mlp, load_gap, True, gap_truth),
-        Task("digits", 4, 4, 8, 38, 64, Categorical(), 16, make_cnn, load_digits),
+        Task(
+            "digits",
+            4,
+            4,
+            8,
+            38,
+            64,
+            Categorical(),
+            16,
+            make_cnn,
+            load_digits,
+            controls=(*CONTROLS, *LUCK),
+            everywhere=LUCK,
+        ),
         Task("diamonds", 4, 4, 8, 40, 64, Gaussian(), 64, make_table_net, load_diamonds),
         market_task("returns", StudentT()),
         market_task("volatility", Gaussian()),
@@ -276,6 +293,7 @@ class Method:
         train: the function.
         space: what it tunes beside rate and decay, as name: (low, high) on a log scale; or other limits for these two.
         like: the method whose tuned settings it takes, if it is a variant that changes one thing only.
+        place: of the trials that chose these settings, 0 for the best.
         control: whether it is there to explain a method, and is no row of the tables: variants are.
         tuned: whether trials choose its settings; the others train their own candidates.
     """
@@ -283,6 +301,7 @@ class Method:
     train: Train
     space: Mapping[str, tuple[float, float]]
     like: str | None = None
+    place: int = 0
     control: bool = False
     tuned: bool = True
 
@@ -291,12 +310,18 @@ METHODS: dict[str, Method] = {}
 
 
 def method(
-    name: str, *, like: str | None = None, control: bool = False, tuned: bool = True, **space: tuple[float, float]
+    name: str,
+    *,
+    like: str | None = None,
+    place: int = 0,
+    control: bool = False,
+    tuned: bool = True,
+    **space: tuple[float, float],
 ) -> Callable[[Train], Train]:
     """Register a function ``(task, (x, y), settings, seed) -> trained ensemble`` as a method of the ledger."""
 
     def register(train: Train) -> Train:
-        METHODS[name] = Method(train, space, like, control or like is not None, tuned)
+        METHODS[name] = Method(train, space, like, place, control or like is not None, tuned)
         return train
 
     return register
@@ -446,6 +471,12 @@ def as_single(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed
     return task.fit(DeepEnsemble(task.make_net, task.members), train, settings, seed)
 
 
+@method("BatchEnsemble, as single", like="single")
+def batch_as_single(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """BatchEnsemble with the single network's rate and decay; the vectors' rate stays as tuned for BatchEnsemble."""
+    return batch_ensemble(task, train, {**settings, "fast_rate": tune(task, "BatchEnsemble")["fast_rate"]}, seed)
+
+
 @method("deep, one start", like="deep ensemble")
 def one_start(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
     """Members that start from the same weights: only their shuffles differ."""
@@ -506,6 +537,12 @@ def repeated(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed:
     """MIMO with each example four times in a step, as published: four times the cost."""
     ensemble = MIMO(task.make_net, int(settings["slots"]), share=1 - settings["own"], repeats=4)
     return task.fit(ensemble, train, settings, seed)
+
+
+@method("MIMO, second trial", like="MIMO", place=1)
+def second_trial(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """MIMO with the settings that came second in tuning, by next to nothing on digits: what the first place decided."""
+    return mimo(task, train, settings, seed)
 
 
 @cache
@@ -569,18 +606,21 @@ def train_one(task: Task, name: str, settings: Settings, seed: int) -> tuple[Ens
 def tune(task: Task, name: str) -> Settings:
     """Return the settings with the lowest validation score; trials that were run before are read, not run.
 
+    A variant takes the settings of another method, those with the second lowest score if it says so.
+
     Raises:
         FloatingPointError: all trials diverged.
     """
-    name = METHODS[name].like or name
+    place, name = METHODS[name].place, METHODS[name].like or name
     if not METHODS[name].tuned:
         return {}
     settings = trial_settings(name)
-    results = [trial(task, name, i, settings[i]) for i in range(TRIALS)]
-    if min(results) == math.inf:
-        rule = f"at least one trial of {name} on {task.name} must not diverge"
-        raise FloatingPointError(f"{rule}, got {TRIALS} of {TRIALS} that did")
-    return settings[min(range(TRIALS), key=results.__getitem__)]
+    chosen = ranked_trials(task, name)[place]
+    if trial(task, name, chosen, settings[chosen]) == math.inf:
+        failed = sum(trial(task, name, i, settings[i]) == math.inf for i in range(TRIALS))
+        rule = f"at least {('one trial', 'two trials')[place]} of {name} on {task.name} must not diverge"
+        raise FloatingPointError(f"{rule}, got {failed} of {TRIALS} that did")
+    return settings[chosen]
 
 
 def trial(task: Task, name: str, i: int, settings: Settings) -> float:
@@ -592,6 +632,13 @@ def trial(task: Task, name: str, i: int, settings: Settings) -> float:
         write_json(path, {"settings": settings, PRIMARY: kept, **provenance()})
     values = json.loads(path.read_text())[PRIMARY]
     return math.inf if None in values else float(np.mean(values))
+
+
+def ranked_trials(task: Task, name: str) -> list[int]:
+    """Return the numbers of a method's trials, the one with the lowest validation score first."""
+    settings = trial_settings(name)
+    scores = [trial(task, name, i, settings[i]) for i in range(TRIALS)]
+    return sorted(range(TRIALS), key=scores.__getitem__)
 
 
 def validation_score(task: Task, name: str, settings: Settings, seed: int) -> float:
@@ -620,7 +667,7 @@ def run(task: Task, name: str, seed: int) -> None:
     rows = facts.get("rows", slice(None))
     arrays: dict[str, Any] = {"facts": np.array(json.dumps(facts))}
     for key, (x, y) in sets.items():
-        if key == "test" or (key != "train" and not METHODS[name].control):
+        if key == "test" or (key != "train" and (not METHODS[name].control or name in task.everywhere)):
             if key == "test" and task.refits is not None:
                 numbers = refitted(task, name, settings, seed)
             else:
@@ -1050,8 +1097,12 @@ class Interval:
     mean: float
     half: float
 
+    def __format__(self, spec: str) -> str:
+        """Write both numbers alike: ``f"{interval:.1f}"``, three decimals by default."""
+        return f"{self.mean:{spec or 'z.3f'}} ± {self.half:{spec.lstrip('+') or '.3f'}}"  # z: no sign before a zero
+
     def __str__(self) -> str:
-        return f"{self.mean:z.3f} ± {self.half:.3f}"  # z: no sign before a zero
+        return format(self)
 
 
 def interval(sample: Tensor) -> Interval:
@@ -1210,26 +1261,72 @@ def table(
     task: str,
     columns: Iterable[str] = ("nll", "member_nll", "diversity_gain"),
     rows: Iterable[str] | None = None,
-) -> str:
+) -> Table:
     """Return a table: a row per method, a column per score, means over seeds with 95% intervals.
+
+    The best mean is marked in the columns whose direction is a matter of quality, and the rows whose paired difference
+    from it is not resolved.
 
     Args:
         task: its name.
         columns: scores on the test set; ``"nll@rotated"`` is on another set.
         rows: methods; all of them by default.
     """
-    parts = [(column.partition("@")[0], column.partition("@")[2] or "test") for column in columns]
-    titles = [metric if split == "test" else f"{metric}@{split}" for metric, split in parts]
-    widths = [max(17, len(title) + 2) for title in titles]
-    lines = [" " * 20 + "".join(f"{title:>{width}}" for title, width in zip(titles, widths, strict=True))]
-    for name in names() if rows is None else rows:
-        intervals = [(interval(values(task, name, metric, split)), DECIMALS.get(metric, 3)) for metric, split in parts]
-        cells = [f"{found.mean:.{digits}f} ± {found.half:.{digits}f}" for found, digits in intervals]
-        lines.append(f"{name:20}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
-    return "\n".join(lines)
+    asked = [(title(column), *(column.split("@") if "@" in column else (column, "test"))) for column in columns]
+    found = {
+        name: {head: interval(values(task, name, metric, split)) for head, metric, split in asked}
+        for name in (names() if rows is None else rows)
+    }
+    best = {head: QUALITY[metric] for head, metric, _ in asked if metric in QUALITY and len(found) > 1}
+    unresolved = []
+    for head, metric, split in asked:
+        if head in best:
+            first = best[head](found, key=lambda name: found[name][head].mean)
+            verdicts = {name: compare(task, name, first, metric, split).verdict for name in found if name != first}
+            unresolved += [(name, head) for name, verdict in verdicts.items() if verdict in ("unresolved", "tied")]
+    return Table(
+        found,
+        caption=f"{task}, means over {TASKS[task].seeds} seeds ± 95% intervals, losses in nats",
+        best=best,
+        unresolved=unresolved,
+        digits={head: DECIMALS.get(metric, 3) for head, metric, _ in asked},
+    )
 
 
+QUALITY = {"nll": min, "crps": min, "divergence": min, "accuracy": max, "auroc": max}  # which value is the best
 DECIMALS = {"accuracy": 1, "ece": 1, "disagreement": 1, "coverage": 1, "auroc": 1}  # percentages
+TITLES = {
+    "nll": "NLL",
+    "member_nll": "members' NLL",
+    "diversity_gain": "diversity gain",
+    "auroc": "AUROC (%)",
+    "crps": "CRPS",
+    **{key: f"{key} (%)" for key in ("accuracy", "ece", "disagreement", "coverage")},
+}
+
+
+def title(column: str) -> str:
+    """Return a column's head, such as ``"NLL, rotated"`` for ``"nll@rotated"``."""
+    metric, _, split = column.partition("@")
+    name, _, unit = TITLES.get(metric, metric).partition(" (")
+    return name + (f", {split}" if split else "") + (f" ({unit}" if unit else "")
+
+
+def differences(
+    task: str, pairs: Iterable[tuple[str, str]], metric: str = PRIMARY, split: str = "test", margin: float = MARGIN
+) -> Table:
+    """Return a table of paired differences, first minus second: a row for each pair, with its interval and verdict."""
+    column = title(metric if split == "test" else f"{metric}@{split}")
+    rows = {}
+    for a, b in pairs:
+        found = compare(task, a, b, metric, split, margin)
+        digits = DECIMALS.get(metric, 3)
+        rows[f"{a} − {b}"] = {
+            f"difference in {column}": f"{found.difference:+.{digits}f}",
+            "lower in": f"{found.wins} of {found.seeds}",
+            "verdict": found.verdict,
+        }
+    return Table(rows, caption=f"{task}, paired by seed, first minus second ± 95% interval")
 
 
 def relative_costs(task: str, name: str, device: str = "cpu") -> dict[str, float]:
@@ -1252,37 +1349,64 @@ def relative_costs(task: str, name: str, device: str = "cpu") -> dict[str, float
     return {key: value / one[key] for key, value in facts(name).items()}
 
 
-def cost_table(task: str, rows: Iterable[str] | None = None, device: str = "cpu") -> str:
+COSTS = {"training": "training", "batch 1": "predict 1", "batch 256": "predict 256", "memory": "memory"}
+
+
+def times(costs: Mapping[str, float], digits: int = 1) -> dict[str, str]:
+    """Return relative costs in words: ``{"training": "4.2x", ...}``."""
+    return {COSTS.get(key, key): f"{value:.{digits}f}x" for key, value in costs.items()}
+
+
+def cost_table(task: str, rows: Iterable[str] | None = None, device: str = "cpu") -> Table:
     """Return a table of what each method costs, as multiples of the single network's cost; all methods by default."""
-    found = {name: relative_costs(task, name, device) for name in (names() if rows is None else rows)}
-    lines = [" " * 20 + "".join(f"{title:>12}" for title in next(iter(found.values())))]
-    lines += [f"{name:20}" + "".join(f"{value:11.1f}x" for value in row.values()) for name, row in found.items()]
-    return "\n".join(lines)
+    found = {name: times(relative_costs(task, name, device)) for name in (names() if rows is None else rows)}
+    where = "one CPU thread" if device == "cpu" else costs(task, "single", device)["device"]
+    return Table(found, caption=f"{task}, cost as a multiple of one network's, {where}; predict: of 1 row, of 256 rows")
 
 
-def layer_table() -> str:
+def best_trials(task: str, methods: Iterable[str], count: int = 2) -> Table:
+    """Return a table of the best tuning trials of each method: their settings, and the loss on validation data.
+
+    The first is the one that was chosen. A second one that comes close with other settings says that luck chose.
+    """
+    rows = {}
+    for name in methods:
+        settings = trial_settings(name)
+        for place, i in enumerate(ranked_trials(TASKS[task], name)[:count]):
+            rows[f"{name}, {'chosen' if place == 0 else f'place {place + 1}'}"] = {
+                "learning rate": f"{settings[i]['rate']:.4f}",
+                "weight decay": f"{settings[i]['weight_decay']:.3f}",
+                "validation NLL": trial(TASKS[task], name, i, settings[i]),
+            }
+    caption = f"{task}, the best of {TRIALS} tuning trials; NLL in nats, mean over {len(TUNING_SEEDS)} seeds"
+    return Table(rows, caption=caption, digits=4)
+
+
+def layer_table() -> Table:
     """Return a table of one layer's latency, as multiples of one plain layer: rows of width and batch."""
     path = BANK / "layers.json"
     if not path.exists():
         raise FileNotFoundError(f"the ledger must hold the costs of layers, got none: {COMMAND}")
-    times = {
-        (row["width"], row["batch"], row["method"]): row["seconds"] for row in json.loads(path.read_text())["rows"]
+    seen = {(row["width"], row["batch"], row["method"]): row["seconds"] for row in json.loads(path.read_text())["rows"]}
+    rows: dict[str, dict[str, str]] = {}
+    for width, batch in dict.fromkeys(key[:2] for key in seen):
+        one = seen[width, batch, "single"]
+        cells = {name: f"{seen[width, batch, name] / one:.1f}x" for name in ("deep ensemble", "BatchEnsemble")}
+        rows[f"width {width}, batch {batch}"] = {"one layer": f"{1e6 * one:.0f} µs", **cells}
+    return Table(rows, caption="latency of one linear layer with four members, as a multiple of one plain layer's")
+
+
+def card(task: str, name: str) -> Table:
+    """Return a table of two rows: what one network and a method bring, and what they cost."""
+    rows = {
+        "one network" if row == "single" else row: {
+            f"NLL on test {task}": interval(values(task, row)),
+            **times(relative_costs(task, row)),
+        }
+        for row in ("single", name)
     }
-    ensembles = ("deep ensemble", "BatchEnsemble")
-    lines = [f"{'width':>6}{'batch':>7}{'one layer':>13}" + "".join(f"{name:>16}" for name in ensembles)]
-    for width, batch in dict.fromkeys(key[:2] for key in times):
-        one = times[width, batch, "single"]
-        cells = "".join(f"{times[width, batch, name] / one:15.1f}x" for name in ensembles)
-        lines.append(f"{width:6}{batch:7}{1e6 * one:10.0f} µs{cells}")
-    return "\n".join(lines)
-
-
-def card(task: str, name: str) -> str:
-    """Return one line: what a method costs against one network, and what it brings."""
-    cost = relative_costs(task, name)
-    nll = [interval(values(task, row)) for row in ("single", name)]
-    prices = ", ".join(f"{key} {value:.1f}x" for key, value in cost.items())
-    return f"Against one network: {prices}.\nNLL on test {task}: {nll[0]} for one network, {nll[1]} for this."
+    caption = f"NLL in nats, mean over {TASKS[task].seeds} seeds ± 95% interval; costs as multiples of one network's"
+    return Table(rows, caption=caption)
 
 
 def main(arguments: list[str] | None = None) -> None:

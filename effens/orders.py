@@ -25,12 +25,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from effens import ledger, serving
 from effens.data import orders as flows
-from effens.ensembles.base import Ensemble
 from effens.likelihoods import Likelihood
 from effens.storage import write_whole
 
@@ -109,11 +108,13 @@ class Locations(Likelihood):
         return outputs[..., 0]
 
 
-def eager(ensemble: Ensemble) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """Return what PyTorch does without a compiler."""
+def eager(network: nn.Module) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Return what PyTorch does without a compiler: an ensemble's mean and spread, or one plain network's mean."""
 
     def answer(x: Tensor) -> tuple[Tensor, Tensor]:
-        means = ensemble(x)[..., 0]
+        means = network(x)[..., 0]  # (members, batch), or (batch,)
+        if means.dim() == 1:
+            return means, torch.zeros_like(means)
         return means.mean(0), means.std(0, correction=0)
 
     return answer
@@ -180,7 +181,7 @@ def run(looks: int = 5) -> None:
         for name in tqdm(METHODS, desc="exporting"):
             ensemble, _ = ledger.train_one(brief, name, ledger.tune(task, name), 0)
             ensemble.eval()
-            calls[name, "eager"] = partial(timed, eager(copy.deepcopy(ensemble)), x)
+            calls[name, "eager"] = partial(timed, eager(ledger.bare(copy.deepcopy(ensemble))), x)
             for way, backend in (("ONNX Runtime", "onnx"), ("AOTInductor", "aoti")):
                 file = Path(folder) / f"{len(calls)}.pt2"
                 served = serving.export(ensemble, x[:1], file, backend, likelihood=Locations())

@@ -1,4 +1,4 @@
-"""Figures that move: a slider over stored frames that needs no kernel, and controls that recompute with one.
+"""Figures that move and questions that answer, with no kernel.
 
 A player is plain HTML. It works on the published page, offline, in Colab and in JupyterLab, by mouse and by keyboard;
 without script and on paper it is its first frame.
@@ -6,29 +6,23 @@ without script and on paper it is its first frame.
 
 import base64
 import html
-import inspect
 import io
 import json
 import math
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import matplotlib as mpl
 import numpy as np
 from IPython.display import HTML
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 from PIL import Image
-from torch import Tensor
 
-from effens.chooser import BUDGETS, GOALS, alike, choose, score_of
-from effens.data import GapRegression
-from effens.ensembles.base import Ensemble
-from effens.likelihoods import Gaussian, mixture
-from effens.training import predict
+from effens.chooser import BUDGETS, GOALS, alike, choose, ranks, score_of
 
 
 def player(
@@ -146,36 +140,55 @@ def reveal(
     return HTML(page.replace("effens-player", "effens-reveal"))
 
 
-def bet(question: str, choices: Sequence[str], *, answer: str, because: str) -> HTML:
-    """A question to the reader, who commits to a choice and then opens the answer. Plain HTML, no script.
+def bet(question: str, replies: Mapping[str, str], *, answer: str) -> HTML:
+    """A question to the reader, who commits to a choice and is answered at once.
+
+    A choice says whether it is right, marks the right one, and opens what is folded below, up to the next heading. For
+    those who would rather not bet, and without script, the answer opens like any other fold.
 
     Args:
         question: one sentence.
-        choices: at least two.
+        replies: at least two choices, and the sentence with which each is answered.
         answer: the right one of them.
-        because: what decides it, shown with the answer.
+
+    Raises:
+        ValueError: fewer than two choices, or an answer that is none of them.
     """
-    if len(choices) < 2 or answer not in choices:
-        raise ValueError(f"choices must be at least two and hold the answer {answer!r}, got {list(choices)}")
-    radios = "\n".join(f'<label><input type="radio" name="bet"> {html.escape(choice)}</label>' for choice in choices)
-    # A form keeps its radio buttons to itself, so that two bets on a page need no ids; method "dialog" sends nothing.
-    return HTML(f"""<form class="effens-bet" method="dialog" data-lm-suppress-shortcuts="true">
+    if len(replies) < 2 or answer not in replies:
+        raise ValueError(f"replies must be at least two and hold the answer {answer!r}, got {list(replies)}")
+    right = list(replies).index(answer)
+    said = [f"{'Right' if choice == answer else 'No'}. {reply}" for choice, reply in replies.items()]
+    buttons = "\n".join(
+        f'<button type="button" aria-pressed="false">{html.escape(choice)}</button>' for choice in replies
+    )
+    content = json.dumps({"right": right, "said": said}).replace("<", "\\u003c")
+    return HTML(f"""<div class="effens-bet" data-lm-suppress-shortcuts="true">
 {_BET_STYLE}
-<fieldset><legend>{html.escape(question)}</legend>
-{radios}
-</fieldset>
-<details><summary>I have chosen: show the answer</summary>
-<p><strong>{html.escape(answer)}.</strong> {html.escape(because)}</p></details>
-</form>""")
+<p class="question">{html.escape(question)}</p>
+<div role="group" aria-label="Your choice">
+{buttons}
+</div>
+<p class="reply" role="status"></p>
+<details><summary>Show the answer without a bet</summary>
+<p><strong>{html.escape(answer)}.</strong> {html.escape(replies[answer])}</p></details>
+<script type="application/json">{content}</script>
+{_BET_SCRIPT}
+</div>""")
 
 
 def chooser() -> HTML:
     """Return `effens.choose` as a table with controls: plain HTML, which works with no kernel, by mouse and keyboard.
 
-    Without script it is the table of all methods, the best for the NLL first.
+    Costs and scores are those on digits, which it says; the ranks on the other tasks stand beside them. Without script
+    it is the table of all methods, the best for the NLL first.
     """
-    goals = {"nll": "NLL on test data", "accuracy": "accuracy", "shift": "NLL on rotated images"}
-    goals["unknown"] = "telling letters from digits"
+    goals = {
+        "nll": "NLL on test digits, in nats (lower is better)",
+        "accuracy": "accuracy on test digits, in percent (higher is better)",
+        "shift": "NLL on rotated digits, in nats (lower is better)",
+        "unknown": "separating letters from digits, AUROC in percent (higher is better)",
+    }
+    elsewhere = {words: ranks(task) for task, words in {"diamonds": "rank, diamonds", "gap": "rank, curve"}.items()}
     choices = choose()
     names = [choice.method for choice in choices]
     rows = []
@@ -184,6 +197,7 @@ def chooser() -> HTML:
         scores = [round(score_of(choice.method, goal), 4) for goal in goals]
         same = [[i for i, name in enumerate(names) if alike(choice.method, name, goal)] for goal in goals]
         cells = "".join(f"<td>{choice.costs[key]:.1f}x</td>" for key in BUDGETS.values())
+        cells += "".join(f"<td>{found[choice.method]}</td>" for found in elsewhere.values())
         facts = {"costs": costs, "scores": scores, "same": same}
         data = " ".join(f'data-{key}="{json.dumps(value)}"' for key, value in facts.items())
         rows.append(f"<tr {data}><th scope='row'>{html.escape(choice.method)}</th>{cells}<td>{scores[0]:.3f}</td></tr>")
@@ -196,20 +210,22 @@ def chooser() -> HTML:
         + "</select></label>"
         for words in ("training at most", "one prediction", "256 predictions", "memory")
     )
-    heads = "".join(f"<th scope='col'>{word}</th>" for word in ("", *BUDGETS.values()))
+    titles = ("", "training", "one prediction", "256 predictions", "memory", *elsewhere, "score on digits")
+    heads = "".join(f"<th scope='col'>{word}</th>" for word in titles)
     return HTML(f"""<div class="effens-chooser">
 <style>
 .effens-chooser {{ overflow-x: auto; color: inherit; }}
 .effens-chooser form {{ display: flex; flex-wrap: wrap; gap: 0.5rem 1rem; margin-bottom: 0.75rem; }}
-.effens-chooser select {{ font: inherit; min-height: 2.2em; color: inherit; background: Canvas; color: CanvasText; }}
+.effens-chooser select {{ font: inherit; min-height: 2.2em; max-width: 100%; background: Canvas; color: CanvasText; }}
 .effens-chooser table {{ border-collapse: collapse; }}
 .effens-chooser td, .effens-chooser th {{ padding: 0.2rem 0.7rem; text-align: right; font-weight: normal; }}
+.effens-chooser thead th {{ border-bottom: 1px solid currentColor; font-weight: bold; vertical-align: bottom; }}
 .effens-chooser th[scope=row] {{ text-align: left; }}
 .effens-chooser tr.out {{ opacity: 0.45; text-decoration: line-through; }}
 </style>
 <form onsubmit="return false">{budgets}<label>what matters <select>{options}</select></label></form>
 <p aria-live="polite"></p>
-<table><thead><tr>{heads}<th scope="col">score</th></tr></thead><tbody>{"".join(rows)}</tbody></table>
+<table><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>
 <script>
 (function () {{
   const box = document.currentScript.closest(".effens-chooser"), less = {less};
@@ -228,9 +244,10 @@ def chooser() -> HTML:
     const fit = rows.filter(r => !r.out), best = fit[0];
     const same = fit.slice(1).filter(r => best.same[goal].includes(r.i)).map(r => r.name);
     box.querySelector("p").textContent = fit.length ?
-      fit.length + " of " + rows.length + " qualify; the best mean: " + best.name + (same.length ?
-      "; cannot be told from it: " + same.join("; ") : "; all others can be told from it") :
-      "None qualifies: a single network is the cheapest there is.";
+      fit.length + " of " + rows.length + " methods are within your limits. On digits " + best.name +
+      " has the best mean. " + (same.length ? "Not distinguishable from it: " + same.join("; ") :
+      "All others are distinguishable from it") + "." :
+      "No method is within your limits: a single network is the cheapest there is.";
   }}
   selects.forEach(s => s.addEventListener("change", show));
   show();
@@ -306,6 +323,47 @@ document.querySelectorAll(".effens-planner").forEach(box => {{
 </script></div>""")
 
 
+def living(method: str = "deep", members: int = 8, width: int = 32, seed: int = 1) -> HTML:
+    """Return a figure in which an ensemble is trained in the page itself, with no kernel and no network connection.
+
+    The reader can add, move and remove points, and change the method, the number of members and the width.
+    Browsers without script show a description instead.
+
+    Args:
+        method: "single", "deep", "batch" or "snapshot", chosen when the page opens.
+        members: networks in the ensemble, 1 ... 20.
+        width: hidden units in each of the two layers: a multiple of 4, at most 64.
+        seed: of the random starts.
+
+    Raises:
+        ValueError: a setting that the figure does not have.
+
+    Example:
+        >>> page = living(method="batch", members=4).data
+        >>> '<effens-living method="batch" members="4" width="32" seed="1"' in page
+        True
+    """
+    methods = ("single", "deep", "batch", "snapshot")
+    if method not in methods:
+        raise ValueError(f"method must be one of {', '.join(methods)}, got {method!r}")
+    if members not in range(1, 21):
+        raise ValueError(f"members must be in 1 ... 20, got {members!r}")
+    if width not in range(4, 65, 4):
+        raise ValueError(f"width must be a multiple of 4 in 4 ... 64, got {width!r}")
+    if seed not in range(10**6):
+        raise ValueError(f"seed must be a whole number in 0 ... 999999, got {seed!r}")
+    script = Path(__file__).with_name("living.js").read_text("utf-8")
+    settings = f'method="{method}" members="{members}" width="{width}" seed="{seed}"'
+    return HTML(f"""<effens-living {settings} data-lm-suppress-shortcuts="true">
+<p>This figure needs JavaScript. It shows two clusters of points with a gap between them, and neural networks that are
+trained on these points from different random starts. On the points the networks agree. In the gap each of them goes its
+own way, so that the 95% band of their average is narrow on the points and wide in the gap. When a point is added in the
+gap, the band becomes narrow there too.</p>
+</effens-living>
+<script>
+{script}</script>""")
+
+
 def _duration(seconds: float) -> str:
     """A time in the unit that suits them."""
     if seconds < 60:
@@ -313,101 +371,44 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
-def live(draw: Callable[..., str], *, alt: str, **controls: Sequence[Any]) -> Any:
-    """A figure with sliders that computes: with a kernel, moving one calls `draw` again with the values of all.
+def stills(function: Callable[..., object], *, alt: str, max_kb: float = 300, **argument: Iterable[Any]) -> HTML:
+    """A player of what a function draws with pyplot, a frame for each value of one of its arguments.
 
-    A page has no kernel: where `EFFENS_STATIC` is set, as when the book's outputs are stored, this is the first picture
-    and a sentence that says how to wake the sliders.
+    On a page that has no kernel it stands in the place of the function's sliders.
 
     Args:
-        draw: `draw(ax, **values)` computes, draws on empty axes and returns a line of text, shown under them. Each
-            argument has a default, from which its slider starts.
-        alt: what the picture shows, for those who do not see it; the sliders' values are added.
-        controls: for each argument of `draw` the values that its slider goes through.
-
-    Returns:
-        An `ipywidgets.VBox` of the sliders, the picture and the line; or HTML. An error after the first picture takes
-        the place of the line.
+        function: draws one figure, by `matplotlib.pyplot`.
+        alt: what the picture shows; the argument's value is added.
+        max_kb: the most the HTML may take, in thousands of bytes.
+        argument: the name of one argument, and its values.
 
     Raises:
-        ValueError: the controls are not the arguments of `draw`, a default is not among the values, or no alt text.
-
-    Example:
-        >>> box = live(lambda ax, power=2: f"2 to the {power} is {2**power}", alt="Empty axes", power=range(5))
-        >>> box.children[0].value = 4  # a reader moves the slider
-        >>> box.children[-1].value
-        '2 to the 4 is 16'
+        ValueError: not one argument, no values, no alt text, or a player over `max_kb`.
     """
-    start = {name: p.default for name, p in list(inspect.signature(draw).parameters.items())[1:]}
-    if not start or start.keys() != controls.keys():
-        raise ValueError(f"controls must be the arguments of draw after ax, {list(start)}, got {list(controls)}")
-    for name, values in controls.items():
-        if start[name] not in values:
-            raise ValueError(f"values of {name} must hold its default, {start[name]!r}, got {list(values)}")
-    if not alt.strip():
-        raise ValueError(f"alt must say what the picture shows, got {alt!r}")
+    import matplotlib.pyplot as plt  # players do not need it
 
-    def spoken(values: dict[str, Any]) -> str:
-        return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
-
-    def answer(values: dict[str, Any]) -> tuple[str, str]:
-        """The picture as HTML, and the line under it."""
-        lines: list[str] = []
-        (picture,) = _pictures(lambda ax, _: lines.append(draw(ax, **values)), [values], (1, 1), None, None, 64)
-        width, height = (round(inches * mpl.rcParams["figure.dpi"]) for inches in mpl.rcParams["figure.figsize"])
-        size = f'width="{width}" height="{height}" style="max-width: 100%; height: auto"'
-        said = html.escape(f"{alt}; {spoken(values)}")
-        return f'<img src="{picture}" alt="{said}" {size}>', html.escape(lines[0], quote=False)
-
-    first = answer(start)
-    if os.environ.get("EFFENS_STATIC", "0") not in ("", "0"):
-        return HTML(f"""<div class="effens-live">
-{first[0]}
-<p>Here: {html.escape(spoken(start))}. <em>Run the imports and this cell in Colab (the badge under the title) or in
-Jupyter, and sliders change them.</em></p>
-</div>""")
-    import ipywidgets as widgets  # only a live cell needs them
-
-    looks = {"continuous_update": False, "style": {"description_width": "6em"}, "layout": {"width": "min(100%, 40em)"}}
-    sliders = [
-        widgets.SelectionSlider(options=list(values), value=start[name], description=name.replace("_", " "), **looks)
-        for name, values in controls.items()
-    ]
-    picture, line = (widgets.HTML(value=part) for part in first)
-
-    def update(_: object) -> None:
-        line.value = "Computing ..."
-        try:
-            picture.value, line.value = answer({s: slider.value for s, slider in zip(controls, sliders, strict=True)})
-        except Exception as error:  # nobody else would see it
-            line.value = html.escape(f"{type(error).__name__}: {error}")
-
-    for slider in sliders:
-        slider.observe(update, names="value")
-    return widgets.VBox([*sliders, picture, line])
-
-
-def gap_band(ensemble: Ensemble, task: GapRegression, *, color: str, ax: Axes) -> str:
-    """Draw what an ensemble with a `Gaussian` likelihood says along the curve with the gap, its members and its band.
-
-    Returns:
-        How its loss is made up on test data and in the gap, in words.
-    """
-    from effens.figures import regression_band  # and with it pyplot, which players do not need
-
-    said = predict(ensemble, task.x_grid, likelihood=Gaussian())
-    mixed, data = mixture(said), (task.x_train[:, 0], task.y_train)
-    lines = said.mean if len(said.mean) > 1 else None
-    regression_band(task.x_grid[:, 0], mixed.mean, mixed.stddev, members=lines, data=data, color=color, ax=ax)
-    ax.set(xlim=(-3, 3), ylim=(-4, 4), xlabel="x", ylabel="y")
-
-    def parts(x: Tensor, y: Tensor) -> str:
-        said = predict(ensemble, x, likelihood=Gaussian())
-        loss, nll = -said.log_prob(y).mean(), -mixture(said).log_prob(y).mean()
-        return f"{loss:.3f} − {(loss - nll).clamp_min(0):.3f} = {nll:.3f}"
-
-    on, off = parts(task.x_test, task.y_test), parts(task.x_gap, task.y_gap)
-    return f"Members' loss − diversity gain = NLL. On the data: {on}; in the gap: {off}."
+    if len(argument) != 1:
+        raise ValueError(f"stills must have values of one argument, got {list(argument)}")
+    ((name, values),) = argument.items()
+    values = list(values)
+    if not values or not alt.strip():
+        raise ValueError(f"stills must have values and an alt text, got {values} and {alt!r}")
+    figures = []
+    with patch.object(plt, "show"):
+        for value in values:
+            plt.figure()
+            function(**{name: value})
+            figure = plt.gcf()
+            figure.draw_without_rendering()
+            figures.append(figure)
+            plt.close("all")
+    _align(figures)
+    width, height = (round(pixels) for pixels in figures[0].get_size_inches() * figures[0].dpi)
+    label = name.replace("_", " ")
+    said = [f"{label} {value}" for value in values]
+    pictures = _encoded([_rendered(figure) for figure in figures], 64)
+    frames = [(picture, f"{alt}: {words}", words) for picture, words in zip(pictures, said, strict=True)]
+    return HTML(_page(pictures[0], width, height, frames[0][1], label, frames, _STYLE, _SCRIPT, 600, max_kb))
 
 
 def _page(
@@ -531,7 +532,7 @@ def _rendered(figure: Figure) -> np.ndarray:
 
 # Colors are the page's own, so that light and dark pages both stay legible. The book's theme would put a light panel
 # behind any HTML output of a dark page.
-_DARK = """html[data-theme="dark"] .bd-content div.cell_output .text_html:has(div.effens-player, form.effens-bet) {
+_DARK = """html[data-theme="dark"] .bd-content div.cell_output .text_html:has(div.effens-player, div.effens-bet) {
   padding: 0; color: inherit; background: none; }
 html[data-theme="dark"] .bd-content div.cell_output .effens-player img { padding: 0; }"""
 
@@ -604,11 +605,37 @@ document.querySelectorAll(".effens-player").forEach(function (root) {
 
 _BET_STYLE = f"""<style>
 {_DARK}
-.effens-bet {{ margin: 0 0 1rem; color: inherit; }}
-.effens-bet fieldset {{ margin: 0; padding: 0.5rem 1rem; border: 1px solid currentColor; border-radius: 0.3em; }}
-.effens-bet legend {{ float: none; width: auto; margin: 0; padding: 0 0.3em; font: inherit; font-weight: bold; }}
-.effens-bet label {{ display: block; padding: 0.25em 0; cursor: pointer; }}
-.effens-bet input {{ accent-color: #0072b2; }}
-.effens-bet details {{ margin-top: 0.5rem; }}
-.effens-bet summary {{ cursor: pointer; }}
+.effens-bet {{ margin: 0 0 1rem; padding: 0.75rem 1rem; border: 1px solid currentColor; border-radius: 0.3em;
+  color: inherit; }}
+.effens-bet p {{ margin: 0 0 0.5rem; }}
+.effens-bet .question {{ font-weight: bold; }}
+.effens-bet .reply:empty {{ display: none; }}
+.effens-bet div {{ display: flex; flex-wrap: wrap; gap: 0.5rem; margin-bottom: 0.5rem; }}
+.effens-bet button {{ min-height: 2.4em; padding: 0 0.9em; font: inherit; color: inherit; background: transparent;
+  border: 1px solid currentColor; border-radius: 0.3em; cursor: pointer; }}
+.effens-bet button[aria-pressed=true] {{ box-shadow: inset 0 0 0 1px currentColor; font-weight: bold; }}
+.effens-bet button:focus-visible {{ outline: 2px solid currentColor; outline-offset: 2px; }}
+.effens-bet summary {{ cursor: pointer; font-size: 0.85em; }}
 </style>"""
+
+# What is folded below a bet lies between its cell and the next heading: on the book's pages these are neighbors.
+_BET_SCRIPT = """<script>
+document.querySelectorAll(".effens-bet").forEach(function (root) {
+  if (root.effensStarted) return;
+  root.effensStarted = true;
+  var buttons = root.querySelectorAll("button"), facts = JSON.parse(root.querySelector("script").textContent);
+  buttons.forEach(function (button, i) {
+    button.addEventListener("click", function () {
+      buttons.forEach(function (each) { each.setAttribute("aria-pressed", each === button); });
+      if (!buttons[facts.right].textContent.startsWith("✓")) buttons[facts.right].prepend("✓ ");
+      root.querySelector(".reply").textContent = facts.said[i];
+      root.querySelector("details").hidden = true;
+      var part = root.closest(".cell");
+      while (part && (part = part.nextElementSibling) && !part.matches("section, h1, h2, h3, h4"))
+        [part, ...part.querySelectorAll("details")].forEach(function (fold) {
+          if (fold.matches("details.answer, details.below-input")) fold.open = true;
+        });
+    });
+  });
+});
+</script>"""

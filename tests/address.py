@@ -28,9 +28,27 @@ METADATA = {  # of every chapter; Colab reads the last two, and a machine withou
 EXTRAS = {"hyper_ensembles": ["ledger"], "finance": ["serving"], "scaling_out": ["scaling"]}
 INSTALL = """\
 import importlib.util
+import os
+import sys
+from pathlib import Path
 
-if importlib.util.find_spec("effens") is None:  # as in Colab, whose torch and numpy stay
-    %pip install --quiet --no-deps {package}"""
+book = Path("effens-book").resolve()
+if importlib.util.find_spec("effens") is None:  # in Colab: its torch and numpy stay
+    source = "{url}"
+    clone = f"git clone --quiet --depth 1 {{source}} effens-book --branch"
+    released = book.exists() or os.system(f"{{clone}} {release}") == 0
+    if not released and os.system(f"{{clone}} {branch}") == 0:
+        print("No {release} there: took {branch}, which may differ from this notebook.")
+    %pip install --quiet --no-deps ./effens-book{small}
+    importlib.invalidate_caches()
+    if importlib.util.find_spec("effens") is None:
+        print("effens is not installed: restart the runtime and run this cell again;")
+        print(f"or download {{source}} and run `pip install .` there, or open an issue.")
+if book.exists():
+    sys.path.append(str(book / "chapters"))"""
+
+# Under each chapter's badge: what a reader needs who takes a cell home.
+GET = "`pip install git+{url}` gets `effens` for your own code; [your own loop](your_loop.md) shows where it goes."
 
 
 def settings() -> dict[str, Any]:
@@ -70,10 +88,14 @@ def small_packages(chapter: Path) -> list[str]:
 
 
 def install(chapter: Path) -> str:
-    """The source of a chapter's install cell: the release of this version, and nothing where `effens` is there."""
-    source = INSTALL.format(package=f"git+{url()}@v{project()['version']}")
+    """The source of a chapter's install cell: a clone of this version, and nothing where `effens` is there."""
     small = " ".join(f'"{package}"' for package in small_packages(chapter))
-    return source + (f"\n    %pip install --quiet {small}" if small else "")
+    return INSTALL.format(
+        url=url(),
+        release=f"v{project()['version']}",
+        branch=settings()["repository"]["branch"],
+        small=f"\n    %pip install --quiet {small}" if small else "",
+    )
 
 
 def link(entry: Entry, textual: bool) -> str:
@@ -106,13 +128,27 @@ def minutes(notebook: Any) -> int:
     return max(1, round(len(prose.split()) / 200))
 
 
+def folds(tags: Iterable[str]) -> dict[str, Any]:
+    """What folds a cell as its tags do in the book: in JupyterLab, which reads `jupyter`, and in Colab, the others."""
+    found: dict[str, Any] = {}
+    if not {"hide-input", "hide-cell", "remove-input"}.isdisjoint(tags):
+        found = {"cellView": "form", "jupyter": {"source_hidden": True}}
+    if not {"hide-output", "hide-cell"}.isdisjoint(tags):
+        found |= {"collapsed": True, "jupyter": {**found.get("jupyter", {}), "outputs_hidden": True}}
+    return found
+
+
 def dress(notebook: Any, chapter: Path) -> None:
     """Write into a chapter what is the same in all: metadata, badge, time to read, install cell, links to papers."""
     notebook.metadata = nbformat.from_dict(METADATA)
     for cell in notebook.cells:
+        kept = {key: cell.metadata[key] for key in cell.metadata.keys() & {"tags", "mystnb"}}
+        cell.metadata = nbformat.from_dict(kept | folds(kept.get("tags", [])))
         if cell.cell_type == "markdown":
             cell.source = cited(cell.source)
     first, *rest = notebook.cells
+    first.source = re.sub(r"\n\n`pip install git\+.*", "", first.source)
+    first.source = re.sub(r"(?<= seconds on two CPU cores)", f"\n\n{GET.format(url=url())}", first.source, count=1)
     first.source = re.sub(r"https://colab\.research\.google\.com/github/[^)\s]*", colab(chapter), first.source)
     reads = f"\n· reads in about {minutes(notebook)} minutes, runs in about "
     first.source = re.sub(r"\n· (?:reads in about \d+ minutes, )?runs in about ", reads, first.source)

@@ -19,6 +19,8 @@ from nbclient import NotebookClient
 ROOT = address.ROOT
 # A chapter's stored outputs come from the CPU, at the small scale, with no control that needs a kernel.
 ENVIRONMENT = {"EFFENS_STATIC": "1", "EFFENS_SCALE": "small", "CUDA_VISIBLE_DEVICES": ""}
+# Widgets talk with the kernel in both directions, for which nbclient may wait in vain: the function is called once.
+NO_WIDGETS = "--IPKernelApp.exec_lines=import ipywidgets; ipywidgets.interact = lambda draw, **sliders: draw()"
 
 
 def chapters() -> list[Path]:
@@ -41,16 +43,14 @@ def rerun(chapter: Path) -> None:
         kernel_name="python3",
         resources=folder,
         record_timing=False,
-        store_widget_state=False,
-        extra_arguments=["--log-level=ERROR"],
+        extra_arguments=["--log-level=ERROR", NO_WIDGETS],
         coalesce_streams=True,
     ).execute()
     address.dress(notebook, chapter)
     for cell in notebook.cells:
-        for key in cell.metadata.keys() - {"tags", "mystnb"}:
-            del cell.metadata[key]
         if cell.cell_type == "code":
-            cell.outputs = [clean(output) for output in cell.outputs if output.get("name") != "stderr"]
+            shown = [] if "remove-output" in cell.metadata.get("tags", []) else cell.outputs  # such as a widget
+            cell.outputs = [clean(output) for output in shown if output.get("name") != "stderr"]
     nbformat.write(notebook, chapter)
     if chapter.stem == "introduction":
         (ROOT / "chapters/_static/cover.png").write_bytes(last_frame(notebook))

@@ -11,6 +11,7 @@ from typing import Any
 import nbformat
 import pytest
 from address import ROOT, cited, colab, dress, install, minutes, project, small_packages, texts, url
+from IPython.core.inputtransformer2 import TransformerManager
 from rerun import chapters, note_time
 
 import effens
@@ -48,23 +49,54 @@ def test_the_address_stands_nowhere_else() -> None:
     assert sorted(holders) == sorted([*HOLDERS, *(f"chapters/{chapter.name}" for chapter in CHAPTERS)])
 
 
-def test_the_install_cell_does_nothing_where_the_package_is(chapter: Path, notebook: Any) -> None:
-    """The cell stands before the first import, and its only statement is under the guard."""
+def test_the_install_cell_does_nothing_where_the_package_is(
+    chapter: Path, notebook: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stands before the first import; `get_ipython` of its magics is not even there to be called."""
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert code[0].source == install(chapter)
     assert notebook.cells[1] is code[0]
-    lines = code[0].source.splitlines()
-    assert lines[:2] == ["import importlib.util", ""]
-    assert lines[2].startswith('if importlib.util.find_spec("effens") is None:')
-    assert all(line.startswith("    %pip install ") for line in lines[3:])
+    monkeypatch.chdir(tmp_path)
+    path = sys.path.copy()
+    exec(TransformerManager().transform_cell(install(chapter)), {})
+    assert sys.path == path
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_install_cell_takes_the_release_and_leaves_torch_and_numpy(chapter: Path) -> None:
-    first, *rest = install(chapter).splitlines()[3:]
-    assert first.split()[2:] == ["--quiet", "--no-deps", f"git+{url()}@v{effens.__version__}"]
+    """That it works is tested by running it, in `test_colab.py`."""
+    source = install(chapter)
+    first, *rest = [line.strip() for line in source.splitlines() if "%pip" in line]
+    assert f'source = "{url()}"' in source
+    assert f"v{effens.__version__}" in source
     assert project()["version"] == effens.__version__
+    assert first == "%pip install --quiet --no-deps ./effens-book"
     assert [name for name in ("torch", "numpy", "effens") for line in rest if re.search(rf'"{name}\b', line)] == []
     assert all(f'"{package}"' in rest[0] for package in small_packages(chapter))
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        ([], {}),
+        (["approx", "remove-cell"], {}),
+        (["hide-input"], {"cellView": "form", "jupyter": {"source_hidden": True}}),
+        (["remove-input"], {"cellView": "form", "jupyter": {"source_hidden": True}}),
+        (["hide-output"], {"collapsed": True, "jupyter": {"outputs_hidden": True}}),
+        (
+            ["hide-cell"],
+            {"cellView": "form", "collapsed": True, "jupyter": {"source_hidden": True, "outputs_hidden": True}},
+        ),
+    ],
+)
+def test_tags_fold_a_cell_in_other_notebooks_too(tags: list[str], expected: dict[str, Any]) -> None:
+    """Written again, a cell has what its tags say and nothing of what they said before."""
+    cell = nbformat.v4.new_code_cell(metadata={"tags": ["hide-cell"], "mystnb": {"image": {}}, "scrolled": True})
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# A chapter"), cell])
+    dress(notebook, CHAPTERS[0])
+    cell.metadata["tags"] = tags
+    dress(notebook, CHAPTERS[0])
+    assert cell.metadata == {"tags": tags, "mystnb": {"image": {}}} | expected
 
 
 @pytest.mark.parametrize("new", ["https://github.com/you/your-fork", "https://github.com/a.b/c_d"])

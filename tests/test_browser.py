@@ -780,7 +780,7 @@ def page_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     player = players.player(
         draw, range(1, 6), alt="Powers of x", words=lambda value: WORDS[value - 1], figsize=(6, 3), interval=INTERVAL
     ).data
-    bet = players.bet("Which is wider?", ["one", "five"], answer="five", because="They disagree.").data
+    bet = players.bet("Which is wider?", {"one": "It is narrow.", "five": "They disagree."}, answer="five").data
     path = tmp_path_factory.mktemp("page") / "index.html"
     path.write_text(
         f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Players</title>
@@ -896,18 +896,35 @@ def test_without_script_one_frame_shows_and_no_dead_control(browser: "Browser", 
         assert page.get_by_text("They disagree.").first.is_visible()
 
 
-def test_two_bets_do_not_share_their_choices_and_send_nothing(browser: "Browser", page_path: Path) -> None:
+def test_a_bet_answers_the_choice_that_was_made(browser: "Browser", page_path: Path) -> None:
     with opened(browser, page_path) as page:
-        radios = page.get_by_role("radio", name="five")
-        radios.nth(0).check()
-        radios.nth(1).check()
-        assert radios.nth(0).is_checked()
-        assert radios.nth(1).is_checked()
-        page.evaluate("document.forms[0].requestSubmit()")  # as Enter does in some browsers
-        page.wait_for_timeout(200)
-        assert page.url == page_path.as_uri()
-        page.locator("summary").first.press("Enter")
-        assert page.get_by_text("They disagree.").first.is_visible()
+        first, second = page.locator(".effens-bet").all()
+        assert not first.get_by_text("They disagree.").first.is_visible()
+        first.get_by_role("button", name="one").click()
+        assert first.get_by_role("status").inner_text() == "No. It is narrow."
+        assert first.get_by_role("button", name="five").inner_text() == "✓ five"
+        first.get_by_role("button", name="five").press("Enter")
+        assert first.get_by_role("status").inner_text() == "Right. They disagree."
+        assert first.locator("[aria-pressed=true]").all_inner_texts() == ["✓ five"]
+        assert second.get_by_role("status").inner_text() == ""  # each has its own
+        second.locator("summary").press("Enter")
+        assert second.get_by_text("They disagree.").is_visible()
+
+
+def test_a_bet_opens_what_is_folded_below_it_up_to_the_next_heading(browser: "Browser", site: Path) -> None:
+    page = browser.new_page()
+    page.goto((site / "chapters/deep_ensembles.html").as_uri())
+    bet = page.locator(".effens-bet").first
+    folded = bet.locator("xpath=ancestor::div[contains(@class,'cell')][1]/following-sibling::*")
+    count = "parts => parts.flatMap(p => [p, ...p.querySelectorAll('details')])"
+    count += ".filter(p => p.matches('details.answer, details.below-input'))"
+    closed = folded.evaluate_all(f"parts => ({count})(parts).map(fold => fold.open)")
+    assert closed
+    assert not any(closed)
+    bet.get_by_role("button").first.click()
+    assert all(folded.evaluate_all(f"parts => ({count})(parts).map(fold => fold.open)"))
+    assert not page.locator("#exercises details.answer[open]").count()
+    page.close()
 
 
 def test_ids_are_unique(browser: "Browser", page_path: Path) -> None:
@@ -982,8 +999,14 @@ def test_the_chooser_says_what_choose_says(browser: "Browser", tmp_path: Path, g
             assert sorted(said[len(fit) :]) == sorted((c.method, False) for c in expected if not c.qualifies)
             same = [name for name in fit[1:] if effens.chooser.alike(name, fit[0], goal)]
             words = page.locator("p[aria-live]").inner_text()
-            assert words.startswith(f"{len(fit)} of {len(expected)} qualify; the best mean: {fit[0]};")
-            assert words.endswith(f": {'; '.join(same)}" if same else "; all others can be told from it")
+            within = f"{len(fit)} of {len(expected)} methods are within your limits."
+            assert words.startswith(f"{within} On digits {fit[0]} has the best mean.")
+            told = (
+                f"Not distinguishable from it: {'; '.join(same)}."
+                if same
+                else "All others are distinguishable from it."
+            )
+            assert words.endswith(told)
 
 
 def test_answers_to_exercises_wait_folded_open_by_key_and_print(browser: "Browser", site: Path) -> None:

@@ -34,7 +34,7 @@ def test_the_reasons_are_the_ledgers_comparisons() -> None:
     for choice in others:
         found = ledger.compare("digits", choice.method, best.method)
         assert str(found.difference) in choice.reason
-        assert ("cannot be told" in choice.reason) is (found.verdict == "unresolved")
+        assert ("not distinguishable" in choice.reason) is (found.verdict == "unresolved")
 
 
 def test_what_is_refused() -> None:

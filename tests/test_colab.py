@@ -1,4 +1,4 @@
-"""Colab, as far as it can be had here: what an install would replace, and each chapter with only the wheel, offline."""
+"""Colab, as far as it can be had here: what an install replaces, the install cell, and each chapter, offline."""
 
 import json
 import os
@@ -12,8 +12,8 @@ from typing import Any
 
 import nbformat
 import pytest
-from address import ROOT, project, small_packages
-from rerun import chapters
+from address import ROOT, install, project, small_packages, url
+from rerun import NO_WIDGETS, chapters
 
 pytestmark = pytest.mark.slow
 CHAPTERS = chapters()
@@ -45,7 +45,8 @@ RUN = """
 import sys, nbformat
 from nbclient import NotebookClient
 notebook = nbformat.read(sys.argv[1], as_version=4)
-NotebookClient(notebook, timeout=300, kernel_name="python3", extra_arguments=["--log-level=ERROR"]).execute()
+arguments = ["--log-level=ERROR", sys.argv[2]]
+NotebookClient(notebook, timeout=300, kernel_name="python3", extra_arguments=arguments).execute()
 nbformat.write(notebook, sys.argv[1])
 """
 
@@ -121,6 +122,72 @@ def test_installing_replaces_neither_torch_nor_numpy(python: Path, wheel: Path) 
     assert [name for name in found if name.startswith(("torch", "nvidia", "triton"))] == []
 
 
+# The install cell
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """A Python with this one's packages, pip among them, but without `effens`: a .pth file's own are not followed."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "python"], check=True)
+    (packages,) = tmp_path.glob("python/lib/python*/site-packages")
+    (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return tmp_path / "python/bin/python"
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """What stands at the book's address: this checkout's last commit as `main`."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs a git checkout")
+    subprocess.run(["git", "clone", "--quiet", "--bare", ROOT, tmp_path / "book.git"], check=True)
+    subprocess.run(["git", "update-ref", "refs/heads/main", "HEAD"], cwd=tmp_path / "book.git", check=True)
+    subprocess.run(["git", "tag", "--force", f"v{project()['version']}"], cwd=tmp_path / "book.git", check=True)
+    return tmp_path / "book.git"
+
+
+def run_install_cell(python: Path, repository: Path, folder: Path) -> str:
+    """What the cell prints where this repository stands at the book's address, and then where `effens` is."""
+    folder.mkdir(exist_ok=True)
+    asked = "\nimport effens\nprint('from', effens.__file__)\nprint('path', sys.path[-1])"
+    (folder / "cell.ipy").write_text(install(CHAPTERS[0]) + asked)
+    there = {
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": f"url.file://{repository}.insteadOf",
+        "GIT_CONFIG_VALUE_0": url(),
+    }
+    command = [str(python), "-m", "IPython", "--quick", "cell.ipy"]
+    environment = outside() | there | {"IPYTHONDIR": str(folder / "ipython")}
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if "hatchling" in run.stdout + run.stderr:
+        pytest.skip("needs the package hatchling, which no index gave")
+    print(run.stdout, run.stderr)  # shown if the test fails
+    return str(run.stdout)
+
+
+@pytest.mark.parametrize("tagged", [True, False])
+def test_the_install_cell_takes_the_release_else_main(
+    bare: Path, repository: Path, tmp_path: Path, tagged: bool
+) -> None:
+    release = f"v{project()['version']}"
+    if not tagged:
+        subprocess.run(["git", "tag", "--delete", release], cwd=repository, check=True)
+    for _ in range(2):  # the second time, both are there
+        said = run_install_cell(bare, repository, tmp_path / "reader")
+        assert f"from {bare.parents[1]}" in said
+        assert f"path {tmp_path}/reader/effens-book/chapters" in said
+        assert (f"No {release} there: took main" in said) == (not tagged)
+        tagged = True  # nothing is fetched again
+    assert (tmp_path / "reader/effens-book/chapters" / CHAPTERS[0].name).exists()
+
+
+def test_an_install_cell_that_fails_says_what_to_do(bare: Path, tmp_path: Path) -> None:
+    said = run_install_cell(bare, tmp_path / "nowhere", tmp_path / "reader")
+    assert "effens is not installed: restart the runtime and run this cell again;" in said
+    assert f"or download {url()} and run `pip install .` there, or open an issue." in said
+    assert "No v" not in said
+    assert "from " not in said
+
+
 # Each chapter with only the wheel
 
 
@@ -140,7 +207,7 @@ def outside(chapter: Path | None = None) -> dict[str, str]:
     """The environment of a reader: nothing of this checkout, and of the extras only what the chapter installs."""
     extras = {name_of(package) for packages in project()["optional-dependencies"].values() for package in packages}
     installed = {name_of(package) for package in small_packages(chapter)} if chapter else set()
-    in_colab = {"effens", "matplotlib", "ipywidgets", "ipython", "ipykernel", "nbclient", "scikit-learn"}
+    in_colab = {"effens", "matplotlib", "pandas", "ipywidgets", "ipython", "ipykernel", "nbclient", "scikit-learn"}
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "EFFENS"))}
     return kept | {"HIDDEN": " ".join(sorted(extras - installed - in_colab))}
 
@@ -162,7 +229,8 @@ def test_there_the_package_is_the_wheel_and_the_network_is_off(kernel: Path, tmp
 def test_a_chapter_runs_alone_from_the_wheel_with_the_network_off(kernel: Path, chapter: Path, tmp_path: Path) -> None:
     notebook: Any = nbformat.read(chapter, as_version=4)
     shutil.copy(chapter, tmp_path)
-    subprocess.run([kernel, "-P", "-c", RUN, chapter.name], cwd=tmp_path, env=outside(chapter), check=True, timeout=600)
+    command = [kernel, "-P", "-c", RUN, chapter.name, NO_WIDGETS]
+    subprocess.run(command, cwd=tmp_path, env=outside(chapter), check=True, timeout=600)
     ran = nbformat.read(tmp_path / chapter.name, as_version=4)
     code = [cell for cell in ran.cells if cell.cell_type == "code"]
     failed = [cell.id for cell in code for output in cell.outputs if output.output_type == "error"]

@@ -343,10 +343,30 @@ CASES: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], object], type[Except
         "a player must take at most 1 KB, got … KB for 1 frames: "
         "fewer values or colors, or a smaller figsize or dpi, make it smaller",
     ),
-    "a bet without the answer": (
-        lambda *_: players.bet("which?", ["a", "b"], answer="c", because="so"),
+    "a living figure of no method": (
+        lambda *_: players.living(method="forest"),
         ValueError,
-        "choices must be at least two and hold the answer 'c', got ['a', 'b']",
+        "method must be one of single, deep, batch, snapshot, got 'forest'",
+    ),
+    "a living figure of no members": (
+        lambda *_: players.living(members=0),
+        ValueError,
+        "members must be in 1 ... 20, got 0",
+    ),
+    "a living figure of odd width": (
+        lambda *_: players.living(width=5),
+        ValueError,
+        "width must be a multiple of 4 in 4 ... 64, got 5",
+    ),
+    "a living figure of no seed": (
+        lambda *_: players.living(seed=-1),
+        ValueError,
+        "seed must be a whole number in 0 ... 999999, got -1",
+    ),
+    "a bet without the answer": (
+        lambda *_: players.bet("which?", {"a": "so", "b": "not"}, answer="c"),
+        ValueError,
+        "replies must be at least two and hold the answer 'c', got ['a', 'b']",
     ),
     "service of other events": (
         lambda *_: orders.delays(torch.zeros(2), torch.zeros(3)),

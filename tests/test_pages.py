@@ -176,39 +176,30 @@ def test_no_two_papers_have_the_same_address() -> None:
 # Exercises
 
 
-def paragraph(text: str) -> nodes.paragraph:
-    """A paragraph as MyST makes it, with an empty text before what is bold."""
-    number, found, rest = text.partition(" ") if text[0].isdigit() else ("", "", text)
-    return nodes.paragraph("", "", nodes.Text(""), *[nodes.strong("", number)] * bool(found), nodes.Text(rest))
+def cell(source: str, output: str = "", **options: Any) -> nodes.container:
+    """A folded code cell as MyST-NB makes it."""
+    parts = [nodes.container("", nodes.literal_block("", source), nb_element="cell_code_source")]
+    if output:
+        parts += [nodes.container("", nodes.literal_block("", output), nb_element="cell_code_output")]
+    return nodes.container("", *parts, nb_element="cell_code", prompt_show="Show the code", **options)
 
 
-def solution(source: str = "# Solution", **options: Any) -> nodes.container:
-    return nodes.container(
-        "", nodes.literal_block("", source), nb_element="cell_code", **{"hide_mode": "all"} | options
-    )
-
-
-def test_what_follows_a_solution_is_folded_until_the_next_exercise() -> None:
-    parts = [
-        *(nodes.title("", "Exercises"), paragraph("1. Why?"), paragraph("Think."), solution()),
-        *(paragraph("Because."), paragraph("And so."), paragraph("2. And then?"), solution(), solution("more = 1")),
-        *(paragraph("Then."), solution("shown = 1", hide_mode=None), paragraph("In the open.")),
-    ]
+def test_a_fold_says_what_it_hides() -> None:
     document = new_document("page")
-    document += nodes.section("", *parts, ids=["exercises"])
-    document += nodes.section("", solution(), paragraph("Elsewhere."), ids=["elsewhere"])
-    document += nodes.section("", solution("plot()"), ids=["figures"])
-    for cell in document.findall(nodes.container):
-        cell["prompt_show"] = "Show the code"
-    effens_book.fold_answers(Mock(), document)
-    begin, end = effens_book.OPEN_ANSWER, "</details>"
-    assert [part.astext() for part in document[0].children] == [
-        *("Exercises", "1.Why?", "Think.", "# Solution", begin, "Because.", "And so.", end),
-        *("2.And then?", "# Solution", "more = 1", begin, "Then.", end, "shown = 1", "In the open."),
+    exercises = [cell("# Solution", "1", hide_mode="all"), cell("more = 1", hide_mode="all"), cell("shown = 1")]
+    document += nodes.section("", nodes.title("", "Exercises"), *exercises, ids=["exercises"])
+    elsewhere = [cell("# Solution", "1", hide_mode="all"), cell("plot()", "a picture", hide_mode="input")]
+    found = [cell("ask()", "1", hide_mode=mode) for mode in ("all", "output")]
+    document += nodes.section("", *elsewhere, *found, cell("silent = 1", hide_mode="all"), ids=["elsewhere"])
+    effens_book.name_folds(Mock(), document)
+    assert [part["prompt_show"] for part in document.findall(nodes.container) if "prompt_show" in part] == [
+        *["Show the solution"] * 2,
+        "Show the code",
+        "Show the solution",
+        "Show the code",
+        *["Show what was found"] * 2,
+        "Show the code",
     ]
-    assert [part.astext() for part in document[1].children] == ["# Solution", "Elsewhere."]
-    shown = [cell["prompt_show"] for cell in document.findall(nodes.container)]
-    assert shown == ["Show the solution"] * 3 + ["Show the code", "Show the solution", "Show the code"]
 
 
 def test_only_wide_figures_are_boxed_and_only_once(tmp_path: Path) -> None:

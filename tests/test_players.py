@@ -1,9 +1,8 @@
-"""The HTML of players and bets, read by a parser; live controls with and without a kernel."""
+"""The HTML of players, bets and their like, read by a parser."""
 
 import base64
 import io
 import json
-import math
 import re
 import subprocess
 import sys
@@ -15,10 +14,8 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-import torch
 from IPython.display import HTML
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image
 
 import effens
@@ -262,8 +259,6 @@ def test_a_picture_without_alt_text_is_refused(alt: str | Callable[[int], str]) 
         players.player(draw, [1, 2], alt=alt)
 
 
-BET = {"answer": "five", "because": "They disagree."}
-
 # ---- Figures that are uncovered. ----
 
 
@@ -348,32 +343,30 @@ def test_one_stop_words_that_do_not_fit_and_no_alt_are_refused() -> None:
         uncovered(max_kb=1)
 
 
-def test_bet_is_plain_html() -> None:
-    page = Page(players.bet("Which is wider?", ["one", "five"], **BET))
-    assert page.all("legend")[0][1] == "Which is wider?"
-    assert [attrs["type"] for attrs, _ in page.all("input")] == ["radio", "radio"]
-    assert [text for _, text in page.all("label")] == ["one", "five"]
+REPLIES = {"one": "It is narrow.", "five": "They disagree."}
+
+
+def test_bet_asks_answers_each_choice_and_opens_without_script() -> None:
+    page = Page(players.bet("Which is wider?", REPLIES, answer="five"))
+    assert page.all("p")[0][1] == "Which is wider?"
+    assert [text for _, text in page.all("button")] == ["one", "five"]
+    assert {attrs["type"] for attrs, _ in page.all("button")} == {"button"}
+    assert json.loads(page.all("script")[0][1]) == {"right": 1, "said": ["No. It is narrow.", "Right. They disagree."]}
     assert page.all("strong")[0][1] == "five."
     assert "open" not in page.all("details")[0][0]
-    assert not page.all("script")
     assert not any("id" in attrs for _, attrs, _ in page.elements)
 
 
 def test_bet_escapes_everything() -> None:
-    page = Page(players.bet(NASTY, [NASTY, "b"], answer=NASTY, because=NASTY))
-    assert not page.all("script")
-    assert page.all("legend")[0][1] == page.all("label")[0][1] == NASTY
+    page = Page(players.bet(NASTY, {NASTY: NASTY, "b": "c"}, answer=NASTY))
+    assert page.all("p")[0][1] == page.all("button")[0][1] == NASTY
+    assert len(page.all("script")) == 2  # the replies, and what shows them
 
 
-@pytest.mark.parametrize("choices", [[], ["five"], ["one", "two"]])
-def test_bet_needs_two_choices_and_its_answer_among_them(choices: list[str]) -> None:
+@pytest.mark.parametrize("replies", [{}, {"five": "yes"}, {"one": "no", "two": "no"}])
+def test_bet_needs_two_choices_and_its_answer_among_them(replies: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="at least two and hold the answer 'five'"):
-        players.bet("Which?", choices, **BET)
-
-
-@pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("EFFENS_STATIC", raising=False)
+        players.bet("Which?", replies, answer="five")
 
 
 def test_planner_without_script_is_the_formula() -> None:
@@ -390,105 +383,41 @@ def test_planner_without_script_is_the_formula() -> None:
     assert [players._duration(seconds) for seconds in (59, 60, 3600)] == ["59 s", "1.0 min", "1.0 h"]
 
 
-def power(ax: Axes, members: int = 2, rate: float = 0.5) -> str:
-    ax.plot([0, 1], [0, members * rate])
-    ax.set(ylim=(0, 10))
-    return f"{members} & {rate}"
+def power(members: int = 2, height: float = 0.5) -> None:
+    plt.plot([0, 1], [0, members * height])
+    plt.ylim(0, 10)
+    plt.show()
 
 
-LIVE = {"members": range(1, 9), "rate": [0.1, 0.5]}
-
-
-def test_live_draws_at_once_and_after_each_change(kernel: None) -> None:
-    members, rate, picture, line = players.live(power, alt="A line", **LIVE).children
-    assert (members.value, rate.value, line.value) == (2, 0.5, "2 &amp; 0.5")
-    seen = [picture.value]
-    for slider, value, said in ((members, 8, "8 &amp; 0.5"), (rate, 0.1, "8 &amp; 0.1")):
-        slider.value = value
-        assert line.value == said
-        seen.append(picture.value)
-    assert len({re.sub('alt="[^"]*"', "", page) for page in seen}) == 3
-    assert 'alt="A line; members 8, rate 0.1"' in seen[-1]
-
-
-def test_live_waits_until_a_slider_rests_and_spells_names(kernel: None) -> None:
-    box = players.live(lambda ax, fast_rate=1: "", alt="Empty axes", fast_rate=[0, 1])
-    assert box.children[0].continuous_update is False
-    assert box.children[0].description == "fast rate"
-
-
-def test_live_shows_an_error_in_place_of_the_line_and_goes_on(kernel: None) -> None:
-    def inverse(ax: Axes, members: int = 1) -> str:
-        return str(1 / members)
-
-    slider, picture, line = players.live(inverse, alt="Empty axes", members=[0, 1]).children
-    before = picture.value
-    slider.value = 0
-    assert line.value == "ZeroDivisionError: division by zero"
-    assert picture.value == before
-    slider.value = 1
-    assert line.value == "1.0"
-
-
-def test_live_raises_the_error_of_its_first_picture(kernel: None) -> None:
-    with pytest.raises(ZeroDivisionError):
-        players.live(lambda ax, members=0: str(1 / members), alt="Empty axes", members=[0, 1])
-
-
-def test_live_leaves_no_figure_open(kernel: None) -> None:
+def test_stills_are_a_player_of_what_a_function_draws() -> None:
     before = plt.get_fignums()
-    players.live(power, alt="A line", **LIVE).children[0].value = 5
+    page = Page(players.stills(power, alt="A line", members=range(1, 4)))
+    frames = page.frames()
+    assert [words for _, _, words in frames] == ["members 1", "members 2", "members 3"]
+    assert [alt for _, alt, _ in frames] == ["A line: members 1", "A line: members 2", "A line: members 3"]
+    assert len({url for url, *_ in frames}) == 3
+    assert image(frames[0][0]).size == tuple(round(120 * inches) for inches in mpl.rcParams["figure.figsize"])
     assert plt.get_fignums() == before
 
 
-@pytest.mark.parametrize(
-    ("controls", "rule"),
-    [
-        ({}, r"controls must be the arguments of draw after ax, \['members', 'rate'\], got \[\]"),
-        ({"members": [2]}, r"controls must be the arguments of draw .* got \['members'\]"),
-        ({**LIVE, "width": [1]}, "controls must be the arguments of draw"),
-        ({**LIVE, "members": range(5, 9)}, r"values of members must hold its default, 2, got \[5, 6, 7, 8\]"),
-    ],
-)
-def test_live_refuses_controls_that_draw_does_not_have(controls: dict[str, Any], rule: str) -> None:
-    with pytest.raises(ValueError, match=rule):
-        players.live(power, alt="A line", **controls)
-    with pytest.raises(ValueError, match="alt must say what the picture shows, got ' '"):
-        players.live(power, alt=" ", **LIVE)
+def test_stills_spell_names_and_are_the_same_each_time() -> None:
+    first, second = (players.stills(power, alt="A line", height=[0.5, 1]) for _ in "12")
+    assert first.data == second.data
+    assert Page(players.stills(lambda fast_rate: plt.plot([fast_rate]), alt="A dot", fast_rate=[1])).all("output")[0][
+        1
+    ] == ("fast rate 1")
 
 
-def test_live_is_a_picture_and_a_sentence_on_a_static_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EFFENS_STATIC", "1")
-    shown = players.live(power, alt=NASTY, **LIVE)
-    page = Page(shown)
-    ((image, _),) = page.all("img")
-    assert image["src"].startswith("data:image/png;base64,")
-    assert image["alt"] == f"{NASTY}; members 2, rate 0.5"
-    assert not any(page.all(tag) for tag in ("script", "input", "button"))
-    ((_, said),) = page.all("p")
-    assert said.startswith("Here: members 2, rate 0.5.")
-    assert "2 &amp; 0.5" not in shown.data  # the line is a network's digits
+@pytest.mark.parametrize("argument", [{}, {"members": [1], "height": [1]}])
+def test_stills_need_values_of_one_argument(argument: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="stills must have values of one argument"):
+        players.stills(power, alt="A line", **argument)
 
 
-def test_static_zero_means_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EFFENS_STATIC", "0")
-    assert len(players.live(power, alt="A line", **LIVE).children) == 4
-
-
-def test_gap_band_draws_and_splits_the_loss() -> None:
-    torch.manual_seed(0)
-    task = effens.data.gap_regression()
-    net = effens.DeepEnsemble(lambda: effens.nets.mlp(1, 2, width=8), members=3)
-    ax = Figure().subplots()
-    said = players.gap_band(net, task, color="black", ax=ax)
-    numbers = [float(number) for number in re.findall(r"-?\d+\.\d{3}", said)]
-    dist = effens.predict(net, task.x_gap, likelihood=effens.Gaussian())
-    mean = -torch.logsumexp(dist.log_prob(task.y_gap), 0).mean() + math.log(3)
-    assert numbers[5] == pytest.approx(mean.item(), abs=1e-3)
-    for loss, gain, nll in (numbers[:3], numbers[3:]):
-        assert gain >= 0
-        assert nll == pytest.approx(loss - gain, abs=2e-3)
-    assert len(ax.lines) == 3 + 2  # members, mean, data
+@pytest.mark.parametrize(("alt", "values"), [(" ", [1]), ("A line", [])])
+def test_stills_need_values_and_an_alt_text(alt: str, values: list[int]) -> None:
+    with pytest.raises(ValueError, match="stills must have values and an alt text"):
+        players.stills(power, alt=alt, members=values)
 
 
 def test_a_static_page_needs_no_widgets() -> None:

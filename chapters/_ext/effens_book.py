@@ -59,47 +59,19 @@ def drop_thebe(app: Sphinx, page: str, template: str, context: dict[str, Any], d
     context["script_files"] = [s for s in scripts if "thebe" not in f"{s}{getattr(s, 'attributes', '')}".lower()]
 
 
-OPEN_ANSWER = '<details class="answer"><summary>Show the answer</summary>'
-
-
-def fold_answers(app: Sphinx, doctree: nodes.document) -> None:
-    """Call an exercise's folded cells its solution, and fold the text that follows them, until the next exercise."""
+def name_folds(app: Sphinx, doctree: nodes.document) -> None:
+    """Call an exercise's folded cells its solution, and what other cells hide with their output what was found."""
     for cell in doctree.findall(nodes.container):
-        source = cell.next_node(nodes.literal_block)
-        if cell.get("hide_mode") and (is_exercise(cell) or (source and source.astext().startswith("# Solution"))):
+        source, mode = cell.next_node(nodes.literal_block), cell.get("hide_mode")
+        if mode and (is_exercise(cell) or (source and source.astext().startswith("# Solution"))):
             cell["prompt_show"], cell["prompt_hide"] = "Show the solution", "Hide the solution"
-    for section in doctree.findall(nodes.section):
-        if "exercises" in section["ids"]:
-            section[:] = folded(section.children)
-
-
-def folded(parts: list[nodes.Node]) -> list[nodes.Node]:
-    """Return the parts with each run of text that follows a folded cell inside an element that opens."""
-    found: list[nodes.Node] = []
-    folding = after_solution = False
-    for part in parts:
-        begins = isinstance(part, nodes.container | nodes.section) or is_question(part)
-        if begins and folding:
-            found.append(nodes.raw("", "</details>", format="html"))
-        elif not begins and after_solution and not folding:
-            found.append(nodes.raw("", OPEN_ANSWER, format="html"))
-        folding = after_solution and not begins
-        if begins:
-            after_solution = isinstance(part, nodes.container) and bool(part.get("hide_mode"))
-        found.append(part)
-    return [*found, nodes.raw("", "</details>", format="html")] if folding else found
+        elif mode in ("all", "output") and "cell_code_output" in [part.get("nb_element") for part in cell.children]:
+            cell["prompt_show"], cell["prompt_hide"] = "Show what was found", "Hide what was found"
 
 
 def is_exercise(cell: nodes.container) -> bool:
     """Whether a cell stands in the section "Exercises"."""
     return isinstance(cell.parent, nodes.section) and "exercises" in cell.parent["ids"]
-
-
-def is_question(part: nodes.Node) -> bool:
-    """Whether a paragraph begins with a bold number, such as **2.**, and with it the next exercise."""
-    children = part.children if isinstance(part, nodes.paragraph) else ()
-    first = next((child for child in children if child.astext()), None)  # MyST puts an empty text before it
-    return isinstance(first, nodes.strong) and re.fullmatch(r"\d+\.", first.astext()) is not None
 
 
 # On a phone a figure wider than the text keeps a legible size in a box that scrolls; keys then reach the box.
@@ -161,7 +133,7 @@ def keep_used_icons(app: Sphinx, error: Exception | None) -> None:
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the above with Sphinx."""
     app.add_html_math_renderer("katex", (html_visit_math, None), (html_visit_displaymath, None))
-    app.connect("doctree-read", fold_answers)
+    app.connect("doctree-read", name_folds)
     app.connect("html-page-context", add_math)
     app.connect("html-page-context", drop_thebe, priority=900)
     app.connect("build-finished", mend_pages)

@@ -1,4 +1,4 @@
-"""What the book's pages say of the package and the ledger: the API from docstrings, the map of methods, a stamp."""
+"""What pages say of the package and the ledger: the API from docstrings, the living figure, a method map, a stamp."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 import effens
-from effens import figures, ledger
+from effens import figures, ledger, players
 
 TASK = "digits"
 CHAPTERS = {  # the rows of the map, and where each is explained
@@ -189,8 +189,18 @@ class Pictures(SphinxDirective):
         return [nodes.raw("", f'<ul class="effens-pictures">{"".join(parts)}</ul>', format="html")]
 
 
+class Living(SphinxDirective):
+    """The figure in which an ensemble is trained in the page."""
+
+    def run(self) -> list[nodes.Node]:
+        """Return the same HTML that a notebook shows."""
+        self.env.note_dependency(str(Path(players.__file__).with_name("living.js")))
+        return [nodes.raw("", players.living().data, format="html")]
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the above with Sphinx."""
+    app.add_directive("effens-living", Living)
     app.add_directive("effens-map", MethodMap)
     app.add_directive("effens-pictures", Pictures)
     app.config.html_theme_options["extra_footer"] = f"<p>{stamp()}</p>"

@@ -4,8 +4,9 @@ At every event a network sees 20 features, and the price then moves by
 
 .. math:: y = s(x) + \varepsilon, \qquad \varepsilon \sim N(0, \sigma^2), \qquad s(x) = a \tanh(W_2 \tanh(W_1 x))
 
-ticks, in which the signal s is small against the noise. In the *news* flow the features lie where nothing was
-learned, and the noise is larger. Events arrive in calm and in busy spells.
+ticks, in which the signal s is small against the noise. In the *news* flow the features are shifted by three standard
+deviations in one of their twenty directions, a mild shift, and the noise is larger. Events arrive in calm and in busy
+spells.
 """
 
 import math
