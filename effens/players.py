@@ -609,7 +609,7 @@ _BET_STYLE = f"""<style>
   color: inherit; }}
 .effens-bet p {{ margin: 0 0 0.5rem; }}
 .effens-bet .question {{ font-weight: bold; }}
-.effens-bet .reply:empty {{ display: none; }}
+.effens-bet .reply:empty {{ margin: 0; }}
 .effens-bet div {{ display: flex; flex-wrap: wrap; gap: 0.5rem; margin-bottom: 0.5rem; }}
 .effens-bet button {{ min-height: 2.4em; padding: 0 0.9em; font: inherit; color: inherit; background: transparent;
   border: 1px solid currentColor; border-radius: 0.3em; cursor: pointer; }}
