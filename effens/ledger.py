@@ -1284,9 +1284,10 @@ def table(
             first = best[head](found, key=lambda name: found[name][head].mean)
             verdicts = {name: compare(task, name, first, metric, split).verdict for name in found if name != first}
             unresolved += [(name, head) for name, verdict in verdicts.items() if verdict in ("unresolved", "tied")]
+    unit = "" if NATS.isdisjoint(metric for _, metric, _ in asked) else ", losses in nats"
     return Table(
         found,
-        caption=f"{task}, means over {TASKS[task].seeds} seeds ± 95% intervals, losses in nats",
+        caption=f"{task}, means over {TASKS[task].seeds} seeds ± 95% intervals{unit}",
         best=best,
         unresolved=unresolved,
         digits={head: DECIMALS.get(metric, 3) for head, metric, _ in asked},
@@ -1294,6 +1295,7 @@ def table(
 
 
 QUALITY = {"nll": min, "crps": min, "divergence": min, "accuracy": max, "auroc": max}  # which value is the best
+NATS = {"nll", "member_nll", "diversity_gain", "divergence"}
 DECIMALS = {"accuracy": 1, "ece": 1, "disagreement": 1, "coverage": 1, "auroc": 1}  # percentages
 TITLES = {
     "nll": "NLL",

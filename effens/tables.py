@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 UNRESOLVED = "≈"
+MISSING = "–"
 
 
 class Table:
@@ -56,7 +57,7 @@ class Table:
         }
         self.marks = dict.fromkeys(unresolved, UNRESOLVED)
         for column, choose in (best or {}).items():
-            known = {row: middle(line[column]) for row, line in rows.items() if line.get(column) is not None}
+            known = {row: middle(line[column]) for row, line in rows.items() if self.cells[row][column] != MISSING}
             self.marks[choose(known, key=known.__getitem__), column] = "*"
 
     @property
@@ -109,7 +110,7 @@ class Table:
 def written(value: Any, digits: int) -> str:
     """Return a value as text."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "–"
+        return MISSING
     return str(value) if isinstance(value, str | int) else format(value, f"z.{digits}f")
 
 

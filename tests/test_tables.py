@@ -34,6 +34,15 @@ other          0.145 ± 0.007*           –       –    lower
 * best; ≈ difference from the best not resolved. Eight seeds"""
 
 
+def test_what_is_not_known_is_not_the_best() -> None:
+    rows = {"diverged": {"NLL": float("nan")}, "four": {"NLL": 0.2}, "one": {"NLL": 0.1}, "not run": {"NLL": None}}
+    assert str(Table(rows, best={"NLL": min}, digits=1)).splitlines()[3:] == [
+        "one       0.1*",
+        "not run     –",
+        "* best",
+    ]
+
+
 class Cells(HTMLParser):
     """The text of each cell of a table, and which are bold."""
 
