@@ -393,7 +393,7 @@ def stills(function: Callable[..., object], *, alt: str, max_kb: float = 300, **
     values = list(values)
     if not values or not alt.strip():
         raise ValueError(f"stills must have values and an alt text, got {values} and {alt!r}")
-    figures = []
+    figures, open_before = [], set(plt.get_fignums())
     with patch.object(plt, "show"):
         for value in values:
             plt.figure()
@@ -401,7 +401,8 @@ def stills(function: Callable[..., object], *, alt: str, max_kb: float = 300, **
             figure = plt.gcf()
             figure.draw_without_rendering()
             figures.append(figure)
-            plt.close("all")
+            for number in set(plt.get_fignums()) - open_before:
+                plt.close(number)
     _align(figures)
     width, height = (round(pixels) for pixels in figures[0].get_size_inches() * figures[0].dpi)
     label = name.replace("_", " ")

@@ -390,6 +390,7 @@ def power(members: int = 2, height: float = 0.5) -> None:
 
 
 def test_stills_are_a_player_of_what_a_function_draws() -> None:
+    plt.figure()  # a caller's own stays open
     before = plt.get_fignums()
     page = Page(players.stills(power, alt="A line", members=range(1, 4)))
     frames = page.frames()
