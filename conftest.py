@@ -4,14 +4,15 @@ import math
 import os
 import re
 from collections.abc import Generator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import nbformat
 import pytest
+from effens_book.rerun import ENVIRONMENT, chapters
 from nbval.plugin import IPyNbCell, IPyNbFile
-from rerun import ENVIRONMENT, chapters
 
 ROOT = Path(__file__).parent
 
@@ -69,6 +70,14 @@ def sanitize(cell: IPyNbCell, text: Any, exact: Any = IPyNbCell.sanitize) -> Any
 
 
 IPyNbCell.sanitize = sanitize
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A cell tagged `needs-distributed` is skipped where there is no such package."""
+    for item in items:
+        for tag in item.cell.metadata.get("tags", []) if isinstance(item, IPyNbCell) else []:
+            if tag.startswith("needs-") and not find_spec(package := tag.removeprefix("needs-")):
+                item.add_marker(pytest.mark.skip(reason=f"needs the package {package}"))
 
 
 @pytest.hookimpl(wrapper=True)

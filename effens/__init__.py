@@ -1,7 +1,5 @@
 """Efficient ensembles: uncertainty from many networks for less than many networks' cost."""
 
-from effens import data, nets
-from effens.chooser import Choice, choose
 from effens.costs import Costs, measure
 from effens.ensembles.base import Ensemble
 from effens.ensembles.batch import BatchEnsemble, BatchEnsembleConv2d, BatchEnsembleLinear
@@ -43,7 +41,6 @@ __all__ = [
     "BatchEnsembleLinear",
     "Candidates",
     "Categorical",
-    "Choice",
     "Costs",
     "DeepEnsemble",
     "Ensemble",
@@ -56,10 +53,8 @@ __all__ = [
     "accuracy",
     "auroc",
     "brier",
-    "choose",
     "crps",
     "cyclic_cosine",
-    "data",
     "device",
     "disagreement",
     "diversity_gain",
@@ -74,7 +69,6 @@ __all__ = [
     "member_nll",
     "mixture",
     "mutual_information",
-    "nets",
     "nll",
     "predict",
     "save",

@@ -60,7 +60,7 @@ def fit_each(
     reads; where that changes, a counter say, so does the file.
 
     Workers that are processes import ``make_net`` by its name, so it must stand in a module: not in a notebook, no
-    lambda; `functools.partial` of one that does, ``partial(effens.nets.mlp, 196, 10)``, will do. (Dask sends functions
+    lambda; `functools.partial` of one that does, ``partial(nn.Linear, 196, 10)``, will do. (Dask sends functions
     by value, so there it may stand anywhere.) Workers that are threads of one process train one after the other.
 
     Args:
@@ -91,7 +91,7 @@ def fit_each(
 
     Example:
         >>> from functools import partial
-        >>> make_net = partial(effens.nets.mlp, 3, 2, width=8)
+        >>> make_net = partial(nn.Linear, 3, 2)
         >>> data, folder = (torch.randn(50, 3), torch.randint(2, (50,))), tempfile.mkdtemp()
         >>> networks = fit_each(make_net, data, range(3), folder=folder, epochs=2, progress=False)
         >>> len(list(Path(folder).iterdir()))  # kept

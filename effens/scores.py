@@ -14,7 +14,6 @@ import math
 
 import numpy as np
 import torch
-from scipy.special import stdtr
 from torch import Tensor
 from torch.distributions import Distribution, Normal, StudentT
 
@@ -319,6 +318,8 @@ def crps_of_students(df: Tensor, location: Tensor, scale: Tensor, y: Tensor) -> 
 
 def integral(df: Tensor, location: Tensor, scale: Tensor, y: Tensor) -> Tensor:
     """Return what `crps_of_students` does, of a number of examples that fits in memory."""
+    from scipy.special import stdtr  # here, so that `import effens` loads no scipy
+
     multiples = torch.tensor([-300, -30, -8, -2.5, 0, 2.5, 8, 30, 300]).to(y)
     around = (location[..., None] + scale[..., None] * multiples).movedim(0, 1).flatten(1)
     cuts = torch.cat([around, y[:, None]], dim=1).sort(dim=1).values[..., None]  # (n, pieces + 1, 1)

@@ -49,7 +49,7 @@ class Candidates:
         seconds: time of all trainings, those that failed included.
 
     Example:
-        >>> make_net = lambda: effens.nets.mlp(3, 2, width=8)
+        >>> make_net = lambda: nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> x, y = torch.randn(60, 3), torch.randint(2, (60,))
         >>> settings = [{"rate": 1e-2, "weight_decay": 0.1}]
         >>> found = effens.stratify(make_net, (x, y), (x, y), settings, seeds=[0, 1, 2], epochs=1, progress=False)
@@ -133,7 +133,7 @@ def search(
         FloatingPointError: every trial failed.
 
     Example:
-        >>> make_net = lambda dropout: effens.nets.mlp(3, 2, width=8, dropout=dropout)
+        >>> make_net = lambda dropout: nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 2))
         >>> x, y = torch.randn(60, 3), torch.randint(2, (60,))
         >>> default = {"rate": 1e-2, "weight_decay": 0.1, "dropout": 0.1}
         >>> space = {"rate": (1e-3, 1e-1), "dropout": (0.0, 0.5)}
@@ -226,7 +226,7 @@ def stratify(
         FloatingPointError: every training failed.
 
     Example:
-        >>> make_net = lambda: effens.nets.mlp(3, 2, width=8)
+        >>> make_net = lambda: nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> x, y = torch.randn(60, 3), torch.randint(2, (60,))
         >>> settings = [{"rate": 1e-2, "weight_decay": 0.1}, {"rate": 1e-3, "weight_decay": 1.0}]
         >>> found = stratify(make_net, (x, y), (x, y), settings, seeds=[0, 1], epochs=1, progress=False)

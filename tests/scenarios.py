@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
+import effens_book.nets
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,11 +37,11 @@ def tokens(n: int = 22, *, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def mlp(**options: Any) -> nn.Module:
-    return effens.nets.mlp(4, 3, width=8, **options).double()
+    return effens_book.nets.mlp(4, 3, width=8, **options).double()
 
 
 def cnn(**options: Any) -> nn.Module:
-    return effens.nets.cnn(3, channels=4, size=8, **options).double()
+    return effens_book.nets.cnn(3, channels=4, size=8, **options).double()
 
 
 class Residual(nn.Module):

@@ -3,27 +3,25 @@
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
-from address import ROOT, cited, colab, dress, install, minutes, project, small_packages, texts, url
+from effens_book.address import ROOT, cited, colab, dress, install, minutes, project, small_packages, url
+from effens_book.rerun import chapters, note_time
 from IPython.core.inputtransformer2 import TransformerManager
-from rerun import chapters, note_time
 
 import effens
 
 CHAPTERS = chapters()
-HOLDERS = ["_config.yml", "pyproject.toml", "CITATION.cff"]
 
 
 def test_a_chapter_says_what_derives_from_the_address(chapter: Path, notebook: Any) -> None:
     stored = json.dumps(notebook, sort_keys=True)
     dress(notebook, chapter)
-    assert stored == json.dumps(notebook, sort_keys=True), "run `python tests/address.py`"
+    assert stored == json.dumps(notebook, sort_keys=True), "run `python -m effens_book.address`"
 
 
 def test_what_was_written_by_hand_is_dressed_at_once(chapter: Path, notebook: Any) -> None:
@@ -32,21 +30,6 @@ def test_what_was_written_by_hand_is_dressed_at_once(chapter: Path, notebook: An
     once = json.dumps(notebook, sort_keys=True)
     dress(notebook, chapter)
     assert json.dumps(notebook, sort_keys=True) == once
-
-
-def test_package_and_citation_say_the_address() -> None:
-    assert {file.name: text for file, text in texts().items() if file.read_text("utf-8") != text} == {}
-    assert all(url() in text for text in texts().values())
-
-
-def test_the_address_stands_nowhere_else() -> None:
-    """A file that named it too would be left behind when the book moves."""
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
-    files = [ROOT / name for name in listed.stdout.splitlines()] or [*ROOT.glob("*.*"), *ROOT.glob("chapters/*.*")]
-    owner_and_name = url().removeprefix("https://github.com/")
-    texts = [file for file in files if file.suffix in {".md", ".py", ".toml", ".yml", ".cff", ".ipynb", ".bib"}]
-    holders = [str(file.relative_to(ROOT)) for file in texts if owner_and_name in file.read_text("utf-8")]
-    assert sorted(holders) == sorted([*HOLDERS, *(f"chapters/{chapter.name}" for chapter in CHAPTERS)])
 
 
 def test_the_install_cell_does_nothing_where_the_package_is(
@@ -97,33 +80,6 @@ def test_tags_fold_a_cell_in_other_notebooks_too(tags: list[str], expected: dict
     cell.metadata["tags"] = tags
     dress(notebook, CHAPTERS[0])
     assert cell.metadata == {"tags": tags, "mystnb": {"image": {}}} | expected
-
-
-@pytest.mark.parametrize("new", ["https://github.com/you/your-fork", "https://github.com/a.b/c_d"])
-def test_one_command_moves_the_book_to_a_fork(new: str, tmp_path: Path) -> None:
-    old = url().removeprefix("https://github.com/")
-    for name in HOLDERS:
-        shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("test_*", "__pycache__"))
-    (tmp_path / "chapters").mkdir()
-    for file in [*CHAPTERS, ROOT / "chapters/references.bib"]:
-        shutil.copy(file, tmp_path / "chapters")
-    subprocess.run([sys.executable, "tests/address.py", new], cwd=tmp_path, check=True)
-    for file in (ROOT / name for name in [*HOLDERS, *(f"chapters/{chapter.name}" for chapter in CHAPTERS)]):
-        before, after = file.read_text("utf-8"), (tmp_path / file.relative_to(ROOT)).read_text("utf-8")
-        assert after == before.replace(old, new.removeprefix("https://github.com/")), file
-        assert after != before
-
-
-@pytest.mark.parametrize("wrong", ["you/fork", "https://github.com/you", "https://github.com/you/fork.git"])
-def test_an_address_of_another_form_is_refused_and_changes_nothing(wrong: str) -> None:
-    before = [(ROOT / name).read_text("utf-8") for name in HOLDERS]
-    run = subprocess.run(
-        [sys.executable, "tests/address.py", wrong], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 1
-    assert run.stderr == f"the address must read https://github.com/owner/name, got {wrong}\n"
-    assert [(ROOT / name).read_text("utf-8") for name in HOLDERS] == before
 
 
 def test_the_badge_is_an_image_of_the_book(chapter: Path, notebook: Any) -> None:

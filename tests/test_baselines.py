@@ -1,5 +1,6 @@
 """Baselines: dropout that stays on, and a Gaussian around the last layer, against closed forms."""
 
+import effens_book.nets
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from effens.baselines import LastLayerLaplace, MCDropout, categorical_fisher, ga
 
 
 def make_dropped(p: float = 0.5) -> nn.Module:
-    return effens.nets.mlp(3, 2, width=16, dropout=p)
+    return effens_book.nets.mlp(3, 2, width=16, dropout=p)
 
 
 def test_every_member_has_masks_of_its_own_and_dropout_stays_on() -> None:
@@ -53,7 +54,7 @@ def test_dropout_of_another_seed_is_trained_like_any_network() -> None:
 
 def test_a_network_without_dropout_is_refused() -> None:
     with pytest.raises(ValueError, match="the network must have dropout, got Sequential"):
-        MCDropout(lambda: effens.nets.mlp(3, 2), 3)
+        MCDropout(lambda: effens_book.nets.mlp(3, 2), 3)
 
 
 def test_masks_are_no_network() -> None:
@@ -65,7 +66,7 @@ def test_masks_are_no_network() -> None:
 def test_a_sample_of_the_last_layer_is_a_network() -> None:
     torch.manual_seed(0)
     x = torch.randn(20, 3)
-    ensemble = LastLayerLaplace(lambda: effens.nets.mlp(3, 2), 4).eval()
+    ensemble = LastLayerLaplace(lambda: effens_book.nets.mlp(3, 2), 4).eval()
     with pytest.raises(RuntimeError, match="no members yet: call effens.fit"):
         ensemble.member(0)
     ensemble.finish([x])
@@ -131,7 +132,7 @@ def test_the_covariance_of_the_samples_is_the_inverse_of_the_information() -> No
 def test_a_precise_prior_leaves_the_network() -> None:
     torch.manual_seed(0)
     x: Tensor = torch.randn(20, 3)
-    ensemble = LastLayerLaplace(lambda: effens.nets.mlp(3, 2), 4, precision=1e12)
+    ensemble = LastLayerLaplace(lambda: effens_book.nets.mlp(3, 2), 4, precision=1e12)
     y = torch.randint(0, 2, (20,))
     with pytest.raises(RuntimeError, match="no members yet: call effens.fit"):
         ensemble(x)
@@ -141,8 +142,8 @@ def test_a_precise_prior_leaves_the_network() -> None:
 
 def test_what_laplace_refuses() -> None:
     with pytest.raises(ValueError, match="precision must be > 0 and finite, got 0"):
-        LastLayerLaplace(lambda: effens.nets.mlp(3, 2), 4, precision=0)
+        LastLayerLaplace(lambda: effens_book.nets.mlp(3, 2), 4, precision=0)
     with pytest.raises(ValueError, match="must be an nn.Sequential that ends in nn.Linear with a bias"):
         LastLayerLaplace(lambda: nn.Sequential(nn.Linear(3, 2), nn.ReLU()), 4)
     with pytest.raises(TypeError, match="likelihood must be Categorical, Gaussian or StudentT, got Likelihood"):
-        LastLayerLaplace(lambda: effens.nets.mlp(3, 3), 4, likelihood=effens.Likelihood())
+        LastLayerLaplace(lambda: effens_book.nets.mlp(3, 3), 4, likelihood=effens.Likelihood())

@@ -10,14 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import effens_book.nets
 import pytest
 import torch
 from benchmarks import run, sections, timing
-from rerun import ROOT
+from effens_book.address import ROOT
 from scenarios import relative
 from torch import nn
 
-import effens
 from effens import costs
 
 
@@ -80,7 +80,7 @@ def test_training_steps_have_the_same_gradients(network: str, monkeypatch: pytes
 
 
 def test_a_converted_network_has_as_many_weights_a_member() -> None:
-    network = effens.nets.mlp(4, 2, width=8)
+    network = effens_book.nets.mlp(4, 2, width=8)
     converted = sections.converted(network, lambda inputs, outputs: nn.Linear(inputs, outputs))
     assert [p.shape for p in converted.parameters()] == [p.shape for p in network.parameters()]
     assert not {id(p) for p in converted.parameters()} & {id(p) for p in network.parameters()}
@@ -164,7 +164,7 @@ def test_the_readme_installs_the_peers_first() -> None:
 
 
 def test_the_book_holds_every_section() -> None:
-    content = json.loads((ROOT / "effens/bank/speed.json").read_text())
+    content = json.loads((ROOT / "chapters/effens_book/bank/speed.json").read_text())
     assert content.keys() == sections.SECTIONS.keys()
     rows = [row for section in content.values() for row in section["rows"]]
     intervals = [ratio for row in rows for ratio in row["ratios"].values()]
@@ -180,7 +180,7 @@ def test_the_book_holds_every_peer_wherever_it_takes_part() -> None:
         "torch-uncertainty": {**layers, "conv": 2 * len(sections.CONV), "swag": 2, "mimo": 2, "serving": 1},
         "tabm": {**layers, "deep": 2 * perceptrons, "serving": 1},
     }
-    content = json.loads((ROOT / "effens/bank/speed.json").read_text())
+    content = json.loads((ROOT / "chapters/effens_book/bank/speed.json").read_text())
     for peer, rows in expected.items():
         beside = {
             name: sum(any(peer in contestant for contestant in row["ratios"]) for row in section["rows"])

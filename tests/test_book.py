@@ -3,29 +3,21 @@
 import base64
 import copy
 import itertools
-import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
-from address import METADATA, ROOT, colab, folds
+from effens_book.address import METADATA, ROOT, colab, folds
+from effens_book.rerun import chapters, without_text
 from nbval.plugin import IPyNbCell, IPyNbFile
-from rerun import chapters, without_text
 
 CHAPTERS = chapters()
 PICTURE = re.compile(r"data:image/[^\"')\s]+")
 NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 # A number that a re-run may change: one with a unit of time. Written apart from the sanitizer, to check it.
 TIMED = re.compile(r"\d[\d.]*(e[+-]?\d+)?\s?(ns|ms|µs|us|s|sec|min)\b")
-README_TEST = "python -m pip install -r requirements.txt && pytest"
-README_BOOK = "python -m pip install -r requirements.txt && jupyter-book build ."
 
 
 @pytest.fixture
@@ -99,7 +91,7 @@ def test_metadata_is_the_same_everywhere(notebook: Any) -> None:
     assert notebook.metadata == METADATA
     for cell in notebook.cells:
         others = {key: value for key, value in cell.metadata.items() if key not in ("tags", "mystnb")}
-        assert others == folds(tags(cell)), f"cell {cell.id}: run `python tests/address.py`"
+        assert others == folds(tags(cell)), f"cell {cell.id}: run `python -m effens_book.address`"
 
 
 def test_pictures_do_not_tell_what_drew_them(code: list[Any]) -> None:
@@ -153,13 +145,6 @@ def test_no_picture_or_script_comes_from_elsewhere(notebook: Any) -> None:
     text = "\n".join(strings(notebook))
     assert re.findall(r"!\[[^\]]*\]\(\s*(?:https?:)?//[^)]*", text) == []
     assert re.findall(r"""<(?:img|script|iframe|link|source)[^>]*(?:src|href)=["']?(?:https?:)?//[^>]*""", text) == []
-
-
-def test_the_readme_has_the_two_commands() -> None:
-    lines = (ROOT / "README.md").read_text("utf-8").splitlines()
-    assert README_TEST in lines
-    assert README_BOOK in lines
-    assert README_TEST in (ROOT / ".ci/run").read_text("utf-8").splitlines()
 
 
 # The comparison of stored outputs
@@ -250,64 +235,3 @@ def test_the_sanitizer_masks_times_and_addresses_only(
 ) -> None:
     cell = cells_of(CHAPTERS[0], request.session)[0]
     assert (cell.sanitize(stored) == cell.sanitize(new)) == same
-
-
-# Chapters run again, each in a folder that holds nothing else
-
-
-HELD = ("address.py", "rerun.py", "nbval_sanitize.cfg")  # by pytest's own settings, not by a chapter
-
-
-def run_alone(chapter: Path, notebook: Any, folder: Path, **environment: str) -> dict[int, bool]:
-    """Whether each code cell passed when pytest ran this notebook, by its number; absent: it was skipped."""
-    (folder / "tests").mkdir()
-    (folder / "chapters").mkdir()
-    for name in ("pyproject.toml", "_toc.yml", "conftest.py", *(f"tests/{name}" for name in HELD)):
-        shutil.copy(ROOT / name, folder / name)
-    (folder / "chapters" / chapter.name).write_text(json.dumps(notebook), "utf-8")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "chapters", "-p", "no:cacheprovider", "--junitxml=report.xml"],
-        cwd=folder,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode in (0, 1), run.stdout + run.stderr
-    print(run.stdout)  # shown if the test fails
-    cases = ElementTree.parse(folder / "report.xml").iter("testcase")
-    return {int(c.attrib["name"].split()[-1]): c.find("failure") is None for c in cases if c.find("skipped") is None}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "environment",
-    [
-        {"OMP_NUM_THREADS": "1"},
-        {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"},  # threads that wait asleep: others want the cores too
-        {"OMP_NUM_THREADS": "1", "ATEN_CPU_CAPABILITY": "default"},
-    ],
-    ids=lambda environment: " ".join(map("=".join, environment.items())),
-)
-def test_alone_in_an_empty_folder_a_chapter_gives_its_stored_outputs(
-    chapter: Path, notebook: Any, tmp_path: Path, environment: dict[str, str]
-) -> None:
-    passed = run_alone(chapter, notebook, tmp_path, **environment)
-    assert passed
-    assert [cell for cell, fine in passed.items() if not fine] == []
-
-
-@pytest.mark.slow
-def test_a_chapter_with_wrong_numbers_fails_just_there(
-    chapter: Path, notebook: Any, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    wrong = set()
-    for cell in compared(cells_of(chapter, request.session)):
-        for holder, key in slots(code[cell.cell_num].outputs):
-            if places := numbers(holder[key]):
-                holder[key] = changed(holder[key], places[-1], cell)
-                wrong.add(cell.cell_num)
-    passed = run_alone(chapter, notebook, tmp_path)
-    assert wrong
-    assert {cell for cell, fine in passed.items() if not fine} == wrong

@@ -1,9 +1,8 @@
 """The chooser: within the budget first, the best first, and honest about what cannot be told apart."""
 
 import pytest
-
-from effens import ledger
-from effens.chooser import BUDGETS, GOALS, choose
+from effens_book import ledger
+from effens_book.choose import BUDGETS, GOALS, choose
 
 
 @pytest.mark.parametrize("goal", GOALS)

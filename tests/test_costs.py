@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
+import effens_book.nets
 import pytest
 import torch
 from torch import Tensor, nn
@@ -103,7 +104,7 @@ def test_what_cannot_be_trained_as_one_says_what_to_measure() -> None:
 
 def test_operations_of_convolutions_are_counted_grouped_or_not() -> None:
     def cnn() -> nn.Module:
-        return effens.nets.cnn(10, channels=4, size=8)
+        return effens_book.nets.cnn(10, channels=4, size=8)
 
     one = 2 * (8 * 8 * 4 * 9 + 4 * 4 * 8 * 4 * 9 + 8 * 2 * 2 * 10)
     x, y = torch.rand(3, 1, 8, 8), torch.arange(3)

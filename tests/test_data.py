@@ -11,13 +11,12 @@ from importlib.resources import files
 import numpy as np
 import pytest
 import torch
+from effens_book import data
+from effens_book.data import Prices, markets
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF
 
-from effens import data
-from effens.data import Prices, markets
-
-FOLDER = files("effens.data")
+FOLDER = files("effens_book.data")
 SPLITS = {"train": 1000, "val": 1000, "test": 2000}
 
 
@@ -125,7 +124,7 @@ def test_loading_is_quick() -> None:
 
 def test_importing_reads_no_array_and_draws_no_number() -> None:
     code = (
-        "import torch; before = torch.get_rng_state(); import effens.data as data;"
+        "import torch; before = torch.get_rng_state(); import effens_book.data as data;"
         "assert data._arrays.cache_info().currsize == 0 and torch.equal(before, torch.get_rng_state())"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

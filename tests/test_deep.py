@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import effens_book.nets
 import pytest
 import torch
 from scenarios import cnn, images, indices, mlp, normed, plain_loop, relative, remembered, residual, tokens, vectors
@@ -294,7 +295,7 @@ def test_a_network_is_put_beside_others_of_other_architectures() -> None:
 
 
 @pytest.mark.parametrize(
-    "network", [mlp(depth=3), effens.nets.mlp(4, 3, width=9), nn.Linear(4, 3), nn.Sequential(mlp()), normed()]
+    "network", [mlp(depth=3), effens_book.nets.mlp(4, 3, width=9), nn.Linear(4, 3), nn.Sequential(mlp()), normed()]
 )
 def test_only_a_network_of_its_architecture_is_put_into_a_member(network: nn.Module) -> None:
     ensemble = effens.DeepEnsemble(mlp, 2)
@@ -455,7 +456,7 @@ class TestMistakes:
             effens.DeepEnsemble(lambda: networks[next(again)], members=len(calls))
 
     def test_another_architecture(self) -> None:
-        networks = iter([mlp(), effens.nets.mlp(4, 3, width=9)])
+        networks = iter([mlp(), effens_book.nets.mlp(4, 3, width=9)])
         with pytest.raises(ValueError, match=r"same architecture.*\(8, 4\).*\(9, 4\)"):
             effens.DeepEnsemble(lambda: next(networks), members=2)
 

@@ -19,15 +19,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import effens_book.nets
 import pytest
 import scenarios
 import test_ledger
 import torch
+from effens_book import ledger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import effens
-from effens import ledger, training
+from effens import training
 
 DEVICE = "fakeacc"
 
@@ -63,11 +65,11 @@ def take_member(ensemble: effens.Ensemble, x: Tensor) -> None:
 
 
 def mlp() -> nn.Module:
-    return effens.nets.mlp(4, 3, dropout=0.1)
+    return effens_book.nets.mlp(4, 3, dropout=0.1)
 
 
 def cnn() -> nn.Module:
-    return effens.nets.cnn(3, size=8)
+    return effens_book.nets.cnn(3, size=8)
 
 
 def deep() -> None:
@@ -155,10 +157,10 @@ def on_both(make: Callable[[], effens.Ensemble], x: Tensor, y: Tensor, place: to
 
 
 ENSEMBLES: list[Callable[[], effens.Ensemble]] = [
-    lambda: effens.DeepEnsemble(lambda: effens.nets.mlp(4, 3), 3),
+    lambda: effens.DeepEnsemble(lambda: effens_book.nets.mlp(4, 3), 3),
     lambda: effens.DeepEnsemble(scenarios.residual, 3),
-    lambda: effens.BatchEnsemble(lambda: effens.nets.mlp(4, 3), 3),
-    lambda: effens.BatchEnsemble(lambda: effens.nets.mlp(4, 3), 3, split=True),
+    lambda: effens.BatchEnsemble(lambda: effens_book.nets.mlp(4, 3), 3),
+    lambda: effens.BatchEnsemble(lambda: effens_book.nets.mlp(4, 3), 3, split=True),
     lambda: effens.DeepEnsemble(cnn, 3),
     lambda: effens.DeepEnsemble(scenarios.normed, 3),
     lambda: effens.BatchEnsemble(cnn, 3),
@@ -189,7 +191,7 @@ def test_training_on_a_gpu_leaves_its_random_state(cuda: torch.device) -> None:
     losses = []
     for noise in (5, 6):
         torch.manual_seed(0)
-        ensemble = effens.DeepEnsemble(lambda: effens.nets.mlp(4, 3, dropout=0.5).double(), 2)
+        ensemble = effens.DeepEnsemble(lambda: effens_book.nets.mlp(4, 3, dropout=0.5).double(), 2)
         torch.manual_seed(noise)
         states = torch.get_rng_state(), torch.cuda.get_rng_state()
         losses.append(effens.fit(ensemble, scenarios.vectors(), epochs=2, device=cuda).losses)
@@ -204,7 +206,7 @@ def test_data_of_every_kind_reaches_a_gpu(cuda: torch.device) -> None:
     x, y = scenarios.vectors()
     data = TensorDataset(x, y)
     for kind in ((x.to(cuda), y.to(cuda)), (x, y.to(cuda)), data, DataLoader(data, batch_size=8, pin_memory=True)):
-        ensemble = effens.BatchEnsemble(lambda: effens.nets.mlp(4, 3).double(), 3)
+        ensemble = effens.BatchEnsemble(lambda: effens_book.nets.mlp(4, 3).double(), 3)
         assert effens.fit(ensemble, kind, epochs=1, batch_size=8, device=cuda).steps == 3
 
 
@@ -212,7 +214,7 @@ def test_data_of_every_kind_reaches_a_gpu(cuda: torch.device) -> None:
 @pytest.mark.parametrize("likelihood", [effens.Gaussian(), effens.StudentT()], ids=str)
 def test_regression_on_a_gpu(likelihood: effens.Likelihood, cuda: torch.device) -> None:
     x, _ = scenarios.vectors()
-    ensemble = effens.DeepEnsemble(lambda: effens.nets.mlp(4, likelihood.outputs or 0).double(), 3)
+    ensemble = effens.DeepEnsemble(lambda: effens_book.nets.mlp(4, likelihood.outputs or 0).double(), 3)
     effens.fit(ensemble, (x, x[:, 0]), epochs=2, likelihood=likelihood, device=cuda)
     found = effens.predict(ensemble, x.to(cuda), likelihood=likelihood)
     whole = effens.mixture(found)
@@ -379,7 +381,7 @@ def test_networks_compile_on_a_cpu(make: Any, data: Any) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_run_resumes(tmp_path: Path) -> None:
     torch.compiler.reset()
-    make = partial(effens.DeepEnsemble, partial(effens.nets.mlp, 4, 3, dropout=0.5), 2)
+    make = partial(effens.DeepEnsemble, partial(effens_book.nets.mlp, 4, 3, dropout=0.5), 2)
     resumed(make, tmp_path / "run", torch.device("cpu"), compile=True)
 
 
@@ -424,7 +426,7 @@ def test_dropout_in_a_cuda_graph_is_drawn_anew_and_follows_the_seed(compiler: to
     x, y = singles(scenarios.vectors)
     losses = []
     for seed in (0, 0, 1):
-        ensemble = made(lambda: effens.DeepEnsemble(partial(effens.nets.mlp, 4, 3, dropout=0.5), 2))
+        ensemble = made(lambda: effens.DeepEnsemble(partial(effens_book.nets.mlp, 4, 3, dropout=0.5), 2))
         still: dict[str, Any] = {"epochs": 6, "batch_size": 22, "rate": 0.0}  # all that moves is dropout
         losses.append(effens.fit(ensemble, (x, y), **still, device=compiler, compile=True, seed=seed).losses)
     assert torch.equal(losses[0], losses[1])
@@ -483,7 +485,7 @@ def test_every_kind_of_data_trains_the_same(cuda: torch.device) -> None:
 
 @pytest.mark.gpu
 def test_answers_have_arrived_when_they_are_read(cuda: torch.device) -> None:
-    ensemble = made(lambda: effens.DeepEnsemble(partial(effens.nets.mlp, 4, 10, width=512), 8)).to(cuda)
+    ensemble = made(lambda: effens.DeepEnsemble(partial(effens_book.nets.mlp, 4, 10, width=512), 8)).to(cuda)
     x = torch.randn(50_000, 4)
     probs = effens.predict(ensemble, x, chunk=512)
     again = effens.predict(ensemble, x.to(cuda), chunk=512)
@@ -528,7 +530,7 @@ def resumed(make: Callable[[], effens.Ensemble], path: Path, place: torch.device
     "method", [effens.DeepEnsemble, effens.BatchEnsemble, effens.SnapshotEnsemble, effens.SWAG, effens.MIMO]
 )
 def test_a_run_resumes_on_its_device(method: Any, precision: str, place: torch.device, tmp_path: Path) -> None:
-    net = partial(effens.nets.mlp, 4, 3, dropout=0.5)
+    net = partial(effens_book.nets.mlp, 4, 3, dropout=0.5)
     resumed(lambda: method(net, 2), tmp_path / "run", place, precision=precision)
     other = {"float32": "bfloat16", "bfloat16": "float32"}[precision]
     options: dict[str, Any] = {**SHORT, "device": place, "precision": other, "checkpoint": tmp_path / "run"}

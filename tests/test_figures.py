@@ -11,10 +11,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from effens_book import figures
 from matplotlib.colors import to_rgb
 from matplotlib.lines import AxLine
-
-from effens import figures
 
 X = np.linspace(-1, 1, 5)
 MEAN = X**2
@@ -50,7 +49,7 @@ def test_importing_changes_no_setting_and_use_style_does() -> None:
     code = """
 import matplotlib as mpl
 before = dict(mpl.rcParams)
-from effens import figures
+from effens_book import figures
 assert dict(mpl.rcParams) == before
 figures.use_style()
 assert not mpl.rcParams["axes.spines.top"] and not mpl.rcParams["axes.grid"]

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from effens import gpu, ledger
+from effens_book import gpu, ledger
 
 
 def test_every_point_is_kept() -> None:

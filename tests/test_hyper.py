@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import effens_book.nets
 import pytest
 import torch
 from scenarios import generator, relative, vectors
@@ -179,7 +180,7 @@ class Counted(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.inner = effens.nets.mlp(4, 3, width=width, dropout=0.5).double()
+        self.inner = effens_book.nets.mlp(4, 3, width=width, dropout=0.5).double()
         self.calls = 0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -303,10 +304,10 @@ def test_ensemble_is_saved_and_loaded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("index", [[2, 0, 0, 3, 2], [0, 2, 0, 3, 0], [2, 0, 2, 3], [2, 0, 2, 2, 2], [1, 0, 1, 3, 1]])
 def test_ensemble_refuses_the_weights_of_another_index(index: list[int], tmp_path: Path) -> None:
-    made = [effens.nets.mlp(4, 3, width=8) for _ in range(4)]  # all alike: only the index tells
+    made = [effens_book.nets.mlp(4, 3, width=8) for _ in range(4)]  # all alike: only the index tells
     effens.save(effens.HyperEnsemble(made, INDEX), tmp_path / "weights.safetensors")
     state = effens.HyperEnsemble(made, INDEX).state_dict()
-    other = effens.HyperEnsemble([effens.nets.mlp(4, 3, width=8) for _ in range(4)], index)
+    other = effens.HyperEnsemble([effens_book.nets.mlp(4, 3, width=8) for _ in range(4)], index)
     before = copy.deepcopy(other.state_dict())
     with pytest.raises(ValueError, match="must"):
         effens.load(other, tmp_path / "weights.safetensors")

@@ -16,19 +16,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import effens_book.data
+import effens_book.nets
 import numpy as np
 import pytest
 import torch
+from effens_book import ledger, risk, studies
+from effens_book.data import Prices, markets
+from effens_book.ledger import Sets, Settings, Task
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.distributions import Normal, StudentT
 
 import effens
-from effens import ledger, risk, studies
 from effens.costs import measure
-from effens.data import Prices, markets
-from effens.ledger import Sets, Settings, Task
 
 SHIPPED = ledger.BANK
 METHODS = ["single", "wide", "deep ensemble", "BatchEnsemble", "snapshot", "SWAG", "MIMO", "hyper"]
@@ -45,7 +47,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 def load_line(seed: int) -> Sets:
-    task = effens.data.gap_regression(seed, n=24)
+    task = effens_book.data.gap_regression(seed, n=24)
     return {
         "train": (task.x_train, task.y_train),
         "val": (task.x_val, task.y_val),
@@ -73,7 +75,7 @@ LINE = Task(
     batch_size=8,
     likelihood=effens.Gaussian(),
     width=4,
-    make=lambda width, dropout=0.0: effens.nets.mlp(1, 2, width=width, dropout=dropout),
+    make=lambda width, dropout=0.0: effens_book.nets.mlp(1, 2, width=width, dropout=dropout),
     load=load_line,
     fresh=True,
 )
@@ -82,7 +84,7 @@ SPOTS = replace(
     name="spots",
     pool=2,
     likelihood=effens.Categorical(),
-    make=lambda width, dropout=0.0: effens.nets.mlp(2, 3, width=width, dropout=dropout),
+    make=lambda width, dropout=0.0: effens_book.nets.mlp(2, 3, width=width, dropout=dropout),
     load=load_spots,
     fresh=False,
 )
@@ -187,7 +189,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import test_ledger
-from effens import ledger
+from effens_book import ledger
 
 bank, last, fsync, writes = Path(sys.argv[1]), int(sys.argv[2]), os.fsync, []
 
@@ -464,7 +466,7 @@ def test_a_run_whose_predictions_are_not_finite_is_not_kept(task: Task, bank: Pa
 def test_an_outsider_adds_a_method_with_one_function(bank: Path) -> None:
     @ledger.method("my method", depth=(1.0, 4.0))
     def mine(task: Task, train: Pair, settings: Settings, seed: int) -> effens.Ensemble:
-        ensemble = effens.DeepEnsemble(lambda: effens.nets.mlp(1, 2, width=4, depth=round(settings["depth"])), 3)
+        ensemble = effens.DeepEnsemble(lambda: effens_book.nets.mlp(1, 2, width=4, depth=round(settings["depth"])), 3)
         return task.fit(ensemble, train, settings, seed)
 
     ledger.main(["--no-costs", "--tasks", "line"])
@@ -808,7 +810,7 @@ def test_certain_answers_stay_finite_and_near_1_is_told_from_1(bank: Path) -> No
 
 
 def test_a_run_that_is_missing_says_what_to_run(bank: Path) -> None:
-    rule = "the ledger must hold line, deep ensemble, seed 1, got no such run: run python -m effens.ledger"
+    rule = "the ledger must hold line, deep ensemble, seed 1, got no such run: run python -m effens_book.ledger"
     keep("line", "deep ensemble", 0, test=normals(4))
     for read in (
         lambda: ledger.values("line", "deep ensemble"),
@@ -819,9 +821,11 @@ def test_a_run_that_is_missing_says_what_to_run(bank: Path) -> None:
         with pytest.raises(FileNotFoundError, match=rule):
             read()
     for price in (partial(ledger.costs, "line", "single"), partial(ledger.cost_table, "line")):
-        with pytest.raises(FileNotFoundError, match="the costs of line, single, got none: run python -m effens.ledger"):
+        with pytest.raises(
+            FileNotFoundError, match="the costs of line, single, got none: run python -m effens_book.ledger"
+        ):
             price()
-    with pytest.raises(FileNotFoundError, match="the costs of layers, got none: run python -m effens.ledger"):
+    with pytest.raises(FileNotFoundError, match="the costs of layers, got none: run python -m effens_book.ledger"):
         ledger.layer_table()
 
 
@@ -1308,9 +1312,13 @@ def test_costs_on_another_device_are_kept_beside_those_on_the_cpu(bank: Path, mo
     assert found["latency_p50"].keys() == {"1", "256"}
     assert ledger.relative_costs("line", "deep ensemble", "cuda")["memory"] == 2
     assert set(ledger.cost_table("line", ["single"], "cuda").cells["single"].values()) == {"1.0x"}
-    with pytest.raises(FileNotFoundError, match="the costs of line, single, got none: run python -m effens.ledger$"):
+    with pytest.raises(
+        FileNotFoundError, match="the costs of line, single, got none: run python -m effens_book.ledger$"
+    ):
         ledger.costs("line", "single")
-    with pytest.raises(FileNotFoundError, match="costs of spots, single on cuda, got none: .* effens.ledger --gpu$"):
+    with pytest.raises(
+        FileNotFoundError, match="costs of spots, single on cuda, got none: .* effens_book.ledger --gpu$"
+    ):
         ledger.costs("spots", "single", "cuda")
 
 
@@ -1390,7 +1398,7 @@ def walk_parts() -> list[Sets]:
 
 
 def make_walk_net(width: int, dropout: float = 0.0) -> nn.Module:
-    return effens.nets.mlp(1, 3, width=width, dropout=dropout)
+    return effens_book.nets.mlp(1, 3, width=width, dropout=dropout)
 
 
 WALK = replace(
@@ -1526,7 +1534,7 @@ def test_controls_are_left_out_where_a_task_says_so(walk: Task) -> None:
 @pytest.mark.parametrize("name", list(ledger.TARGETS))
 def test_market_tasks_never_look_ahead(name: str) -> None:
     sets, refits, dates = ledger.market(ledger.TARGETS[name])
-    task = markets.task(effens.data.prices(), ledger.TARGETS[name])
+    task = markets.task(effens_book.data.prices(), ledger.TARGETS[name])
     assert len(refits) == ledger.LAST_YEAR - ledger.FIRST_YEAR + 1
     assert len(dates) == len(sets["test"][0]) == sum(len(part["test"][0]) for part in refits)
     assert torch.equal(ledger.TASKS[name].load(3)["val"][0], sets["val"][0])
@@ -1549,10 +1557,10 @@ def test_market_tasks_never_look_ahead(name: str) -> None:
 @pytest.mark.parametrize("target", ledger.TARGETS.values())
 def test_another_future_changes_no_year_before_it(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = ledger.market(target)
-    prices = effens.data.prices()
+    prices = effens_book.data.prices()
     close = prices.close.clone()
     close[prices.dates >= np.datetime64("2010-01-01")] *= 1.5
-    monkeypatch.setattr(effens.data, "prices", lambda: Prices(prices.dates, close))
+    monkeypatch.setattr(effens_book.data, "prices", lambda: Prices(prices.dates, close))
     ledger.market.cache_clear()
     after = ledger.market(target)
     ledger.market.cache_clear()

@@ -4,6 +4,7 @@ import copy
 import math
 from typing import Any
 
+import effens_book.nets
 import pytest
 import torch
 from scipy import stats
@@ -173,7 +174,7 @@ def test_mixture_of_something_else() -> None:
 
 def test_a_network_that_diverges_is_told_from_its_loss() -> None:
     x, y = torch.randn(20, 2), torch.randn(20)
-    ensemble = effens.DeepEnsemble(lambda: effens.nets.mlp(2, 3), 2)
+    ensemble = effens.DeepEnsemble(lambda: effens_book.nets.mlp(2, 3), 2)
     with pytest.raises(FloatingPointError, match="losses must be finite"):
         effens.fit(ensemble, (x, y), epochs=3, rate=1e30, likelihood=effens.StudentT(), device="cpu")
 

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import nbformat
 import pytest
 import torch
-from address import ROOT
+from effens_book.address import ROOT
 
 METHODS = ["deep_ensembles", "batch_ensemble", "snapshot_ensembles", "swag", "mimo", "hyper_ensembles"]
 NAMES = ["introduction", *METHODS]
@@ -57,10 +57,7 @@ class Reader:
     def see(self, **values: Any) -> tuple[bytes, list[float]]:
         """The picture that the sliders' values give, and the numbers in its title."""
         plt.close("all")
-        start = time.process_time()
         self.retrain(**values)
-        seconds = time.process_time() - start
-        assert seconds < SECONDS, f"{values} took {seconds:.1f} s"
         ax = plt.gca()
         numbers = [float(number) for number in re.findall(r"\d+\.\d+", ax.get_title() or ax.get_title(loc="left"))]
         ax.figure.canvas.draw()
@@ -127,7 +124,9 @@ def test_every_slider_changes_the_picture_in_time(reader: Reader) -> None:
         pictures = {reader.see(**{slider: values[i]})[0] for i in (0, len(values) // 2, -1)}
         assert len(pictures) == 3, f"{slider} leaves the picture as it was"
     for corner in (0, -1):
+        start = time.process_time()
         reader.see(**{slider: values[corner] for slider, values in reader.sliders.items()})
+        assert time.process_time() - start < SECONDS
 
 
 def test_the_same_values_give_the_same_picture(reader: Reader) -> None:
@@ -182,6 +181,7 @@ CLAIMS: dict[str, Callable[[See], list[bool]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chapter", CLAIMS)
 def test_a_reader_sees_what_the_sentences_say(chapter: str) -> None:
     reader = Reader(chapter)

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from rerun import ROOT
-
-from effens import players
+from effens_book import players
+from effens_book.address import ROOT
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -20,7 +19,7 @@ NODE = shutil.which("node")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-SCRIPT = ROOT / "effens/living.js"
+SCRIPT = ROOT / "chapters/effens_book/living.js"
 
 in_browser = [
     pytest.mark.slow,

@@ -7,6 +7,7 @@ from functools import partial
 from threading import Thread
 from typing import Any
 
+import effens_book.nets
 import pytest
 import torch
 from scenarios import cnn, generator, images, mlp, normed, relative, residual, tokens, vectors
@@ -218,7 +219,7 @@ def test_a_slot_without_weights_moves_no_head() -> None:
 def test_trained_heads_listen_to_their_own_slot() -> None:
     x, y = vectors(400)
     torch.manual_seed(0)
-    ensemble = MIMO(lambda: effens.nets.mlp(4, 3, width=64), MEMBERS)
+    ensemble = MIMO(lambda: effens_book.nets.mlp(4, 3, width=64), MEMBERS)
     effens.fit(ensemble, (x.float(), y), epochs=60, batch_size=64, rate=1e-2, device="cpu")
     xs = rows_of(x.float())
     with torch.no_grad():

@@ -3,11 +3,10 @@
 from itertools import pairwise
 from typing import Any
 
+import effens_book.nets
 import pytest
 import torch
 from torch import nn
-
-import effens
 
 
 def count(network: nn.Module) -> int:
@@ -16,7 +15,7 @@ def count(network: nn.Module) -> int:
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 5])
 def test_mlp(depth: int) -> None:
-    network = effens.nets.mlp(3, 2, width=16, depth=depth)
+    network = effens_book.nets.mlp(3, 2, width=16, depth=depth)
     assert network(torch.zeros(5, 3)).shape == (5, 2)
     sizes = [3, *[16] * depth, 2]
     assert count(network) == sum((a + 1) * b for a, b in pairwise(sizes))
@@ -24,7 +23,7 @@ def test_mlp(depth: int) -> None:
 
 
 def test_mlp_options() -> None:
-    network = effens.nets.mlp(3, 2, depth=2, activation=nn.Tanh, dropout=0.3)
+    network = effens_book.nets.mlp(3, 2, depth=2, activation=nn.Tanh, dropout=0.3)
     kinds = [type(layer) for layer in network]
     assert kinds == [nn.Linear, nn.Tanh, nn.Dropout] * 2 + [nn.Linear]
     assert len({id(layer) for layer in network}) == len(network)
@@ -34,13 +33,13 @@ def test_mlp_options() -> None:
 @pytest.mark.parametrize("size", [4, 8, 14, 15, 28])
 @pytest.mark.parametrize("inputs", [1, 3])
 def test_cnn(size: int, inputs: int) -> None:
-    network = effens.nets.cnn(7, channels=4, size=size, inputs=inputs)
+    network = effens_book.nets.cnn(7, channels=4, size=size, inputs=inputs)
     assert network(torch.zeros(5, inputs, size, size)).shape == (5, 7)
     assert count(network) == 4 * (9 * inputs + 1) + 8 * (9 * 4 + 1) + 7 * (8 * (size // 4) ** 2 + 1)
 
 
 def test_cnn_dropout() -> None:
-    assert [type(layer) for layer in effens.nets.cnn(dropout=0.1)][-2:] == [nn.Dropout, nn.Linear]
+    assert [type(layer) for layer in effens_book.nets.cnn(dropout=0.1)][-2:] == [nn.Dropout, nn.Linear]
 
 
 @pytest.mark.parametrize(
@@ -48,9 +47,9 @@ def test_cnn_dropout() -> None:
 )
 def test_mlp_refuses(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        effens.nets.mlp(3, 2, **options)
+        effens_book.nets.mlp(3, 2, **options)
 
 
 def test_cnn_refuses_images_that_pooling_leaves_nothing_of() -> None:
     with pytest.raises(ValueError, match="size must be >= 4, got 3"):
-        effens.nets.cnn(size=3)
+        effens_book.nets.cnn(size=3)

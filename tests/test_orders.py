@@ -7,14 +7,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import effens_book.nets
 import numpy as np
 import pytest
 import torch
+from effens_book import ledger, orders
+from effens_book.data import orders as flows
 from torch import Tensor
 
 import effens
-from effens import ledger, orders, serving
-from effens.data import orders as flows
+from effens import serving
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -112,7 +114,7 @@ def test_delays_are_those_of_a_queue() -> None:
 
 
 def make_net() -> torch.nn.Module:
-    return effens.nets.mlp(flows.FEATURES, 2, width=8)
+    return effens_book.nets.mlp(flows.FEATURES, 2, width=8)
 
 
 def test_the_eager_way_is_the_mean_and_the_spread_of_the_means() -> None:
@@ -164,7 +166,7 @@ def test_every_method_was_timed_in_every_way() -> None:
 def test_what_reading_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     orders.read.cache_clear()
     monkeypatch.setattr(ledger, "BANK", tmp_path)
-    with pytest.raises(FileNotFoundError, match="run python -m effens.orders"):
+    with pytest.raises(FileNotFoundError, match="run python -m effens_book.orders"):
         orders.read()
     orders.read.cache_clear()
 

@@ -9,20 +9,18 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, patch
 
-import effens_book
-import effens_pages
 import nbformat
 import pytest
 import torch
-from address import ROOT, link
 from docutils import nodes
 from docutils.utils import new_document
+from effens_book import ledger, pages, theme
+from effens_book.address import ROOT, link
+from effens_book.rerun import chapters
 from PIL import Image
 from pybtex.database import Entry, parse_file
-from rerun import chapters
 
 import effens
-from effens import ledger
 
 PAGES = sorted((ROOT / "chapters").glob("*.md"))
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.S | re.M)
@@ -75,18 +73,18 @@ def test_the_spine_on_the_title_page_is_that_of_the_introduction() -> None:
 
 
 def test_the_map_has_every_method_and_leads_to_its_chapter() -> None:
-    assert set(effens_pages.CHAPTERS) <= set(ledger.names())
-    leads = {chapter for chapter in effens_pages.CHAPTERS.values() if chapter}
+    assert set(pages.CHAPTERS) <= set(ledger.names())
+    leads = {chapter for chapter in pages.CHAPTERS.values() if chapter}
     told = set(re.findall(r"\((\w+)\.ipynb\)", "\n".join(spine(read("index")))))
     assert told < leads <= {chapter.stem for chapter in chapters()}
 
 
-@pytest.mark.parametrize("place", list(effens_pages.PICTURES), ids=" ".join)
+@pytest.mark.parametrize("place", list(pages.PICTURES), ids=" ".join)
 def test_a_picture_in_small_is_a_frame_of_its_player_and_leads_there(place: tuple[str, str]) -> None:
-    (chapter, cell), (heading, caption) = place, effens_pages.PICTURES[place]
+    (chapter, cell), (heading, caption) = place, pages.PICTURES[place]
     cells = json.loads((ROOT / f"chapters/{chapter}.ipynb").read_text("utf-8"))["cells"]
     (at,) = (n for n, found in enumerate(cells) if found["id"] == cell and found["cell_type"] == "code")
-    frame, alt = re.findall('<img src="(.*)" alt="(.*)">', effens_pages.picture(chapter, cell))[0]
+    frame, alt = re.findall('<img src="(.*)" alt="(.*)">', pages.picture(chapter, cell))[0]
     assert frame in json.dumps(cells[at]["outputs"])
     assert len(alt.split()) >= 10
     text = "\n".join("".join(found["source"]) for found in cells[:at] if found["cell_type"] == "markdown")
@@ -95,11 +93,11 @@ def test_a_picture_in_small_is_a_frame_of_its_player_and_leads_there(place: tupl
     assert caption.endswith(".")
 
 
-@pytest.mark.parametrize("key", list(effens_pages.TITLES))
+@pytest.mark.parametrize("key", list(pages.TITLES))
 def test_the_map_shows_the_ledger_s_numbers(key: str) -> None:
-    drawn = effens_pages.svg_map(key, "title")
+    drawn = pages.svg_map(key, "title")
     dots = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', drawn)
-    points = {name: tuple(map(float, dot)) for name, dot in zip(effens_pages.CHAPTERS, dots, strict=True)}
+    points = {name: tuple(map(float, dot)) for name, dot in zip(pages.CHAPTERS, dots, strict=True)}
     costs = {name: ledger.relative_costs("digits", name)[key] for name in points}
     nlls = {name: ledger.values("digits", name).mean().item() for name in points}
     assert sorted(points, key=lambda name: points[name][0]) == sorted(points, key=lambda name: costs[name])
@@ -108,14 +106,14 @@ def test_the_map_shows_the_ledger_s_numbers(key: str) -> None:
         assert f"{name} {costs[name]:.1f} times" in drawn  # for those who do not see it
 
 
-@pytest.mark.parametrize("key", list(effens_pages.TITLES))
+@pytest.mark.parametrize("key", list(pages.TITLES))
 def test_the_map_s_labels_lie_inside_and_apart(key: str) -> None:
     form = r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="(start|end)">([A-Za-z]\D*?)</text>'
     boxes = []
-    for x, y, anchor, name in re.findall(form, effens_pages.svg_map(key, "title")):
+    for x, y, anchor, name in re.findall(form, pages.svg_map(key, "title")):
         left = float(x) - (8 * len(name) if anchor == "end" else 0)
         boxes.append((left, left + 8 * len(name), float(y) - 10, float(y) + 2))
-    assert len(boxes) == len(effens_pages.CHAPTERS)
+    assert len(boxes) == len(pages.CHAPTERS)
     assert all(left > 48 and right < 420 and top > 14 and bottom < 260 for left, right, top, bottom in boxes)
     for i, (a, b, c, d) in enumerate(boxes):
         assert not any(a < right and left < b and c < bottom and top < d for left, right, top, bottom in boxes[:i])
@@ -123,7 +121,7 @@ def test_the_map_s_labels_lie_inside_and_apart(key: str) -> None:
 
 def test_the_stamp_says_what_the_runs_say() -> None:
     facts, _ = ledger.record("digits", "single", 0)
-    stamp = effens_pages.stamp()
+    stamp = pages.stamp()
     for key in ("torch", "python", "device"):
         assert facts[key].lower() in stamp.lower()
     ((first, last),) = re.findall(r"; ([\d-]+)(?: to ([\d-]+))?\.", stamp)
@@ -136,9 +134,9 @@ def test_the_stamp_says_what_the_runs_say() -> None:
 
 def test_every_public_name_stands_on_the_page_of_the_package_once() -> None:
     told = re.findall(r"^\.\. auto(?:class|function):: effens\.(\w+)$", read("api"), re.M)
-    assert sorted(told) == sorted(set(effens.__all__) - {"data", "nets"})
-    assert re.findall(r"^\.\. autofunction:: effens\.nets\.(\w+)$", read("api"), re.M) == ["mlp", "cnn"]
-    assert ".. automodule:: effens.data\n   :members:" in read("api")
+    assert sorted(told) == sorted(effens.__all__)
+    assert re.findall(r"^\.\. autofunction:: effens_book\.nets\.(\w+)$", read("api"), re.M) == ["mlp", "cnn"]
+    assert ".. automodule:: effens_book.data\n   :members:" in read("api")
 
 
 def test_every_term_is_explained_once_and_leads_on() -> None:
@@ -191,7 +189,7 @@ def test_a_fold_says_what_it_hides() -> None:
     elsewhere = [cell("# Solution", "1", hide_mode="all"), cell("plot()", "a picture", hide_mode="input")]
     found = [cell("ask()", "1", hide_mode=mode) for mode in ("all", "output")]
     document += nodes.section("", *elsewhere, *found, cell("silent = 1", hide_mode="all"), ids=["elsewhere"])
-    effens_book.name_folds(Mock(), document)
+    theme.name_folds(Mock(), document)
     assert [part["prompt_show"] for part in document.findall(nodes.container) if "prompt_show" in part] == [
         *["Show the solution"] * 2,
         "Show the code",
@@ -207,8 +205,8 @@ def test_only_wide_figures_are_boxed_and_only_once(tmp_path: Path) -> None:
     for name, width in (("wide", 900), ("small", 700)):
         Image.new("L", (width, 300)).save(tmp_path / f"_images/{name}.png")
     wide, small = (f'<img alt="x" src="../_images/{name}.png" width="1">' for name in ("wide", "small"))
-    boxed = effens_book.box_wide_figures(f"<body>{wide}{small}</body>", tmp_path)
+    boxed = theme.box_wide_figures(f"<body>{wide}{small}</body>", tmp_path)
     assert f'<div class="wide-figure">{wide}</div>{small}' in boxed
     assert boxed.count("ResizeObserver") == 1
-    assert effens_book.box_wide_figures(boxed, tmp_path) == boxed
-    assert effens_book.box_wide_figures(f"<body>{small}</body>", tmp_path) == f"<body>{small}</body>"
+    assert theme.box_wide_figures(boxed, tmp_path) == boxed
+    assert theme.box_wide_figures(f"<body>{small}</body>", tmp_path) == f"<body>{small}</body>"

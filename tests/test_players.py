@@ -14,12 +14,10 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from effens_book import choose, figures, players
 from IPython.display import HTML
 from matplotlib.axes import Axes
 from PIL import Image
-
-import effens
-from effens import chooser, figures, players
 
 X = np.linspace(0, 1, 50)
 VOID = {"img", "input", "br"}
@@ -129,7 +127,7 @@ def test_same_bytes_in_another_process(made: HTML) -> None:
     code = """
 import sys, numpy as np
 import effens
-from effens import chooser, figures, players
+from effens_book import choose, figures, players
 figures.use_style()
 X = np.linspace(0, 1, 50)
 def draw(ax, value):
@@ -422,9 +420,8 @@ def test_stills_need_values_and_an_alt_text(alt: str, values: list[int]) -> None
 
 
 def test_a_static_page_needs_no_widgets() -> None:
-    code = (
-        "import sys, effens.players; assert 'ipywidgets' not in sys.modules and 'matplotlib.pyplot' not in sys.modules"
-    )
+    loaded = "'ipywidgets' not in sys.modules and 'matplotlib.pyplot' not in sys.modules"
+    code = f"import sys, effens_book.players; assert {loaded}"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -432,11 +429,11 @@ def test_the_table_of_choices_holds_every_method_in_order_with_its_costs() -> No
     page = players.chooser().data
     pattern = r"<tr data-costs=\"(.*?)\" data-scores=\"(.*?)\" data-same=\"(.*?)\"><th scope='row'>(.*?)</th>"
     rows = re.findall(pattern, page)
-    choices = effens.choose()
+    choices = choose.choose()
     assert [name for *_, name in rows] == [choice.method for choice in choices]
     for (costs, scores, same, name), choice in zip(rows, choices, strict=True):
-        assert json.loads(costs) == [round(choice.costs[key], 2) for key in chooser.BUDGETS.values()]
+        assert json.loads(costs) == [round(choice.costs[key], 2) for key in choose.BUDGETS.values()]
         assert json.loads(scores)[0] == round(choice.score, 4)
-        for goal, found in zip(chooser.GOALS, json.loads(same), strict=True):
-            expected = [i for i, other in enumerate(choices) if chooser.alike(name, other.method, goal)]
+        for goal, found in zip(choose.GOALS, json.loads(same), strict=True):
+            expected = [i for i, other in enumerate(choices) if choose.alike(name, other.method, goal)]
             assert found == expected

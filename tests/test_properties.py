@@ -12,10 +12,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import effens_book.nets
 import mpmath
 import numpy as np
 import pytest
 import torch
+from effens_book import risk
+from effens_book.choose import choose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scenarios import generator
@@ -24,7 +27,6 @@ from torch import Tensor, nn
 from torch.distributions import Normal, StudentT
 
 import effens
-from effens import risk
 
 settings.register_profile("fixed", derandomize=True, database=None, deadline=None, max_examples=25)
 settings.load_profile("fixed")
@@ -647,8 +649,8 @@ def noisy(network: nn.Module, seed: int) -> nn.Module:
 
 
 KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "vectors": (lambda: effens.nets.mlp(3, 2, width=5), (3,)),
-    "images": (lambda: effens.nets.cnn(2, channels=2, size=8, inputs=3), (3, 8, 8)),
+    "vectors": (lambda: effens_book.nets.mlp(3, 2, width=5), (3,)),
+    "images": (lambda: effens_book.nets.cnn(2, channels=2, size=8, inputs=3), (3, 8, 8)),
 }
 
 
@@ -738,7 +740,7 @@ def drawn_data(seed: int = 0) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("method", TRAINED)
 def test_hard_data_train_to_finite_probabilities(method: str, hard: str) -> None:
     x, y = HARD[hard](*drawn_data())
-    ensemble = TRAINED[method](lambda: effens.nets.mlp(3, 2, width=5), 2)
+    ensemble = TRAINED[method](lambda: effens_book.nets.mlp(3, 2, width=5), 2)
     history = effens.fit(ensemble, (x, y), epochs=3, batch_size=4, rate=1e-3, progress=False)
     assert bool(history.losses.isfinite().all())
     probs = effens.predict(ensemble, x)
@@ -749,7 +751,7 @@ def test_hard_data_train_to_finite_probabilities(method: str, hard: str) -> None
 @pytest.mark.parametrize("method", TRAINED)
 def test_64_members_train(method: str) -> None:
     x, y = drawn_data()
-    ensemble = TRAINED[method](lambda: effens.nets.mlp(3, 2, width=3), 64)
+    ensemble = TRAINED[method](lambda: effens_book.nets.mlp(3, 2, width=3), 64)
     effens.fit(ensemble, (x, y), epochs=64 if method == "snapshot" else 2, batch_size=12, progress=False)
     assert effens.predict(ensemble, x).shape == (64, 12, 2)
 
@@ -758,7 +760,7 @@ def test_64_members_train(method: str) -> None:
 @pytest.mark.parametrize("method", TRAINED)
 def test_features_that_are_not_finite_are_refused_in_training_and_seen_in_prediction(method: str, value: float) -> None:
     x, y = drawn_data()
-    ensemble = TRAINED[method](lambda: effens.nets.mlp(3, 2, width=5), 2)
+    ensemble = TRAINED[method](lambda: effens_book.nets.mlp(3, 2, width=5), 2)
     effens.fit(ensemble, (x, y), epochs=2, batch_size=12, progress=False)
     x[3] = value
     probs = effens.predict(ensemble, x)
@@ -775,7 +777,7 @@ def test_features_that_are_not_finite_are_refused_in_training_and_seen_in_predic
 @settings(max_examples=4)
 def test_what_is_saved_is_loaded_bit_by_bit(method: str, m: int, dtype: torch.dtype, seed: int) -> None:
     torch.manual_seed(seed)
-    made = [METHODS[method](lambda: effens.nets.mlp(3, 2, width=4), m).to(dtype) for _ in range(2)]
+    made = [METHODS[method](lambda: effens_book.nets.mlp(3, 2, width=4), m).to(dtype) for _ in range(2)]
     if method == "hyper":  # whose index is no tensor of its own
         made = [ensemble.chosen for ensemble in made if isinstance(ensemble, effens.HyperEnsemble)]
     with tempfile.TemporaryDirectory() as folder:
@@ -805,7 +807,7 @@ budget = st.one_of(st.none(), st.floats(0.01, 20))
 def test_choices_keep_the_budget(
     train: float | None, latency: float | None, throughput: float | None, memory: float | None, goal: str
 ) -> None:
-    choices = effens.choose(train=train, latency=latency, throughput=throughput, memory=memory, goal=goal)
+    choices = choose(train=train, latency=latency, throughput=throughput, memory=memory, goal=goal)
     limits = {"training": train, "batch 1": latency, "batch 256": throughput, "memory": memory}
     for choice in choices:
         within = all(limit is None or choice.costs[key] <= limit for key, limit in limits.items())

@@ -10,7 +10,8 @@ import re
 from typing import Any
 
 import pytest
-from rerun import ROOT, chapters
+from effens_book.address import ROOT
+from effens_book.rerun import chapters
 
 NUMBER = re.compile(r"(?<![\w.])(\d*\.\d+|\d+(?=x\b|\s?%|×))(x\b|×)?")
 SOURCE = re.compile(r"\]\(https?://")

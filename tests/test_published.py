@@ -17,8 +17,8 @@ from urllib.parse import unquote, urldefrag, urljoin, urlparse
 from urllib.request import urlopen
 
 import pytest
-from address import ROOT, colab, settings, url
-from rerun import chapters
+from effens_book.address import ROOT, colab, settings, url
+from effens_book.rerun import chapters
 
 pytestmark = pytest.mark.slow
 SUBPATH = "/some/where/else/"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import effens_book.nets
 import pytest
 import torch
 from scenarios import cnn, generator, images, mlp, normed, residual, vectors
@@ -114,7 +115,7 @@ def test_every_method_ends_as_if_it_had_never_stopped(
 
 def test_the_networks_of_a_hyper_ensemble(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def chosen() -> effens.Ensemble:
-        return effens.HyperEnsemble([mlp(), effens.nets.mlp(4, 3, width=5).double(), residual()], [2, 0, 2]).chosen
+        return effens.HyperEnsemble([mlp(), effens_book.nets.mlp(4, 3, width=5).double(), residual()], [2, 0, 2]).chosen
 
     resumes(chosen, vectors, tmp_path / "run", monkeypatch, every=2)
 
@@ -311,7 +312,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
         r"modules\.network\.\d .* instead of Dropout\(p=0\.5",
     ),
     "shape": (
-        {"ensemble": effens.MIMO(lambda: effens.nets.mlp(4, 3, width=9).double(), 2)},
+        {"ensemble": effens.MIMO(lambda: effens_book.nets.mlp(4, 3, width=9).double(), 2)},
         r"out_features=8.* instead of .*out_features=9",
     ),
     "dtype": ({"ensemble": effens.MIMO(mlp, 2).float()}, r"tensors\.network.* float64 .* instead of float32"),

@@ -3,22 +3,23 @@
 import math
 from pathlib import Path
 
+import effens_book.data
 import numpy as np
 import pytest
 import torch
+from effens_book import ledger, rivals
+from effens_book.data import markets
 from scipy import stats
 from torch import Tensor
 from torch.distributions import Normal, StudentT
 
 import effens
-from effens import ledger, rivals
-from effens.data import markets
 
 GARCH = rivals.Garch(mu=0.05, omega=0.02, alpha=0.02, gamma=0.1, beta=0.9, nu=6.0)
 
 
 def returns(n: int = 400) -> rivals.Array:
-    result: rivals.Array = 100 * np.diff(np.log(effens.data.prices().close.numpy()[-n - 1 :]))
+    result: rivals.Array = 100 * np.diff(np.log(effens_book.data.prices().close.numpy()[-n - 1 :]))
     return result
 
 
@@ -144,7 +145,7 @@ def test_there_is_a_forecast_of_every_day(task: str, name: str) -> None:
 
 
 def test_the_kept_forecasts_are_those_of_a_fit_on_the_past() -> None:
-    closes = effens.data.prices()
+    closes = effens_book.data.prices()
     task = markets.task(closes, "volatility")
     (split,) = markets.walk_forward(task, ["2008-01-01"], end="2009-01-01")
     mean, deviation = rivals.least_squares(task.x[split.train, :3], task.y[split.train], task.x[split.test, :3])
@@ -160,7 +161,7 @@ def test_the_kept_forecasts_are_those_of_a_fit_on_the_past() -> None:
 
 def test_a_year_of_garch_can_be_had_again() -> None:
     pytest.importorskip("arch")
-    closes = effens.data.prices()
+    closes = effens_book.data.prices()
     r = 100 * np.diff(np.log(closes.close.numpy()))  # of closes.dates[1:]
     first = int(np.flatnonzero(closes.dates[1:] >= np.datetime64("2008-01-01"))[0])
     garch = rivals.Garch.fit(r[:first])
@@ -178,7 +179,7 @@ def test_what_reading_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         rivals.forecast("ARMA")
     rivals.read.cache_clear()
     monkeypatch.setattr(ledger, "BANK", tmp_path)
-    with pytest.raises(FileNotFoundError, match="run python -m effens.rivals"):
+    with pytest.raises(FileNotFoundError, match="run python -m effens_book.rivals"):
         rivals.read()
 
 

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from effens import ledger, roofline
-from effens.roofline import Machine
+from effens_book import ledger, roofline
+from effens_book.roofline import Machine
 
 EXPLAINED = ("digits", "gap", "diamonds")  # the tasks whose latencies the book predicts
 MACHINE = Machine(peak=100.0, call=1.0, bandwidths=((16.0, 8.0), (1600.0, 2.0)))

@@ -17,6 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import effens_book.nets
 import pytest
 import torch
 from scenarios import cnn, images, mlp, plain_loop, relative, residual, vectors
@@ -54,7 +55,7 @@ def many_vectors() -> tuple[Tensor, Tensor]:
 
 
 def dropping(width: int = 8, dropout: float = 0.5) -> nn.Module:
-    return effens.nets.mlp(4, 3, width=width, dropout=dropout).double()
+    return effens_book.nets.mlp(4, 3, width=width, dropout=dropout).double()
 
 
 def make_swag() -> effens.SWAG:
@@ -215,7 +216,7 @@ def test_another_lambda_is_not_given_the_first_one_s_networks(tmp_path: Path) ->
         for make, data in (
             (lambda: mlp(), lambda: vectors(seed=1)),
             (lambda: mlp(), lambda: vectors(seed=2)),
-            (lambda: effens.nets.mlp(4, 3, width=9).double(), lambda: vectors(seed=2)),
+            (lambda: effens_book.nets.mlp(4, 3, width=9).double(), lambda: vectors(seed=2)),
         )
     )
     assert same([first], [call(mlp, vectors(seed=1))])

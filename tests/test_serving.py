@@ -13,6 +13,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import effens_book.nets
 import pytest
 import torch
 from scenarios import generator
@@ -52,7 +53,7 @@ class Residual(nn.Module):
 
 
 def mlp(outputs: int = 3) -> nn.Module:
-    return effens.nets.mlp(4, outputs, width=8, dropout=0.2)
+    return effens_book.nets.mlp(4, outputs, width=8, dropout=0.2)
 
 
 def cnn(outputs: int = 3) -> nn.Module:
@@ -359,7 +360,7 @@ def test_kernels_that_read_the_input_are_folded() -> None:
 
 @needs_onnx
 def test_a_file_holds_little_more_than_weights(tmp_path: Path) -> None:
-    net = lambda: effens.nets.mlp(20, 3, width=128)  # noqa: E731
+    net = lambda: effens_book.nets.mlp(20, 3, width=128)  # noqa: E731
     size = 4 * weights(net())
     for ensemble, times in (
         (effens.BatchEnsemble(net, 4), 1.0),

@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import effens_book.nets
 import pytest
 import torch
 from scenarios import cnn, images, indices, mlp, normed, relative, remembered, residual, vectors
@@ -317,7 +318,7 @@ def test_a_loader_sets_the_cycles() -> None:
 
 def test_regression() -> None:
     x, _ = vectors()
-    ensemble = effens.SnapshotEnsemble(lambda: effens.nets.mlp(4, 2, width=8).double(), 3)
+    ensemble = effens.SnapshotEnsemble(lambda: effens_book.nets.mlp(4, 2, width=8).double(), 3)
     likelihood = effens.Gaussian()
     effens.fit(ensemble, (x, x[:, 0]), epochs=3, likelihood=likelihood, device="cpu")
     assert effens.predict(ensemble, x, likelihood=likelihood).batch_shape == (3, 22)

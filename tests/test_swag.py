@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import effens_book.nets
 import numpy as np
 import pytest
 import torch
@@ -588,7 +589,7 @@ class TestMistakes:
         swag = effens.SWAG(mlp, 2, 2)
         swag.collect_from(mlp())
         before = swag.mean.clone()
-        for network in (nn.Linear(4, 3), mlp(depth=3), effens.nets.mlp(4, 3, width=9), residual()):
+        for network in (nn.Linear(4, 3), mlp(depth=3), effens_book.nets.mlp(4, 3, width=9), residual()):
             with pytest.raises(ValueError, match="must have the trainable weights {'0.weight': "):
                 swag.collect_from(network)
         assert torch.equal(swag.mean, before)

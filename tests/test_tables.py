@@ -7,11 +7,10 @@ from typing import Any
 
 import nbformat
 import pytest
-from rerun import chapters
+from effens_book import ledger
+from effens_book.rerun import chapters
+from effens_book.tables import Table
 from test_book import cells_of
-
-from effens import ledger
-from effens.tables import Table
 
 ROWS: dict[str, dict[str, Any]] = {
     "one <network>": {"NLL": ledger.Interval(0.1642, 0.008), "accuracy (%)": 94.66, "seeds": 8},
@@ -35,7 +34,12 @@ other          0.145 ± 0.007*           –       –    lower
 
 
 def test_what_is_not_known_is_not_the_best() -> None:
-    rows = {"diverged": {"NLL": float("nan")}, "four": {"NLL": 0.2}, "one": {"NLL": 0.1}, "not run": {"NLL": None}}
+    rows: dict[str, dict[str, float | None]] = {
+        "diverged": {"NLL": float("nan")},
+        "four": {"NLL": 0.2},
+        "one": {"NLL": 0.1},
+        "not run": {"NLL": None},
+    }
     assert str(Table(rows, best={"NLL": min}, digits=1)).splitlines()[3:] == [
         "one       0.1*",
         "not run     –",

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import effens_book.nets
 import numpy as np
 import pytest
 import torch
@@ -614,7 +615,7 @@ class TestRegression:
         x = torch.tensor([-1.0, 1.0]).double().repeat(100)[:, None]
         y = x[:, 0] + (0.3 + 0.2 * x[:, 0]) * torch.randn(200, generator=generator(), dtype=torch.float64)
         torch.manual_seed(0)
-        ensemble = effens.DeepEnsemble(lambda: effens.nets.mlp(1, 2).double(), 3)
+        ensemble = effens.DeepEnsemble(lambda: effens_book.nets.mlp(1, 2).double(), 3)
         effens.fit(ensemble, (x, y), epochs=300, batch_size=200, rate=1e-2, likelihood=effens.Gaussian(), device="cpu")
         found = effens.predict(ensemble, x[:2], likelihood=effens.Gaussian())
         assert found.batch_shape == (3, 2)

@@ -7,6 +7,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import effens_book.nets
 import optuna
 import pytest
 import torch
@@ -24,7 +25,7 @@ OPTIONS: dict[str, Any] = {"epochs": 3, "batch_size": 32, "device": "cpu"}
 
 
 def make_net(width: int, dropout: float) -> nn.Module:
-    return effens.nets.mlp(4, 3, width=width, dropout=dropout).double()
+    return effens_book.nets.mlp(4, 3, width=width, dropout=dropout).double()
 
 
 def train_set() -> tuple[Tensor, Tensor]:
@@ -295,7 +296,7 @@ def test_search_of_nothing_but_starts_is_a_deep_ensemble() -> None:
 def test_search_with_a_dataset_and_a_likelihood() -> None:
     x, y = (tensor.double() for tensor in vectors(60))
     candidates = effens.search(
-        lambda width: effens.nets.mlp(4, 2, width=width).double(),
+        lambda width: effens_book.nets.mlp(4, 2, width=width).double(),
         TensorDataset(x, y),
         (x[:20], y[:20]),
         default={"rate": 1e-2, "width": 8},
@@ -440,7 +441,7 @@ def test_batched_regression_is_one_by_one() -> None:
 
     options: dict[str, Any] = {"data": data, "likelihood": effens.Gaussian()}
     alone, batched = (
-        tuned(lambda: effens.nets.mlp(4, 2, width=8).double(), batched=b, **options) for b in (False, True)
+        tuned(lambda: effens_book.nets.mlp(4, 2, width=8).double(), batched=b, **options) for b in (False, True)
     )
     assert alone.settings == batched.settings
     assert relative(batched.probs.mean, alone.probs.mean) < 1e-9
@@ -556,7 +557,7 @@ def test_high_rates_fail_and_the_others_do_not(likelihood: Any, dtype: torch.dty
         return x.to(dtype), y if likelihood.outputs is None else x.sum(1).to(dtype)
 
     def make() -> nn.Module:
-        return effens.nets.mlp(4, 3 if likelihood.outputs is None else likelihood.outputs, width=8).to(dtype)
+        return effens_book.nets.mlp(4, 3 if likelihood.outputs is None else likelihood.outputs, width=8).to(dtype)
 
     space: tuning.Space = {"rate": (1e-3, 1e30), "weight_decay": (1e-4, 1e-3)}
     options: dict[str, Any] = {

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from effens_book import nets, roofline
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn import functional as F
@@ -19,7 +20,6 @@ from torch.nn import functional as F
 import effens
 from benchmarks.contestants import LoopConv2d, LoopLinear, found, tabular, uncertainty
 from benchmarks.timing import brief, compared, rounds
-from effens import nets, roofline
 from effens.costs import kept_bytes, training_step
 from effens.ensembles.base import MakeNet
 from effens.serving import BACKENDS

@@ -12,7 +12,7 @@ All walk forward as the ledger's market tasks do: fitted on what was known befor
 * **Filtered historical simulation** (Barone-Adesi, Giannopoulos and Vosper, 1999): the same volatility, and instead of
   a t the model's own past residuals.
 
-``python -m effens.rivals`` fits them all, in about half a minute, and keeps what they said in the bank.
+``python -m effens_book.rivals`` fits them all, in about half a minute, and keeps what they said in the bank.
 """
 
 import io
@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributions import Normal, StudentT
 
-from effens import data, ledger
-from effens.data import markets
 from effens.storage import write_whole
+from effens_book import data, ledger
+from effens_book.data import markets
 
 Array = NDArray[np.float64]
 KEPT = 500  # residuals of each year's model, equally spaced in rank
@@ -233,7 +233,7 @@ def read() -> dict[str, Tensor]:
     """
     path = ledger.BANK / "rivals.npz"
     if not path.exists():
-        raise FileNotFoundError("the bank must hold the rivals, got none: run python -m effens.rivals")
+        raise FileNotFoundError("the bank must hold the rivals, got none: run python -m effens_book.rivals")
     with np.load(path, allow_pickle=False) as file:
         return {key: torch.from_numpy(file[key]) for key in file.files if key != "facts"}
 

@@ -1,7 +1,7 @@
 """The ledger: every method on the same tasks, with the same tuning and seeds.
 
-It is the book's one source of multi-seed numbers. ``python -m effens.ledger`` runs what is missing, resumes after a
-kill, and prints the tables. Each run is kept as one file of a **prediction bank**: what every member said about every
+It is the book's one source of multi-seed numbers. ``python -m effens_book.ledger`` runs what is missing, resumes after
+a kill, and prints the tables. Each run is kept as one file of a **prediction bank**: what every member said about every
 test set, in half precision. Scores, intervals, tables and pictures are computed from the bank in seconds.
 
 To add a method, write one function that trains it, and register it with `method`.
@@ -33,10 +33,9 @@ from torch.quasirandom import SobolEngine
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from effens import data, risk, scores
+from effens import scores
 from effens.baselines import LastLayerLaplace, MCDropout
 from effens.costs import measure
-from effens.data import markets, orders
 from effens.ensembles.base import Ensemble
 from effens.ensembles.batch import BatchEnsemble
 from effens.ensembles.deep import DeepEnsemble
@@ -45,15 +44,17 @@ from effens.ensembles.mimo import MIMO
 from effens.ensembles.snapshot import SnapshotEnsemble
 from effens.ensembles.swag import SWAG
 from effens.likelihoods import Categorical, Gaussian, Likelihood, StudentT
-from effens.nets import cnn, mlp
 from effens.storage import write_whole
-from effens.tables import Table
 from effens.training import MakeOptimizer, fit, predict
+from effens_book import data, risk
+from effens_book.data import markets, orders
+from effens_book.nets import cnn, mlp
+from effens_book.tables import Table
 
 Sets = dict[str, tuple[Tensor, Tensor | None]]
 Settings = dict[str, float]
 BANK = Path(__file__).with_name("bank")  # looked up at each call, so that runs can be kept elsewhere
-COMMAND = "run python -m effens.ledger"
+COMMAND = "run python -m effens_book.ledger"
 
 # ---- Frozen before any tuning: tasks, splits, the primary metric, the search and the margin. ----
 
@@ -1237,7 +1238,7 @@ def costs(task: str, name: str, device: str = "cpu") -> dict[str, Any]:
     Args:
         task: its name.
         name: of the method.
-        device: ``"cpu"``, or ``"cuda"``: the GPU on which ``python -m effens.ledger --gpu`` was run.
+        device: ``"cpu"``, or ``"cuda"``: the GPU on which ``python -m effens_book.ledger --gpu`` was run.
 
     Raises:
         FileNotFoundError: that was not measured.
@@ -1413,7 +1414,7 @@ def card(task: str, name: str) -> Table:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run what is missing and print the tables."""
-    parser = argparse.ArgumentParser(prog="python -m effens.ledger", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m effens_book.ledger", description=main.__doc__)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--no-costs", action="store_true", help="measure no costs: another program is running")

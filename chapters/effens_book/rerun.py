@@ -1,6 +1,7 @@
-"""Run chapters and store their outputs: `python tests/rerun.py [--time] [chapter ...]`, all of them when none is named.
+"""Run chapters and store their outputs: `python -m effens_book.rerun [--time] [chapter ...]`.
 
-With `--time` a chapter also says how long it ran: for two cores that have nothing else to do.
+It is called in `chapters/`, and runs them all when none is named. With `--time` a chapter also says how long it ran:
+for two cores that have nothing else to do.
 """
 
 import base64
@@ -12,11 +13,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import address
 import nbformat
 from nbclient import NotebookClient
 
-ROOT = address.ROOT
+from effens_book import address
+from effens_book.address import ROOT
+
 # A chapter's stored outputs come from the CPU, at the small scale, with no control that needs a kernel.
 ENVIRONMENT = {"EFFENS_STATIC": "1", "EFFENS_SCALE": "small", "CUDA_VISIBLE_DEVICES": ""}
 # Widgets talk with the kernel in both directions, for which nbclient may wait in vain: the function is called once.

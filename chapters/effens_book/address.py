@@ -1,12 +1,10 @@
-"""The book's one address: `python tests/address.py https://github.com/you/fork` moves the book to a fork.
+"""What all chapters have, and what derives from the book's address: `python -m effens_book.address` writes both.
 
-The address stands in `_config.yml`. Whatever else holds it is written from there: each chapter's badge and install
-cell, the package's link and the citation. Without an argument the same is done for the address that stands there; a
-chapter that was written by hand gets what all chapters have.
+The address stands in `_config.yml`. Each chapter's badge and install cell, the package's link and the citation are
+written from there, so that a fork changes one line and runs this.
 """
 
 import re
-import sys
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +15,7 @@ import nbformat
 import yaml
 from pybtex.database import Entry, parse_file
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 METADATA = {  # of every chapter; Colab reads the last two, and a machine without a GPU runs the chapters as well
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -25,7 +23,7 @@ METADATA = {  # of every chapter; Colab reads the last two, and a machine withou
     "colab": {"gpuType": "T4", "provenance": []},
 }
 # What a chapter needs beyond the package and what Colab has: extras of pyproject.toml, by chapter.
-EXTRAS = {"hyper_ensembles": ["ledger"], "finance": ["serving"], "scaling_out": ["scaling"]}
+EXTRAS = {"hyper_ensembles": ["tuning"], "finance": ["serving"], "scaling_out": ["scaling"]}
 INSTALL = """\
 import importlib.util
 import os
@@ -33,7 +31,7 @@ import sys
 from pathlib import Path
 
 book = Path("effens-book").resolve()
-if importlib.util.find_spec("effens") is None:  # in Colab: its torch and numpy stay
+if not all(map(importlib.util.find_spec, ["effens", "effens_book"])):  # as in Colab
     source = "{url}"
     clone = f"git clone --quiet --depth 1 {{source}} effens-book --branch"
     released = book.exists() or os.system(f"{{clone}} {release}") == 0
@@ -168,13 +166,8 @@ def texts() -> dict[Path, str]:
     return {ROOT / name: re.sub(old, url(), (ROOT / name).read_text("utf-8")) for name, old in changes.items()}
 
 
-def main(arguments: Iterable[str]) -> None:
-    """Move the book to the address given, if one is, and write all that derives from it."""
-    config = ROOT / "_config.yml"
-    for new in arguments:
-        if not re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+(?<!\.git)", new):
-            sys.exit(f"the address must read https://github.com/owner/name, got {new}")
-        config.write_text(re.sub(r"(?<=\n  url: ).*", new, config.read_text("utf-8")), "utf-8")
+def main() -> None:
+    """Write all that derives from the book's address, and into every chapter what all chapters have."""
     for file, text in texts().items():
         file.write_text(text, "utf-8")
     for chapter in (ROOT / "chapters").glob("*.ipynb"):
@@ -184,4 +177,4 @@ def main(arguments: Iterable[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

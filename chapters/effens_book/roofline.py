@@ -5,7 +5,7 @@ r"""The roofline of one layer: what members cost is a matter of whether the mach
 Williams, Waterman and Patterson (2009), "Roofline: an insightful visual performance model for multicore architectures",
 doi:10.1145/1498765.1498785. One number each is measured: the peak, from a large product; the bandwidth of each level of
 memory, from products with one row, which read every weight once and compute next to nothing; the time of an empty call.
-``python -m effens.roofline`` measures them, and then the layers that they are to predict, and keeps both in the bank.
+``python -m effens_book.roofline`` measures them and the layers that they are to predict, and keeps both in the bank.
 """
 
 import itertools
@@ -24,10 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from effens import ledger
 from effens.ensembles.base import Ensemble
 from effens.ensembles.batch import BatchEnsemble
 from effens.ensembles.deep import DeepEnsemble
+from effens_book import ledger
 
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)  # weights of 16 KB to 268 MB: from the nearest cache to memory
 BATCHES = (1, 4, 16, 64, 256)
@@ -144,7 +144,7 @@ def read() -> tuple[Machine, dict[tuple[str, int, int, int], float]]:
     """
     path = ledger.BANK / "roofline.json"
     if not path.exists():
-        raise FileNotFoundError("the bank must hold the roofline, got none: run python -m effens.roofline")
+        raise FileNotFoundError("the bank must hold the roofline, got none: run python -m effens_book.roofline")
     kept = json.loads(path.read_text())
     machine = Machine(kept["peak"], kept["call"], tuple((size, speed) for size, speed in kept["bandwidths"]))
     return machine, {(name, width, batch, members): t for name, width, batch, members, t in kept["rows"]}

@@ -17,7 +17,7 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 import effens
-from effens import figures, ledger, players
+from effens_book import figures, ledger, players
 
 TASK = "digits"
 CHAPTERS = {  # the rows of the map, and where each is explained

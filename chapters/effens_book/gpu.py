@@ -1,6 +1,6 @@
 """What members cost on a GPU: seconds of a training step, for members together and apart, and in fewer bits.
 
-``python -m effens.gpu`` measures the GPU at hand and keeps what it found in the bank.
+``python -m effens_book.gpu`` measures the GPU at hand and keeps what it found in the bank.
 """
 
 import json
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from effens import data, ledger
 from effens.ensembles.deep import DeepEnsemble
-from effens.nets import cnn, mlp
 from effens.scores import nll
 from effens.training import fit, predict
+from effens_book import data, ledger
+from effens_book.nets import cnn, mlp
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {  # and the shape of the inputs
     "perceptron": (partial(mlp, 196, 10, width=512), (1280, 196)),
@@ -96,7 +96,7 @@ def read() -> dict[str, Any]:
     """
     path = ledger.BANK / "gpu.json"
     if not path.exists():
-        raise FileNotFoundError("run python -m effens.gpu on a machine with a GPU, got no gpu.json in the bank")
+        raise FileNotFoundError("run python -m effens_book.gpu on a machine with a GPU, got no gpu.json in the bank")
     found: dict[str, Any] = json.loads(path.read_text())
     return {**found, "steps": {(network, members, way): seconds for network, members, way, seconds in found["steps"]}}
 

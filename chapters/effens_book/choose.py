@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from effens import ledger
+from effens_book import ledger
 
 TASK = "digits"
 GOALS = {  # what matters most, as a score of the ledger's: (metric, set), and whether less is better

@@ -4,9 +4,9 @@ An event's signal is worth less the later it is acted upon, and every trade cost
 
 .. math:: \text{profit} = d \, s \, 2^{-t / h} - c \, |d|
 
-with the side and size d in [-1, 1], the signal s of `effens.data.orders`, the delay t from the event to the answer, its
-half-life h and the cost c. ``python -m effens.orders`` times one decision of every method in every way of serving, and
-keeps the times in the bank; it takes some minutes, and needs a C++ compiler.
+with the side and size d in [-1, 1], the signal s of `data.orders`, the delay t from the event to the answer, its
+half-life h and the cost c. ``python -m effens_book.orders`` times one decision of every method in every way of serving,
+and keeps the times in the bank; it takes some minutes, and needs a C++ compiler.
 """
 
 import copy
@@ -28,10 +28,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from effens import ledger, serving
-from effens.data import orders as flows
+from effens import serving
 from effens.likelihoods import Likelihood
 from effens.storage import write_whole
+from effens_book import ledger
+from effens_book.data import orders as flows
 
 COST, HALF_LIFE = 0.5, 100e-6  # ticks a trade; seconds
 METHODS = ("single", "wide", "deep ensemble", "BatchEnsemble", "snapshot", "SWAG", "MIMO")
@@ -213,7 +214,7 @@ def read() -> dict[tuple[str, str], Tensor]:
     """
     path = ledger.BANK / "serving.npz"
     if not path.exists():
-        raise FileNotFoundError("the bank must hold the times of serving, got none: run python -m effens.orders")
+        raise FileNotFoundError("the bank must hold the times of serving, got none: run python -m effens_book.orders")
     with np.load(path, allow_pickle=False) as file:
         pairs = [key.partition(" | ")[::2] for key in file.files if key != "facts"]
         return {(name, way): torch.from_numpy(file[f"{name} | {way}"]).double() for name, way in pairs}

@@ -1,7 +1,7 @@
 """Studies: one question each, asked on the ledger's tasks over a grid of settings and several seeds.
 
 A ledger row says how good a method is at its best settings; a study says what one of its settings does.
-``python -m effens.studies`` runs what is missing, resumes after a kill, and keeps one small file of scores a study.
+``python -m effens_book.studies`` runs what is missing, resumes after a kill, and keeps one file of scores a study.
 
 To add a study, write one function that answers for one point of the grid and one seed, and register it with `study`.
 """
@@ -20,8 +20,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from effens import data, ledger
-from effens.data import markets
 from effens.ensembles.base import Ensemble
 from effens.ensembles.batch import BatchEnsemble
 from effens.ensembles.deep import DeepEnsemble
@@ -29,10 +27,12 @@ from effens.ensembles.hyper import HyperEnsemble, greedy_select
 from effens.ensembles.mimo import MIMO
 from effens.ensembles.snapshot import SnapshotEnsemble
 from effens.ensembles.swag import SWAG
-from effens.ledger import MOMENTUM_SGD, Settings, Task
 from effens.likelihoods import Gaussian
-from effens.nets import mlp
 from effens.training import MakeOptimizer, fit, predict
+from effens_book import data, ledger
+from effens_book.data import markets
+from effens_book.ledger import MOMENTUM_SGD, Settings, Task
+from effens_book.nets import mlp
 
 Row = dict[str, Any]
 Answer = Callable[..., list[Row]]
@@ -432,7 +432,7 @@ def read(name: str) -> list[Row]:
     """
     path = path_of(name)
     if not path.exists():
-        raise FileNotFoundError(f"the bank must hold the study {name}, got none: run python -m effens.studies")
+        raise FileNotFoundError(f"the bank must hold the study {name}, got none: run python -m effens_book.studies")
     rows: list[Row] = json.loads(path.read_text())["rows"]
     return rows
 
@@ -460,7 +460,7 @@ def values(name: str, metric: str, **where: Any) -> Tensor:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run what is missing."""
-    parser = argparse.ArgumentParser(prog="python -m effens.studies", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m effens_book.studies", description=main.__doc__)
     parser.add_argument("--studies", nargs="+", default=list(STUDIES), choices=STUDIES)
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)  # so that numbers do not depend on how many cores there are

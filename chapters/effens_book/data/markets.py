@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from effens.data import Prices
+from effens_book.data import Prices
 
 __all__ = ["FEATURES", "Split", "Task", "features", "standardize", "task", "walk_forward"]
 

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 from PIL import Image
 
-from effens.chooser import BUDGETS, GOALS, alike, choose, ranks, score_of
+from effens_book.choose import BUDGETS, GOALS, alike, choose, ranks, score_of
 
 
 def player(
@@ -498,7 +498,7 @@ def _palette(seen: np.ndarray, count: np.ndarray, colors: int) -> np.ndarray:
     palette goes to the former, the methods' own and then the most frequent, and a median cut of the blends fills the
     rest.
     """
-    from effens.figures import COLORS  # and with it pyplot, which the import of players does not need
+    from effens_book.figures import COLORS  # and with it pyplot, which the import of players does not need
 
     own = np.array([list(bytes.fromhex(color[1:])) for color in COLORS.values()])
     is_own = (seen[:, None] == own).all(-1).any(1)
