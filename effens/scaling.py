@@ -65,7 +65,7 @@ def fit_each(
 
     Args:
         make_net: returns a fresh network, or an ensemble to be trained on its own: ``partial(effens.SWAG, make)``, for
-            a MultiSWAG. It gets all settings but ``rate`` and ``weight_decay``.
+            a MultiSWAG. It gets all settings but ``lr`` and ``weight_decay``.
         data: as of `effens.fit`, sent to each training; or a function that returns them, called where they are needed,
             so that nothing large travels.
         seeds: of starts and shuffles, one for each training.
@@ -77,7 +77,7 @@ def fit_each(
         checkpoints: whether each training keeps a checkpoint in the folder as long as it lasts, so that one that was
             killed goes on from there, on the same worker or on another.
         progress: whether to show a progress bar when it takes longer than two seconds.
-        options: of `effens.fit`: ``epochs``, ``batch_size``, ``rate``, ``weight_decay``, ``optimizer``,
+        options: of `effens.fit`: ``epochs``, ``batch_size``, ``lr``, ``weight_decay``, ``optimizer``,
             ``likelihood``, ``device``, ``precision``, ``compile``, and ``every``, with checkpoints.
 
     Returns:

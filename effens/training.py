@@ -25,7 +25,7 @@ Data = tuple[Tensor, Tensor] | Dataset[Any] | DataLoader[Any]
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
 FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
 KEPT = (
-    *("epoch", "finished", "losses", "rates", "seconds", "begun", "taken"),
+    *("epoch", "finished", "losses", "lrs", "seconds", "begun", "taken"),
     *("tensors", "optimizer", "groups", "random", "loader"),
 )  # what a checkpoint holds
 GRAPHS = 10_000_000  # weights: up to here a GPU waits for its next kernel, and a compiled network runs as a CUDA graph
@@ -37,7 +37,7 @@ class History:
 
     Attributes:
         losses: mean loss of each network at each step, ``(steps, streams)``, in nats.
-        rates: rate at each step, ``(steps,)``; with rates of the members' own ``(steps, streams)``.
+        lrs: the learning rate of each step, ``(steps,)``; with rates of the members' own ``(steps, streams)``.
         seconds: training time, that of runs which were cut short and continued included.
 
     Example:
@@ -48,13 +48,13 @@ class History:
     """
 
     losses: Tensor
-    rates: Tensor
+    lrs: Tensor
     seconds: float
 
     @property
     def steps(self) -> int:
         """How many steps the optimizer took."""
-        return len(self.rates)
+        return len(self.lrs)
 
     def __repr__(self) -> str:
         last = self.losses[-1].mean().item() if self.steps else math.nan
@@ -80,7 +80,7 @@ def fit(
     *,
     epochs: int = 20,
     batch_size: int = 128,
-    rate: float | Sequence[float] = 1e-3,
+    lr: float | Sequence[float] = 1e-3,
     weight_decay: float | Sequence[float] = 0.0,
     optimizer: MakeOptimizer = torch.optim.AdamW,
     likelihood: Likelihood | None = None,
@@ -105,7 +105,7 @@ def fit(
         data: tensors ``(x, y)``, a map-style `Dataset`, or a `DataLoader`, which is used as it is given.
         epochs: passes over the data.
         batch_size: examples in a step; a `DataLoader` has its own.
-        rate: the highest learning rate; `Ensemble.schedule` moves it at every step. Members of a `DeepEnsemble` can
+        lr: the highest learning rate; `Ensemble.schedule` moves it at every step. Members of a `DeepEnsemble` can
             have rates of their own, one for each, with `torch.optim.AdamW` or `torch.optim.SGD`.
         weight_decay: the optimizer's, for all but an ensemble's fast weights; or one for each member, likewise.
         optimizer: called with parameter groups, ``lr`` and ``weight_decay``.
@@ -150,28 +150,28 @@ def fit(
     if not any(parameter.requires_grad for parameter in ensemble.parameters()):
         raise ValueError("the ensemble must have weights to train, got none that require gradients")
     descent: torch.optim.Optimizer | PerMember
-    if isinstance(rate, Sequence) or isinstance(weight_decay, Sequence):
-        descent = PerMember(ensemble, optimizer, rate, weight_decay)
+    if isinstance(lr, Sequence) or isinstance(weight_decay, Sequence):
+        descent = PerMember(ensemble, optimizer, lr, weight_decay)
     else:
-        groups = ensemble.parameter_groups(rate, weight_decay)
-        descent = make_optimizer(optimizer, groups, rate, weight_decay, sparse=has_sparse(ensemble))
+        groups = ensemble.parameter_groups(lr, weight_decay)
+        descent = make_optimizer(optimizer, groups, lr, weight_decay, sparse=has_sparse(ensemble))
     highest = [group["lr"] for group in descent.param_groups]
     steps = epochs * len(batches)
     ask = asker(ensemble if ensemble.shared_batch else ensemble.forward_members, ensemble, place, precision, compile)
     run = Run(ensemble, descent.optimizer if isinstance(descent, PerMember) else descent, batches)
     if checkpoint is not None:
-        settings = dict(epochs=epochs, batch_size=batch_size, rate=rate, weight_decay=weight_decay, seed=seed)
+        settings = dict(epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed)
         how = dict(likelihood=repr(likelihood), precision=precision, compile=compile)
         run.keep_in(checkpoint, every, {**settings, **how})
     elif every is not None:
         raise ValueError(f"every must be None without a checkpoint, got {every}")
     with seeded(seed, place), bar(steps, progress) as shown:
         run.resume()
-        shown.update(len(run.rates))
+        shown.update(len(run.lrs))
         for _ in range(run.epoch, epochs):
             ensemble.train()
             for xs, ys, unchecked in batches:
-                step = len(run.rates)
+                step = len(run.lrs)
                 multiplier = ensemble.schedule(step, steps)
                 for group, top in zip(descent.param_groups, highest, strict=True):
                     group["lr"] = top * multiplier
@@ -184,7 +184,7 @@ def fit(
                 descent.step()
                 ensemble.collect(step, steps)
                 run.losses.append(each.detach().mean(1))
-                run.rates.append([r * multiplier for r in rate] if isinstance(rate, Sequence) else rate * multiplier)
+                run.lrs.append([r * multiplier for r in lr] if isinstance(lr, Sequence) else lr * multiplier)
                 run.after_step()
                 shown.update()
             check_finite(run.losses, len(batches))
@@ -193,7 +193,7 @@ def fit(
             ensemble.eval()
             ensemble.finish(batches.inputs())
             run.finish()
-    return History(torch.stack(run.losses).cpu(), torch.tensor(run.rates), run.seconds)
+    return History(torch.stack(run.losses).cpu(), torch.tensor(run.lrs), run.seconds)
 
 
 @torch.no_grad()
@@ -421,14 +421,14 @@ class Run:
         epoch: how many epochs were finished when it was resumed.
         finished: whether there was nothing left to do.
         losses: of every step, each ``(streams,)``.
-        rates: of every step.
+        lrs: of every step.
     """
 
     def __init__(self, ensemble: Ensemble, optimizer: torch.optim.Optimizer, batches: "Batches") -> None:
         self.ensemble, self.optimizer, self.batches = ensemble, optimizer, batches
         self.epoch, self.finished = 0, False
         self.losses: list[Tensor] = []
-        self.rates: list[Any] = []
+        self.lrs: list[Any] = []
         self.began = time.perf_counter()
         self.checkpoint: Checkpoint | None = None
         self.every: int | None = None
@@ -470,7 +470,7 @@ class Run:
         if missing := [name for name in KEPT if name not in kept]:
             raise ValueError(f"checkpoint must hold a whole state, got one without {missing}")
         self.epoch, self.finished = kept["epoch"], kept["finished"]
-        self.losses, self.rates = list(kept["losses"].to(self.batches.place)), kept["rates"].tolist()
+        self.losses, self.lrs = list(kept["losses"].to(self.batches.place)), kept["lrs"].tolist()
         self.began -= kept["seconds"]
         self.batches.begun, self.batches.taken = kept["begun"], kept["taken"]
         self.ensemble.load_state_dict({name: kept["tensors"][name] for name in self.ensemble.state_dict()})
@@ -489,7 +489,7 @@ class Run:
 
     def after_step(self) -> None:
         """Keep it, if it is time to."""
-        if self.checkpoint and self.every and len(self.rates) % self.every == 0:
+        if self.checkpoint and self.every and len(self.lrs) % self.every == 0:
             check_finite(self.losses, self.every)
             self.write()
 
@@ -512,7 +512,7 @@ class Run:
             "epoch": self.epoch,
             "finished": self.finished,
             "losses": torch.stack(self.losses),
-            "rates": torch.tensor(self.rates, dtype=torch.float64),
+            "lrs": torch.tensor(self.lrs, dtype=torch.float64),
             "seconds": self.seconds,
             "begun": self.batches.begun,
             "taken": self.batches.taken,
@@ -584,7 +584,7 @@ def place_of(name: torch.device | str | None) -> torch.device:
 def make_optimizer(
     optimizer: MakeOptimizer,
     groups: list[dict[str, Any]],
-    rate: float,
+    lr: float,
     weight_decay: float,
     *,
     sparse: bool = False,
@@ -592,7 +592,7 @@ def make_optimizer(
     """Make the optimizer, fused where PyTorch can: for many small parameters most of its time is overhead."""
     floating = all(p.is_floating_point() for group in groups for p in group["params"])
     options = {"fused": True} if optimizer in FUSED and floating and not sparse else {}
-    return optimizer(groups, lr=rate, weight_decay=weight_decay, **options)
+    return optimizer(groups, lr=lr, weight_decay=weight_decay, **options)
 
 
 def has_sparse(ensemble: nn.Module) -> bool:
@@ -609,7 +609,7 @@ class PerMember:
     Args:
         ensemble: on the device on which it is trained.
         optimizer: `torch.optim.AdamW` or `torch.optim.SGD`, or a partial of one.
-        rate: one for all, or one for each member.
+        lr: one for all, or one for each member.
         weight_decay: likewise.
     """
 
@@ -617,7 +617,7 @@ class PerMember:
         self,
         ensemble: Ensemble,
         optimizer: MakeOptimizer,
-        rate: float | Sequence[float],
+        lr: float | Sequence[float],
         weight_decay: float | Sequence[float],
     ) -> None:
         rule = optimizer.func if isinstance(optimizer, partial) else optimizer
@@ -625,11 +625,11 @@ class PerMember:
             name = getattr(rule, "__name__", type(rule).__name__)
             raise ValueError(f"optimizer must be AdamW or SGD for rates or decays of the members' own, got {name}")
         owners = members_of(ensemble)
-        rates = torch.tensor(one_each("rate", rate, ensemble.members), dtype=torch.float64)
+        lrs = torch.tensor(one_each("lr", lr, ensemble.members), dtype=torch.float64)
         decays = torch.tensor(one_each("weight_decay", weight_decay, ensemble.members), dtype=torch.float64)
         self.coupled = rule is torch.optim.SGD  # the decay goes through the momentum
         self.weights = list(owners)
-        self.rates = [rates[owner].to(p.dtype).to(p.device) for p, owner in owners.items()]
+        self.lrs = [lrs[owner].to(p.dtype).to(p.device) for p, owner in owners.items()]
         self.decays = [decays[owner].to(p.dtype).to(p.device) for p, owner in owners.items()]
         self.moves = [torch.zeros_like(p) for p in owners]
         self.optimizer = make_optimizer(optimizer, [{"params": self.moves}], 1.0, 0.0)
@@ -650,12 +650,12 @@ class PerMember:
                 move.grad.addcmul_(weight, decay, value=self.sign)
         self.optimizer.step()
         multiplier = self.param_groups[0]["lr"]
-        for weight, move, rate, decay in zip(self.weights, self.moves, self.rates, self.decays, strict=True):
+        for weight, move, lr, decay in zip(self.weights, self.moves, self.lrs, self.decays, strict=True):
             if weight.grad is None:  # not asked in this step: it neither moves nor decays
                 continue
             if not self.coupled:
-                weight.mul_(1 - multiplier * rate * decay)
-            weight.addcmul_(move, rate)
+                weight.mul_(1 - multiplier * lr * decay)
+            weight.addcmul_(move, lr)
             move.zero_()
 
 
@@ -683,7 +683,7 @@ def one_each(name: str, values: float | Sequence[float], members: int) -> list[f
     each = list(values) if isinstance(values, Sequence) else [values] * members
     if len(each) != members:
         raise ValueError(f"{name} must hold one value for each of {members} members, got {len(each)}")
-    least, low = (">", math.ulp(0.0)) if name == "rate" else (">=", 0.0)
+    least, low = (">", math.ulp(0.0)) if name == "lr" else (">=", 0.0)
     if wrong := [value for value in each if not low <= value < math.inf]:
         raise ValueError(f"{name} must be {least} 0 and finite, got {wrong[0]}")
     return each
@@ -738,5 +738,5 @@ def check_finite(losses: list[Tensor], last: int) -> None:
         step = len(losses) - len(finite) + int((~finite).int().argmax())
         loss = [round(value, 4) for value in losses[step].tolist()]
         raise FloatingPointError(
-            f"losses must be finite, got {loss} at step {step}: lower the rate, or look at the data"
+            f"losses must be finite, got {loss} at step {step}: lower the learning rate, or look at the data"
         )

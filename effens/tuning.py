@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 Settings = Mapping[str, float]
 Space = Mapping[str, tuple[float, float]]
 Pair = tuple[Settings, int]  # and the seed of start and shuffles
-SPACE: Space = {"rate": (3e-4, 3e-2), "weight_decay": (1e-4, 1.0), "dropout": (0.0, 0.5), "width": (16, 256)}
-OF_FIT = ("rate", "weight_decay")  # settings that `effens.fit` gets; all others are `make_net`'s
+SPACE: Space = {"lr": (3e-4, 3e-2), "weight_decay": (1e-4, 1.0), "dropout": (0.0, 0.5), "width": (16, 256)}
+OF_FIT = ("lr", "weight_decay")  # settings that `effens.fit` gets; all others are `make_net`'s
 FAILURES = (FloatingPointError, torch.OutOfMemoryError)  # what a poor choice of settings can raise
 TOGETHER = 64  # networks that are trained as one batched computation, at most
 
@@ -51,7 +51,7 @@ class Candidates:
     Example:
         >>> make_net = lambda: nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> x, y = torch.randn(60, 3), torch.randint(2, (60,))
-        >>> settings = [{"rate": 1e-2, "weight_decay": 0.1}]
+        >>> settings = [{"lr": 1e-2, "weight_decay": 0.1}]
         >>> found = effens.stratify(make_net, (x, y), (x, y), settings, seeds=[0, 1, 2], epochs=1, progress=False)
         >>> index = effens.greedy_select(found.probs, y, size=2)
         >>> ensemble = effens.HyperEnsemble(found.networks, index)
@@ -107,7 +107,7 @@ def search(
     draws as many trials as are not finished yet, up to 64.
 
     Args:
-        make_net: (width=..., dropout=...) -> nn.Module: gets all settings but ``rate`` and ``weight_decay``.
+        make_net: (width=..., dropout=...) -> nn.Module: gets all settings but ``lr`` and ``weight_decay``.
         data: to train on, as of `effens.fit`.
         validation: (x, y), to judge the trials by, and to select with.
         default: settings of trial 0, inside the space, and those that are not searched.
@@ -135,8 +135,8 @@ def search(
     Example:
         >>> make_net = lambda dropout: nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 2))
         >>> x, y = torch.randn(60, 3), torch.randint(2, (60,))
-        >>> default = {"rate": 1e-2, "weight_decay": 0.1, "dropout": 0.1}
-        >>> space = {"rate": (1e-3, 1e-1), "dropout": (0.0, 0.5)}
+        >>> default = {"lr": 1e-2, "weight_decay": 0.1, "dropout": 0.1}
+        >>> space = {"lr": (1e-3, 1e-1), "dropout": (0.0, 0.5)}
         >>> found = search(make_net, (x, y), (x, y), default=default, space=space, trials=3, epochs=1, progress=False)
         >>> len(found.networks), found.trainings
         (3, 3)
@@ -228,7 +228,7 @@ def stratify(
     Example:
         >>> make_net = lambda: nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> x, y = torch.randn(60, 3), torch.randint(2, (60,))
-        >>> settings = [{"rate": 1e-2, "weight_decay": 0.1}, {"rate": 1e-3, "weight_decay": 1.0}]
+        >>> settings = [{"lr": 1e-2, "weight_decay": 0.1}, {"lr": 1e-3, "weight_decay": 1.0}]
         >>> found = stratify(make_net, (x, y), (x, y), settings, seeds=[0, 1], epochs=1, progress=False)
         >>> found.trainings
         4
@@ -297,11 +297,11 @@ def train(
 ) -> Training:
     """Train one network."""
     settings, seed = pair
-    rates: dict[str, Any] = {key: settings[key] for key in OF_FIT if key in settings}
+    lrs: dict[str, Any] = {key: settings[key] for key in OF_FIT if key in settings}
     began = time.perf_counter()
     try:
         network = build(make_net, settings, seed, options)
-        fit(DeepEnsemble.of([network]), data, seed=seed, progress=False, **rates, **options)
+        fit(DeepEnsemble.of([network]), data, seed=seed, progress=False, **lrs, **options)
         loss = validation_loss(network, validation, options)
     except FAILURES as error:
         return Training(None, math.nan, str(error), time.perf_counter() - began)
@@ -321,12 +321,12 @@ def train_together(
     does not suffice for all of them, it may for each.
     """
     began = time.perf_counter()
-    rates: dict[str, Any] = {key: [each[key] for each, _ in pairs] for key in OF_FIT if key in pairs[0][0]}
+    lrs: dict[str, Any] = {key: [each[key] for each, _ in pairs] for key in OF_FIT if key in pairs[0][0]}
     likelihood = Lenient(options.get("likelihood") or Categorical())
     try:
         networks = [build(make_net, settings, seed, options) for settings, seed in pairs]
         ensemble = OwnOrders(networks, [seed for _, seed in pairs])
-        fit(ensemble, data, seed=pairs[0][1], progress=False, **rates, **{**options, "likelihood": likelihood})
+        fit(ensemble, data, seed=pairs[0][1], progress=False, **lrs, **{**options, "likelihood": likelihood})
     except FAILURES:
         return None
     share = (time.perf_counter() - began) / len(pairs)
@@ -334,7 +334,7 @@ def train_together(
     for m, diverged in enumerate(likelihood.diverged.tolist()):
         try:
             if diverged:
-                raise FloatingPointError("losses must be finite, got one that is not: lower the rate")
+                raise FloatingPointError("losses must be finite, got one that is not: lower the learning rate")
             network = ensemble.member(m)
             ended.append(Training(network, validation_loss(network, validation, options), "", share))
         except FAILURES as error:
@@ -407,7 +407,7 @@ def judged(
 ) -> Candidates:
     """Ask all networks about the validation data."""
     if not networks:
-        raise FloatingPointError(f"one training at least must end well, got {len(failed)} that failed: lower the rate")
+        raise FloatingPointError(f"one training at least must end well, got {len(failed)} that failed: lower `lr`")
     x, y = validation
     probs = predict(DeepEnsemble.of(networks), x, likelihood=options.get("likelihood"))
     return Candidates(networks, settings, probs, -log_likelihoods(probs, y).mean(1), failed, seconds)

@@ -94,17 +94,17 @@ def plain_loop(
     y: Tensor,
     batches: Iterable[Tensor],
     *,
-    rate: float,
+    lr: float,
     weight_decay: float,
     optimizer: Any = torch.optim.AdamW,
 ) -> nn.Module:
     """Train one network as everyone does: the obvious loop, with a cosine rate."""
     batches = list(batches)
-    descent = optimizer(network.parameters(), lr=rate, weight_decay=weight_decay)
+    descent = optimizer(network.parameters(), lr=lr, weight_decay=weight_decay)
     network.train()
     for step, index in enumerate(batches):
         for group in descent.param_groups:
-            group["lr"] = 0.5 * rate * (1 + math.cos(math.pi * step / len(batches)))
+            group["lr"] = 0.5 * lr * (1 + math.cos(math.pi * step / len(batches)))
         loss = F.cross_entropy(network(x[index]), y[index])
         descent.zero_grad()
         loss.backward()

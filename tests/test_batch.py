@@ -214,7 +214,7 @@ class TestEnsemble:
         assert relative(shared.grad, torch.stack(each).mean(0)) < 1e-12
 
     def test_fast_weights_have_a_rate_of_their_own_and_no_decay(self) -> None:
-        ensemble = BatchEnsemble(mlp, MEMBERS, fast_rate=0.25)
+        ensemble = BatchEnsemble(mlp, MEMBERS, fast_lr=0.25)
         names = {id(parameter): name for name, parameter in ensemble.named_parameters()}
         slow, fast = ensemble.parameter_groups(0.1, 0.3)
         assert (slow["lr"], slow["weight_decay"]) == (0.1, 0.3)
@@ -236,7 +236,7 @@ class TestEnsemble:
             (x, y),
             epochs=1,
             batch_size=len(x),
-            rate=0.1,
+            lr=0.1,
             weight_decay=0.3,
             likelihood=Nothing(),
             device="cpu",
@@ -301,13 +301,13 @@ class TestMistakes:
     @pytest.mark.parametrize("split", [False, True])
     def test_ones_stay_identical_on_a_tiled_batch(self, split: bool) -> None:
         ensemble, (x, y) = BatchEnsemble(mlp, 4, init="ones", split=split), vectors()
-        effens.fit(ensemble, (x, y), epochs=25, batch_size=8, rate=0.01, device="cpu")
+        effens.fit(ensemble, (x, y), epochs=25, batch_size=8, lr=0.01, device="cpu")
         apart = float((ensemble(x) - ensemble(x)[:1]).detach().abs().max())
         assert apart > 1e-3 if split else apart < 1e-10
 
     def test_dropout_breaks_the_tie_of_ones(self) -> None:
         ensemble, (x, y) = BatchEnsemble(partial(mlp, dropout=0.2), 4, init="ones"), vectors()
-        effens.fit(ensemble, (x, y), epochs=5, batch_size=8, rate=0.01, device="cpu")
+        effens.fit(ensemble, (x, y), epochs=5, batch_size=8, lr=0.01, device="cpu")
         assert float((ensemble(x) - ensemble(x)[:1]).detach().abs().max()) > 1e-3
 
     def test_a_bias_before_s_is_another_model(self) -> None:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import effens
 
 MEMBERS = 3
-FIT: dict[str, Any] = {"epochs": 2, "batch_size": 8, "rate": 3e-3, "weight_decay": 0.1, "device": "cpu"}
+FIT: dict[str, Any] = {"epochs": 2, "batch_size": 8, "lr": 3e-3, "weight_decay": 0.1, "device": "cpu"}
 
 
 @dataclass(frozen=True)
@@ -182,10 +182,10 @@ def test_order(method: Method) -> None:
 
 def test_schedule(method: Method) -> None:
     ensemble, steps = build(method), 1000
-    rates = [ensemble.schedule(step, steps) for step in range(steps)]
-    assert rates[0] == 1
-    assert 0 <= min(rates) <= max(rates) <= 1
-    assert rates[-1] < 1e-3 or not method.ends_low
+    lrs = [ensemble.schedule(step, steps) for step in range(steps)]
+    assert lrs[0] == 1
+    assert 0 <= min(lrs) <= max(lrs) <= 1
+    assert lrs[-1] < 1e-3 or not method.ends_low
 
 
 def test_parameter_groups_hold_every_trainable_weight_once(method: Method) -> None:
@@ -231,7 +231,7 @@ def test_fit_writes_nothing_when_it_is_quick(method: Method, capfd: pytest.Captu
 
 def test_fit_learns(method: Method) -> None:
     ensemble, (x, y) = build(method), method.data()
-    effens.fit(ensemble, (x, y), epochs=150, batch_size=22, rate=2e-2, device="cpu")
+    effens.fit(ensemble, (x, y), epochs=150, batch_size=22, lr=2e-2, device="cpu")
     assert float((effens.predict(ensemble, x).mean(0).argmax(1) == y).double().mean()) > 0.9
 
 
@@ -310,7 +310,7 @@ def test_one_member_trains_to_the_plain_network(method: Method) -> None:
     ensemble = method.make(lambda: copy.deepcopy(network), 1)
     effens.fit(ensemble, (x, y), seed=4, **FIT)
     batches = [index[0] for index in indices(ensemble, len(x), FIT["batch_size"], FIT["epochs"], seed=4)]
-    plain_loop(network, x, y, batches, rate=FIT["rate"], weight_decay=FIT["weight_decay"])
+    plain_loop(network, x, y, batches, lr=FIT["lr"], weight_decay=FIT["weight_decay"])
     assert relative(ensemble(x)[0], network(x)) < 1e-10
     for name, tensor in ensemble.member(0).state_dict().items():
         assert torch.allclose(tensor, network.state_dict()[name], rtol=1e-10, atol=1e-12), name

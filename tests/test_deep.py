@@ -257,7 +257,7 @@ def test_a_shared_batch_goes_to_every_network(make_net: Any, data: Any) -> None:
 def test_trained_together_is_trained_one_by_one(make_net: Any, data: Any) -> None:
     ensemble, networks = together(make_net)
     x, y = data()
-    options: dict[str, Any] = {"rate": 1e-2, "weight_decay": 0.3}
+    options: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.3}
     effens.fit(ensemble, (x.clone(), y), epochs=3, batch_size=8, device="cpu", seed=7, **options)
     steps = indices(ensemble, len(x), 8, 3, seed=7)
     for m, network in enumerate(networks):

@@ -152,7 +152,7 @@ def on_both(make: Callable[[], effens.Ensemble], x: Tensor, y: Tensor, place: to
     for device in ("cpu", place):
         torch.manual_seed(0)
         ensembles.append(make().double())
-        effens.fit(ensembles[-1], (x, y), epochs=3, batch_size=8, rate=0.01, weight_decay=0.1, device=device)
+        effens.fit(ensembles[-1], (x, y), epochs=3, batch_size=8, lr=0.01, weight_decay=0.1, device=device)
     return ensembles
 
 
@@ -257,7 +257,7 @@ def made(make: Callable[[], effens.Ensemble]) -> effens.Ensemble:
     return make().float()
 
 
-SHORT: dict[str, Any] = {"epochs": 2, "batch_size": 8, "rate": 0.01, "weight_decay": 0.1}
+SHORT: dict[str, Any] = {"epochs": 2, "batch_size": 8, "lr": 0.01, "weight_decay": 0.1}
 EVERY = list(zip(ENSEMBLES, [scenarios.vectors] * 4 + [scenarios.images] * 6, strict=True))
 
 
@@ -298,7 +298,7 @@ def test_bfloat16_costs_digits_and_nothing_else(make: Any, data: Any, place: tor
     full, half = made(make), made(make)
     expected = effens.fit(full, (x, y), **SHORT, device=place)
     found = effens.fit(half, (x, y), **SHORT, device=place, precision="bfloat16")
-    assert torch.equal(found.rates, expected.rates)
+    assert torch.equal(found.lrs, expected.lrs)
     assert not torch.equal(found.losses, expected.losses)
     assert torch.allclose(found.losses, expected.losses, rtol=0.05, atol=0.05)
     assert all(p.dtype == torch.float32 for p in half.parameters())
@@ -427,7 +427,7 @@ def test_dropout_in_a_cuda_graph_is_drawn_anew_and_follows_the_seed(compiler: to
     losses = []
     for seed in (0, 0, 1):
         ensemble = made(lambda: effens.DeepEnsemble(partial(effens_book.nets.mlp, 4, 3, dropout=0.5), 2))
-        still: dict[str, Any] = {"epochs": 6, "batch_size": 22, "rate": 0.0}  # all that moves is dropout
+        still: dict[str, Any] = {"epochs": 6, "batch_size": 22, "lr": 0.0}  # all that moves is dropout
         losses.append(effens.fit(ensemble, (x, y), **still, device=compiler, compile=True, seed=seed).losses)
     assert torch.equal(losses[0], losses[1])
     assert not torch.equal(losses[0], losses[2])
@@ -470,7 +470,7 @@ class Slow(Dataset[Any]):
 def test_every_kind_of_data_trains_the_same(cuda: torch.device) -> None:
     data = Slow()
     x, y = (torch.stack(part) for part in zip(*[data[i] for i in range(len(data))], strict=True))
-    options: dict[str, Any] = {"epochs": 3, "batch_size": 16, "rate": 1e-5, "optimizer": torch.optim.SGD}
+    options: dict[str, Any] = {"epochs": 3, "batch_size": 16, "lr": 1e-5, "optimizer": torch.optim.SGD}
     losses = []
     for kind in ((x, y), (x.to(cuda), y.to(cuda)), data):
         ensemble = made(lambda: effens.DeepEnsemble(lambda: nn.Linear(20_000, 3), 2))

@@ -296,7 +296,7 @@ def test_every_method_gets_the_same_trials() -> None:
     everyone = {name: method for name, method in ledger.METHODS.items() if method.like is None}
     assert sorted(everyone) == sorted(METHODS + CONTROLS)
     shared = places(ledger.trial_settings("single"), ledger.SPACE)
-    assert shared.keys() == ledger.SPACE.keys() == {"rate", "weight_decay"}
+    assert shared.keys() == ledger.SPACE.keys() == {"lr", "weight_decay"}
     assert len(set(zip(*shared.values(), strict=True))) == ledger.TRIALS
     for name, method in everyone.items():
         space = {**ledger.SPACE, **method.space}
@@ -407,14 +407,14 @@ def never(task: Task, train: Pair, settings: Settings, seed: int) -> effens.Ense
 
 def diverging(task: Task, train: Pair, settings: Settings, seed: int) -> effens.Ensemble:
     """A rate so high that the loss overflows; with the second trial's rate, one that is fine."""
-    first = ledger.trial_settings("single")[0]["rate"]
-    return ledger.single(task, train, {**settings, "rate": 1e30 if settings["rate"] == first else 0.01}, seed)
+    first = ledger.trial_settings("single")[0]["lr"]
+    return ledger.single(task, train, {**settings, "lr": 1e30 if settings["lr"] == first else 0.01}, seed)
 
 
 def broken(task: Task, train: Pair, settings: Settings, seed: int) -> effens.Ensemble:
     """Losses that are finite, and then a last step that is not; with one of the first trial's two seeds."""
     ensemble = ledger.single(task, train, settings, seed)
-    if settings["rate"] == ledger.trial_settings("single")[0]["rate"] and seed == ledger.TUNING_SEEDS[1]:
+    if settings["lr"] == ledger.trial_settings("single")[0]["lr"] and seed == ledger.TUNING_SEEDS[1]:
         nn.init.constant_(next(ensemble.parameters()), math.nan)
     return ensemble
 
@@ -437,7 +437,7 @@ def test_trials_that_diverge_are_infinitely_bad(
 def test_trials_that_all_diverge_are_an_error(bank: Path) -> None:
     @ledger.method("mine")
     def mine(task: Task, train: Pair, settings: Settings, seed: int) -> effens.Ensemble:
-        return ledger.single(task, train, {**settings, "rate": 1e30}, seed)
+        return ledger.single(task, train, {**settings, "lr": 1e30}, seed)
 
     message = "at least one trial of mine on line must not diverge, got 2 of 2 that did"
     for _ in range(2):  # the second time from the bank
@@ -523,7 +523,7 @@ def test_the_command_runs_all_measures_costs_last_and_prints_tables(
 def test_what_each_method_trains(bank: Path) -> None:
     x, y = LINE.load(0)["train"]
     assert y is not None
-    settings = {"rate": 0.01, "weight_decay": 0.01, "fast_rate": 1.0, "tail_rate": 0.3, "own": 0.4, "slots": 3.9}
+    settings = {"lr": 0.01, "weight_decay": 0.01, "fast_lr": 1.0, "tail_lr": 0.3, "own": 0.4, "slots": 3.9}
     settings |= {"dropout": 0.1, "narrowing": 0.5, "precision": 2.0}
     made = {name: ledger.train_one(LINE, name, settings, 0)[0] for name in EVERYTHING}
     hyper = made.pop("hyper")
@@ -543,14 +543,14 @@ def test_what_each_method_trains(bank: Path) -> None:
     assert (order[0] - order[1]).abs().max() > 0.01
 
 
-SETTINGS = {"rate": 0.01, "weight_decay": 0.02, "tail_rate": 0.3, "own": 0.4, "slots": 2.5}
+SETTINGS = {"lr": 0.01, "weight_decay": 0.02, "tail_lr": 0.3, "own": 0.4, "slots": 2.5}
 
 
 @pytest.mark.parametrize(
     ("name", "kind", "details", "epochs", "sgd"),
     [
         ("snapshot", effens.SnapshotEnsemble, {"members": 2, "cycles": 2, "triangular": False}, 3, False),
-        ("SWAG", effens.SWAG, {"members": 2, "rank": 20, "scale": 0.5, "tail_rate": 0.3, "seed": 5}, 3, True),
+        ("SWAG", effens.SWAG, {"members": 2, "rank": 20, "scale": 0.5, "tail_lr": 0.3, "seed": 5}, 3, True),
         ("MIMO", effens.MIMO, {"members": 2, "share": 0.6, "repeats": 1}, 3, False),
         ("MIMO, repeated", effens.MIMO, {"members": 2, "share": 0.6, "repeats": 4}, 3, False),
         ("deep, short", effens.DeepEnsemble, {"members": 2}, 2, False),  # half of 3 epochs, rounded up
@@ -574,7 +574,7 @@ def test_how_each_method_is_trained(
     assert {key: getattr(ensemble, key) for key in details} == pytest.approx(details)
     (options,) = calls
     assert (options["epochs"], options["batch_size"], options["seed"]) == (epochs, 8, 5)
-    assert (options["rate"], options["weight_decay"]) == (0.01, 0.02)
+    assert (options["lr"], options["weight_decay"]) == (0.01, 0.02)
     descent = options["optimizer"]([nn.Parameter(torch.zeros(1))], lr=0.1)
     assert type(descent) is (torch.optim.SGD if sgd else torch.optim.AdamW)
     assert descent.param_groups[0].get("momentum") == (0.9 if sgd else None)
@@ -680,12 +680,12 @@ def test_a_candidate_that_diverges_is_none(bank: Path, monkeypatch: pytest.Monke
 
     def wild(name: str, seed: int = 0, trials: int | None = None) -> list[Settings]:
         found = trial_settings(name, seed, trials)
-        return [{**found[0], "rate": 1e30}, *found[1:]]
+        return [{**found[0], "lr": 1e30}, *found[1:]]
 
     monkeypatch.setattr(ledger, "trial_settings", wild)
     ensemble, _ = ledger.train_one(LINE, "hyper", {}, 0)
     assert all(p.isfinite().all() for p in ensemble.parameters())
-    everywhere = [{**trial, "rate": 1e30} for trial in trial_settings("hyper", 0)]
+    everywhere = [{**trial, "lr": 1e30} for trial in trial_settings("hyper", 0)]
     monkeypatch.setattr(ledger, "trial_settings", lambda *_: everywhere)
     with pytest.raises(
         FloatingPointError, match="at least one candidate of seed 0 must not diverge, got 4 of 4 that did"
@@ -714,7 +714,7 @@ def orders(name: str, monkeypatch: pytest.MonkeyPatch, epochs: int = 3) -> tuple
 
     with monkeypatch.context() as patch:
         patch.setattr(ledger, "fit", fit)
-        ensemble, _ = ledger.train_one(LINE, name, {"rate": 0.01, "weight_decay": 0.01}, 0)
+        ensemble, _ = ledger.train_one(LINE, name, {"lr": 0.01, "weight_decay": 0.01}, 0)
     return ensemble, seen
 
 

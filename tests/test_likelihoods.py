@@ -176,7 +176,7 @@ def test_a_network_that_diverges_is_told_from_its_loss() -> None:
     x, y = torch.randn(20, 2), torch.randn(20)
     ensemble = effens.DeepEnsemble(lambda: effens_book.nets.mlp(2, 3), 2)
     with pytest.raises(FloatingPointError, match="losses must be finite"):
-        effens.fit(ensemble, (x, y), epochs=3, rate=1e30, likelihood=effens.StudentT(), device="cpu")
+        effens.fit(ensemble, (x, y), epochs=3, lr=1e30, likelihood=effens.StudentT(), device="cpu")
 
 
 def test_the_density_of_student_is_that_of_torch() -> None:

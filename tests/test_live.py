@@ -156,7 +156,7 @@ CLAIMS: dict[str, Callable[[See], list[bool]]] = {
     "batch_ensemble": lambda see: [
         see(start="ones") == [0, 0],
         all(see(start=start)[1] > 2 * see(start=start)[0] for start in ("normal", "signs")),
-        see(fast_rate=0.0)[1] > 2 * see(fast_rate=0.0)[0] > 0,
+        see(fast_lr=0.0)[1] > 2 * see(fast_lr=0.0)[0] > 0,
     ],
     "snapshot_ensembles": lambda see: [
         see(cycles=1) == [0, 0],
@@ -164,8 +164,8 @@ CLAIMS: dict[str, Callable[[See], list[bool]]] = {
         see(epochs=100)[1] < 2 * see(epochs=100)[0],
     ],
     "swag": lambda see: [
-        all(see(tail_rate=rate)[1] < 1.5 * see(tail_rate=rate)[0] for rate in (0.1, 0.3, 1)),
-        see(tail_rate=1)[0] > 4 * see(tail_rate=0.03)[0],
+        all(see(tail_lr=lr)[1] < 1.5 * see(tail_lr=lr)[0] for lr in (0.1, 0.3, 1)),
+        see(tail_lr=1)[0] > 4 * see(tail_lr=0.03)[0],
         see(rank=0)[0] < 0.7 * see()[0],
         min(see(scale=8)) > 2.5 * max(see()),
     ],

@@ -220,7 +220,7 @@ def test_trained_heads_listen_to_their_own_slot() -> None:
     x, y = vectors(400)
     torch.manual_seed(0)
     ensemble = MIMO(lambda: effens_book.nets.mlp(4, 3, width=64), MEMBERS)
-    effens.fit(ensemble, (x.float(), y), epochs=60, batch_size=64, rate=1e-2, device="cpu")
+    effens.fit(ensemble, (x.float(), y), epochs=60, batch_size=64, lr=1e-2, device="cpu")
     xs = rows_of(x.float())
     with torch.no_grad():
         before = ensemble.forward_members(xs).softmax(-1)
@@ -366,7 +366,7 @@ def test_every_step_permutes_one_batch(repeats: int, monkeypatch: pytest.MonkeyP
         return check(xs)
 
     monkeypatch.setattr(ensemble, "check_streams", spy)
-    history = effens.fit(ensemble, (x, vectors()[1]), epochs=1, batch_size=8, rate=0.0, device="cpu")
+    history = effens.fit(ensemble, (x, vectors()[1]), epochs=1, batch_size=8, lr=0.0, device="cpu")
     assert history.losses.shape == (3, MEMBERS)
     assert [xs.shape for xs in seen] == [(MEMBERS, repeats * n) for n in (8, 8, 6)]
     for xs in seen:

@@ -51,20 +51,20 @@ def test_every_public_function_has_a_property_here() -> None:
 
 DEFAULTS: dict[Any, dict[str, Any]] = {
     effens.DeepEnsemble: {"members": 5},
-    effens.BatchEnsemble: {"members": 5, "skip": (), "split": False, "init": "signs", "fast_rate": 0.5},
+    effens.BatchEnsemble: {"members": 5, "skip": (), "split": False, "init": "signs", "fast_lr": 0.5},
     effens.BatchEnsembleLinear: {"members": 4, "bias": True, "init": "signs"},
     effens.BatchEnsembleConv2d: {"members": 4, "bias": True, "init": "signs"},
     effens.SnapshotEnsemble: {
         **{"members": 5, "cycles": None, "schedule": "cosine"},
-        **{"pretrain": 0.8, "rates": (0.5, 0.1)},
+        **{"pretrain": 0.8, "lrs": (0.5, 0.1)},
     },
     effens.SWAG: {
         **{"members": 30, "rank": 20, "scale": 0.5},
-        **{"tail": 0.5, "tail_rate": 0.5, "every": None, "seed": 0},
+        **{"tail": 0.5, "tail_lr": 0.5, "every": None, "seed": 0},
     },
     effens.MIMO: {"members": 3, "share": 0.0, "repeats": 1, "first": None, "last": None},
     effens.fit: {
-        **{"epochs": 20, "batch_size": 128, "rate": 1e-3, "weight_decay": 0.0, "optimizer": torch.optim.AdamW},
+        **{"epochs": 20, "batch_size": 128, "lr": 1e-3, "weight_decay": 0.0, "optimizer": torch.optim.AdamW},
         **{"likelihood": None, "device": None, "seed": 0, "progress": True},
     },
     effens.predict: {"likelihood": None, "chunk": 1024},
@@ -440,10 +440,10 @@ def test_backtests_are_ratios_of_likelihoods_also_with_no_hits_or_only_hits(days
     hits = torch.tensor(days)
 
     def log_likelihood(pairs: list[tuple[bool, float]]) -> float:
-        return float(stats.bernoulli.logpmf([hit for hit, _ in pairs], [rate for _, rate in pairs]).sum())
+        return float(stats.bernoulli.logpmf([hit for hit, _ in pairs], [lr for _, lr in pairs]).sum())
 
-    rate = sum(days) / len(days)
-    expected = log_likelihood([(hit, rate) for hit in days]) - log_likelihood([(hit, 1 - level) for hit in days])
+    lr = sum(days) / len(days)
+    expected = log_likelihood([(hit, lr) for hit in days]) - log_likelihood([(hit, 1 - level) for hit in days])
     kupiec = risk.kupiec(hits, level)
     close(kupiec.statistic, 2 * expected, atol=1e-9)
     close(kupiec.p_value, stats.chi2.sf(2 * max(expected, 0), 1), atol=1e-6)
@@ -465,11 +465,11 @@ def test_backtests_are_ratios_of_likelihoods_also_with_no_hits_or_only_hits(days
 
 
 @given(st.integers(1, 30), st.sampled_from([0.9, 0.99]), st.floats(0.001, 0.9), st.floats(0.01, 0.5))
-def test_the_power_of_a_backtest_is_the_sum_over_counts(n: int, level: float, rate: float, size: float) -> None:
+def test_the_power_of_a_backtest_is_the_sum_over_counts(n: int, level: float, lr: float, size: float) -> None:
     rejects = [
-        bool(risk.kupiec(torch.arange(n) < k, level).p_value < size) * stats.binom.pmf(k, n, rate) for k in range(n + 1)
+        bool(risk.kupiec(torch.arange(n) < k, level).p_value < size) * stats.binom.pmf(k, n, lr) for k in range(n + 1)
     ]
-    close(risk.kupiec_power(n, level, rate, size=size), sum(rejects))
+    close(risk.kupiec_power(n, level, lr, size=size), sum(rejects))
 
 
 def test_limits_of_risk_are_where_the_rules_say() -> None:
@@ -509,13 +509,13 @@ def test_lags_are_chosen_by_the_number_of_days() -> None:
 
 
 @given(st.integers(1, 50), st.floats(0.01, 0.4), st.floats(0.0, 0.9), seeds)
-def test_drawn_hits_are_booleans_of_their_rate(n: int, rate: float, again: float, seed: int) -> None:
-    hits = risk.draw_hits(n, rate, again=again, draws=400, seed=seed)
+def test_drawn_hits_are_booleans_of_their_rate(n: int, lr: float, again: float, seed: int) -> None:
+    hits = risk.draw_hits(n, lr, again=again, draws=400, seed=seed)
     assert hits.shape == (400, n)
     assert hits.dtype == torch.bool
     share = hits[:, 0].double().mean().item()
-    assert abs(share - rate) < 6 * math.sqrt(rate * (1 - rate) / 400)
-    assert torch.equal(hits, risk.draw_hits(n, rate, again=again, draws=400, seed=seed))
+    assert abs(share - lr) < 6 * math.sqrt(lr * (1 - lr) / 400)
+    assert torch.equal(hits, risk.draw_hits(n, lr, again=again, draws=400, seed=seed))
 
 
 @given(st.integers(5, 60), seeds, st.sampled_from([1e-20, 1e-3, 1.0, 1e20]))
@@ -547,10 +547,10 @@ def test_the_bootstrap_draws_days_in_blocks(n: int, block: float, seed: int) -> 
 
 
 @given(st.lists(st.sampled_from([-1e30, -1.0, 0.0, 1.0, 1e30]), min_size=1, max_size=60), st.sampled_from([0.05, 1.0]))
-def test_adaptive_intervals_keep_their_coverage_whatever_comes(values: list[float], rate: float) -> None:
-    found = risk.adaptive_conformal(torch.tensor(values, dtype=torch.float64), 0.8, rate=rate)
+def test_adaptive_intervals_keep_their_coverage_whatever_comes(values: list[float], lr: float) -> None:
+    found = risk.adaptive_conformal(torch.tensor(values, dtype=torch.float64), 0.8, rate=lr)
     misses = torch.tensor(values, dtype=torch.float64) > found.threshold
-    assert abs(misses.double().mean().item() - 0.2) <= (0.8 + rate) / (len(values) * rate) + 1e-9
+    assert abs(misses.double().mean().item() - 0.2) <= (0.8 + lr) / (len(values) * lr) + 1e-9
     for i, threshold in enumerate(found.threshold.tolist()):
         assert threshold in (math.inf, -math.inf, *values[:i])
 
@@ -608,12 +608,12 @@ def test_a_cyclic_cosine_falls_from_1_in_every_cycle(steps: int, cycles: int) ->
         with pytest.raises(ValueError, match=f"steps must be >= {cycles} for {cycles} cycles, got {steps}"):
             effens.cyclic_cosine(0, steps, cycles)
         return
-    rates = [effens.cyclic_cosine(step, steps, cycles) for step in range(steps)]
+    lrs = [effens.cyclic_cosine(step, steps, cycles) for step in range(steps)]
     starts = [cycle * steps // cycles for cycle in range(cycles)]
     for first, end in zip(starts, [*starts[1:], steps], strict=True):
-        assert rates[first] == 1
-        assert all(early > late for early, late in pairwise(rates[first:end]))
-        assert 0 <= rates[end - 1] <= 1
+        assert lrs[first] == 1
+        assert all(early > late for early, late in pairwise(lrs[first:end]))
+        assert 0 <= lrs[end - 1] <= 1
 
 
 METHODS: dict[str, Callable[[Callable[[], nn.Module], int], effens.Ensemble]] = {
@@ -741,7 +741,7 @@ def drawn_data(seed: int = 0) -> tuple[Tensor, Tensor]:
 def test_hard_data_train_to_finite_probabilities(method: str, hard: str) -> None:
     x, y = HARD[hard](*drawn_data())
     ensemble = TRAINED[method](lambda: effens_book.nets.mlp(3, 2, width=5), 2)
-    history = effens.fit(ensemble, (x, y), epochs=3, batch_size=4, rate=1e-3, progress=False)
+    history = effens.fit(ensemble, (x, y), epochs=3, batch_size=4, lr=1e-3, progress=False)
     assert bool(history.losses.isfinite().all())
     probs = effens.predict(ensemble, x)
     close(probs.sum(2), torch.ones(2, len(x)), atol=1e-5)

@@ -24,7 +24,7 @@ import effens
 from effens import storage
 from effens.baselines import LastLayerLaplace, MCDropout
 
-FIT: dict[str, Any] = {"epochs": 3, "batch_size": 8, "rate": 3e-3, "weight_decay": 0.1, "device": "cpu"}  # 9 steps
+FIT: dict[str, Any] = {"epochs": 3, "batch_size": 8, "lr": 3e-3, "weight_decay": 0.1, "device": "cpu"}  # 9 steps
 
 
 class Killed(BaseException):
@@ -93,7 +93,7 @@ def resumes(
     assert torch.equal(torch.get_rng_state(), before)
     assert differing(last, whole) == []
     assert torch.equal(found.losses, expected.losses)
-    assert torch.equal(found.rates, expected.rates)
+    assert torch.equal(found.lrs, expected.lrs)
     assert not any(module.training for module in last.modules())
 
 
@@ -152,7 +152,7 @@ def test_every_optimizer(optimizer: Any, tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9)])
 def test_rates_of_the_members_own(optimizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own: dict[str, Any] = {"rate": [1e-3, 1e-2], "weight_decay": [0.1, 0.0], "optimizer": optimizer}
+    own: dict[str, Any] = {"lr": [1e-3, 1e-2], "weight_decay": [0.1, 0.0], "optimizer": optimizer}
     resumes(lambda: effens.DeepEnsemble(mlp, 2), vectors, tmp_path / "run", monkeypatch, every=2, **own)
 
 
@@ -242,7 +242,7 @@ def test_a_finished_run_returns_at_once_with_the_same(tmp_path: Path, monkeypatc
             patch.delattr(Tensor, "backward")
             found = effens.fit(again, data, checkpoint=path, **FIT)
         assert torch.equal(found.losses, whole.losses)
-        assert torch.equal(found.rates, whole.rates)
+        assert torch.equal(found.lrs, whole.lrs)
         assert differing(first, again) == []
         assert torch.equal(effens.predict(again, data.x), effens.predict(first, data.x))
         assert found.seconds < whole.seconds + 1
@@ -292,7 +292,7 @@ def frozen() -> effens.Ensemble:
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "epochs": ({"epochs": 4}, "epochs 3 instead of 4"),
     "batch size": ({"batch_size": 7}, "batch_size 8 instead of 7"),
-    "rate": ({"rate": 1e-3}, r"rate 0\.003 instead of 0\.001"),
+    "lr": ({"lr": 1e-3}, r"lr 0\.003 instead of 0\.001"),
     "decay": ({"weight_decay": 0.2}, r"weight_decay 0\.1 instead of 0\.2"),
     "seed": ({"seed": 1}, "seed 0 instead of 1"),
     "likelihood": ({"likelihood": Negative()}, r"likelihood Categorical\(\) instead of Negative\(\)"),
@@ -341,7 +341,7 @@ def test_settings_of_snapshots_and_swag_are_part_of_the_call(tmp_path: Path) -> 
         (effens.SnapshotEnsemble, {"schedule": "triangular", "pretrain": 0.5}, "'cosine'.* instead of .*'triangular'"),
         (effens.SWAG, {"scale": 1.0}, r"scale=0\.5.* instead of .*scale=1\.0"),
         (effens.BatchEnsemble, {"split": True}, "shared batch True instead of False"),
-        (effens.BatchEnsemble, {"fast_rate": 0.1}, r"groups .*0\.0015.* instead of .*0\.0003"),
+        (effens.BatchEnsemble, {"fast_lr": 0.1}, r"groups .*0\.0015.* instead of .*0\.0003"),
     ]
     for i, (method, options, message) in enumerate(pairs):
         path = tmp_path / str(i)

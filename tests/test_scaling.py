@@ -72,13 +72,13 @@ def exploding(**settings: float) -> nn.Module:
 @pytest.mark.parametrize(("make", "data"), [(mlp, vectors), (cnn, images), (residual, vectors)])
 def test_each_is_the_obvious_loop(make: Any, data: Any, tmp_path: Path) -> None:
     x, y = data()
-    networks = effens.fit_each(make, (x, y), [3, 5], folder=tmp_path, rate=1e-2, weight_decay=0.1, **QUICK)
+    networks = effens.fit_each(make, (x, y), [3, 5], folder=tmp_path, lr=1e-2, weight_decay=0.1, **QUICK)
     for seed, network in zip([3, 5], networks, strict=True):
         torch.manual_seed(seed)
         start = make()
         generator = torch.Generator().manual_seed(seed)
         batches = [part for _ in range(2) for part in torch.randperm(len(x), generator=generator).split(8)]
-        expected = plain_loop(start, x, y, batches, rate=1e-2, weight_decay=0.1)
+        expected = plain_loop(start, x, y, batches, lr=1e-2, weight_decay=0.1)
         assert relative(network(x), expected(x)) < 1e-9
         assert not network.training
 
@@ -93,8 +93,8 @@ def test_each_is_the_plain_call_of_fit(tmp_path: Path) -> None:
 
 def test_candidates_are_those_of_stratify(tmp_path: Path) -> None:
     settings: list[tuning.Settings] = [
-        {"rate": 1e-2, "weight_decay": 0.1, "width": 8, "dropout": 0.2},
-        {"rate": 1e-3, "weight_decay": 1.0, "width": 4, "dropout": 0.0},
+        {"lr": 1e-2, "weight_decay": 0.1, "width": 8, "dropout": 0.2},
+        {"lr": 1e-3, "weight_decay": 1.0, "width": 4, "dropout": 0.0},
     ]
     expected = effens.stratify(dropping, vectors(), vectors(seed=1), settings, seeds=[4], **QUICK)
     networks = effens.fit_each(dropping, vectors(), [4, 4], settings=settings, folder=tmp_path, **QUICK)
@@ -188,7 +188,7 @@ def test_a_second_call_trains_what_is_missing(tmp_path: Path, monkeypatch: pytes
     "changes",
     [
         {"epochs": 3},
-        {"rate": 1e-2},
+        {"lr": 1e-2},
         {"likelihood": effens.Categorical(), "optimizer": torch.optim.SGD},
         {"optimizer": partial(torch.optim.SGD, momentum=0.9)},
         {"settings": [{"weight_decay": 0.5}]},
@@ -274,11 +274,11 @@ def test_a_checkpoint_is_gone_on_from_and_then_removed(tmp_path: Path) -> None:
 
 
 def test_an_error_loses_nothing_but_its_own_training(tmp_path: Path) -> None:
-    settings: list[tuning.Settings] = [{"rate": 1e-2}, {"rate": math.inf}, {"rate": 1e-3}]
+    settings: list[tuning.Settings] = [{"lr": 1e-2}, {"lr": math.inf}, {"lr": 1e-3}]
     with pytest.raises((FloatingPointError, ValueError)) as caught:
         effens.fit_each(mlp, vectors(), [0, 1, 2], settings=settings, folder=tmp_path, **QUICK)
     notes = " ".join(caught.value.__notes__)
-    assert "in the training of seed 1 with settings {'rate': inf}" in notes
+    assert "in the training of seed 1 with settings {'lr': inf}" in notes
     assert "1 of 3 trainings failed; what ended is kept" in notes
     assert len(files(tmp_path)) == 2
 
@@ -460,8 +460,8 @@ def test_a_killed_worker_of_a_dask_cluster_loses_nothing(tmp_path: Path, one_by_
 # A search that processes share
 
 
-DEFAULT = {"rate": 1e-2, "weight_decay": 1e-2, "dropout": 0.0, "width": 8}
-SPACE: tuning.Space = {"rate": (1e-3, 3e-2), "weight_decay": (1e-4, 1.0), "dropout": (0.0, 0.5), "width": (4, 16)}
+DEFAULT = {"lr": 1e-2, "weight_decay": 1e-2, "dropout": 0.0, "width": 8}
+SPACE: tuning.Space = {"lr": (1e-3, 3e-2), "weight_decay": (1e-4, 1.0), "dropout": (0.0, 0.5), "width": (4, 16)}
 
 
 def meet(place: Path, processes: int = 2) -> None:

@@ -29,7 +29,7 @@ Make = Callable[[Callable[[], nn.Module]], effens.Ensemble]
 MISSING = [package for package in serving.PACKAGES if importlib.util.find_spec(package) is None]
 needs_onnx = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}")
 BACKENDS = [pytest.param("aoti", marks=pytest.mark.slow), pytest.param("onnx", marks=needs_onnx)]
-FIT: dict[str, Any] = {"epochs": 1, "batch_size": 8, "rate": 0.1, "device": "cpu", "progress": False}
+FIT: dict[str, Any] = {"epochs": 1, "batch_size": 8, "lr": 0.1, "device": "cpu", "progress": False}
 LIKELIHOODS = {"classes": effens.Categorical(), "gaussian": effens.Gaussian(), "student": effens.StudentT()}
 
 

@@ -29,13 +29,13 @@ def starts(steps: int, cycles: int) -> list[int]:
 
 
 def loop(
-    network: nn.Module, x: Tensor, y: Tensor, batches: list[Tensor], rates: list[float], make_optimizer: Any
+    network: nn.Module, x: Tensor, y: Tensor, batches: list[Tensor], lrs: list[float], make_optimizer: Any
 ) -> list[nn.Module]:
     """Train one network with these rates, as everyone does; return copies of it after each step."""
-    descent, copies = make_optimizer(network.parameters(), lr=rates[0], weight_decay=0.1), []
-    for index, rate in zip(batches, rates, strict=True):
+    descent, copies = make_optimizer(network.parameters(), lr=lrs[0], weight_decay=0.1), []
+    for index, lr in zip(batches, lrs, strict=True):
         for group in descent.param_groups:
-            group["lr"] = rate
+            group["lr"] = lr
         loss = F.cross_entropy(network(x[index]), y[index])
         descent.zero_grad()
         loss.backward()
@@ -105,8 +105,8 @@ def test_triangular_is_the_paper_s() -> None:
         t = ((i - 1) % c + 1) / c
         return (1 - 2 * t) * high + 2 * t * low if t <= 0.5 else (2 - 2 * t) * low + (2 * t - 1) * high
 
-    rates = [triangular(step, steps, cycles, 0.0, (high, low)) for step in range(steps)]
-    assert rates == pytest.approx([paper(i) for i in range(1, steps + 1)])
+    lrs = [triangular(step, steps, cycles, 0.0, (high, low)) for step in range(steps)]
+    assert lrs == pytest.approx([paper(i) for i in range(1, steps + 1)])
     collected = [i - 1 for i in range(1, steps + 1) if i % c == c // 2]
     ensemble = effens.SnapshotEnsemble(mlp, cycles, schedule="triangular", pretrain=0.0)
     assert ensemble.collected_after(steps) == collected
@@ -114,13 +114,13 @@ def test_triangular_is_the_paper_s() -> None:
 
 @pytest.mark.parametrize("steps", [100, 101, 333, 45])
 def test_triangular_cycles_follow_pretraining_and_are_collected_at_their_minima(steps: int) -> None:
-    ensemble = effens.SnapshotEnsemble(mlp, 5, schedule="triangular", rates=(0.4, 0.01))
-    rates = [ensemble.schedule(step, steps) for step in range(steps)]
+    ensemble = effens.SnapshotEnsemble(mlp, 5, schedule="triangular", lrs=(0.4, 0.01))
+    lrs = [ensemble.schedule(step, steps) for step in range(steps)]
     first = int(0.8 * steps)
-    assert rates[:first] == [effens.cyclic_cosine(step, first, 1) for step in range(first)]
-    assert min(rates[first:]) == 0.01
-    assert max(rates[first:]) == 0.4
-    minima = [step for step in range(first, steps) if rates[step] == 0.01]
+    assert lrs[:first] == [effens.cyclic_cosine(step, first, 1) for step in range(first)]
+    assert min(lrs[first:]) == 0.01
+    assert max(lrs[first:]) == 0.4
+    minima = [step for step in range(first, steps) if lrs[step] == 0.01]
     assert ensemble.collected_after(steps) == minima
     assert minima[-1] == steps - 1
     gaps = [b - a for a, b in pairwise(minima)]
@@ -145,14 +145,14 @@ def test_snapshots_are_the_plain_loop_s_networks(net: Any, data: Any, schedule: 
     ensemble = effens.SnapshotEnsemble(make_net, 3, cycles=4, schedule=schedule, pretrain=0.3)
     x, y = data()
     options: dict[str, Any] = {"weight_decay": 0.1, "optimizer": make_optimizer, "device": "cpu", "seed": 3}
-    history = effens.fit(ensemble, (x, y), epochs=5, batch_size=8, rate=1e-2, **options)
+    history = effens.fit(ensemble, (x, y), epochs=5, batch_size=8, lr=1e-2, **options)
     if schedule == "cosine":
-        rates, ends = [1e-2 * effens.cyclic_cosine(step, 15, 4) for step in range(15)], [6, 10, 14]
+        lrs, ends = [1e-2 * effens.cyclic_cosine(step, 15, 4) for step in range(15)], [6, 10, 14]
     else:  # 4 steps of pretraining, 11 for 7 ways of 1, 2, 1, 2, 1, 2 and 2
-        rates, ends = [1e-2 * triangular(step, 15, 4, 0.3, (0.5, 0.1)) for step in range(15)], [7, 10, 14]
-    assert torch.equal(history.rates, torch.tensor(rates))
+        lrs, ends = [1e-2 * triangular(step, 15, 4, 0.3, (0.5, 0.1)) for step in range(15)], [7, 10, 14]
+    assert torch.equal(history.lrs, torch.tensor(lrs))
     batches = [index[0] for index in indices(ensemble, len(x), 8, 5, seed=3)]
-    copies = loop(network, x, y, batches, rates, make_optimizer)
+    copies = loop(network, x, y, batches, lrs, make_optimizer)
     assert [same(ensemble.member(m), copies[end]) for m, end in enumerate(ends)] == [True] * 3
     assert not same(ensemble.member(0), copies[5])
     assert same(ensemble.network, copies[-1])
@@ -312,7 +312,7 @@ def test_a_loader_sets_the_cycles() -> None:
     x, y = vectors()
     ensemble = effens.SnapshotEnsemble(mlp, 3)
     history = effens.fit(ensemble, DataLoader(TensorDataset(x, y), batch_size=5), epochs=2, device="cpu")
-    assert history.rates.tolist() == pytest.approx([1e-3 * effens.cyclic_cosine(step, 10, 3) for step in range(10)])
+    assert history.lrs.tolist() == pytest.approx([1e-3 * effens.cyclic_cosine(step, 10, 3) for step in range(10)])
     assert ensemble(x).shape == (3, 22, 3)
 
 
@@ -333,10 +333,10 @@ def test_regression() -> None:
         ({"pretrain": 1.0}, r"pretrain must be in \[0, 1\), got 1.0"),
         ({"pretrain": -0.1}, r"pretrain must be in \[0, 1\), got -0.1"),
         ({"pretrain": math.nan}, r"pretrain must be in \[0, 1\), got nan"),
-        ({"rates": (0.1, 0.5)}, r"rates must be high and low with 1 >= high >= low >= 0, got \(0.1, 0.5\)"),
-        ({"rates": (2.0, 0.5)}, "rates must be high and low"),
-        ({"rates": (0.5, -0.5)}, "rates must be high and low"),
-        ({"rates": (0.5,)}, "rates must be high and low"),
+        ({"lrs": (0.1, 0.5)}, r"lrs must be high and low with 1 >= high >= low >= 0, got \(0.1, 0.5\)"),
+        ({"lrs": (2.0, 0.5)}, "lrs must be high and low"),
+        ({"lrs": (0.5, -0.5)}, "lrs must be high and low"),
+        ({"lrs": (0.5,)}, "lrs must be high and low"),
     ],
 )
 def test_refuses(options: dict[str, Any], message: str) -> None:
@@ -344,9 +344,7 @@ def test_refuses(options: dict[str, Any], message: str) -> None:
         effens.SnapshotEnsemble(mlp, **options)
 
 
-@pytest.mark.parametrize(
-    "options", [{"rates": (1.0, 0.5)}, {"rates": (0.3, 0.3)}, {"rates": (0.5, 0.0)}, {"pretrain": 0.0}]
-)
+@pytest.mark.parametrize("options", [{"lrs": (1.0, 0.5)}, {"lrs": (0.3, 0.3)}, {"lrs": (0.5, 0.0)}, {"pretrain": 0.0}])
 def test_limits_are_allowed(options: dict[str, Any]) -> None:
     ensemble = effens.SnapshotEnsemble(mlp, 2, schedule="triangular", **options)
     assert {key: getattr(ensemble, key) for key in options} == options
@@ -380,5 +378,5 @@ def test_members_of_an_earlier_training_are_forgotten_when_the_next_one_begins()
 
 def test_it_says_its_settings() -> None:
     assert effens.SnapshotEnsemble(mlp, 3, cycles=4).extra_repr() == "members=3, cycles=4, schedule='cosine'"
-    triangular = effens.SnapshotEnsemble(mlp, 3, schedule="triangular", pretrain=0.5, rates=(0.4, 0.1))
-    assert triangular.extra_repr() == "members=3, cycles=3, schedule='triangular', pretrain=0.5, rates=(0.4, 0.1)"
+    triangular = effens.SnapshotEnsemble(mlp, 3, schedule="triangular", pretrain=0.5, lrs=(0.4, 0.1))
+    assert triangular.extra_repr() == "members=3, cycles=3, schedule='triangular', pretrain=0.5, lrs=(0.4, 0.1)"

@@ -19,7 +19,7 @@ from torch import Tensor
 import effens
 
 SHIPPED = {name: json.loads(studies.path_of(name).read_text()) for name in studies.STUDIES}
-SETTINGS = {"rate": 0.01, "weight_decay": 0.01, "tail_rate": 0.5}
+SETTINGS = {"lr": 0.01, "weight_decay": 0.01, "tail_lr": 0.5}
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_cycles_divide_one_budget(
 def test_all_forms_of_a_tail_come_from_one_training(bank: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = trained(monkeypatch)
     monkeypatch.setitem(ledger.TASKS, "gap", replace(ledger.TASKS["gap"], epochs=2))
-    rows = studies.tails(rate=0.001, tail_rate=0.5, seed=0)
+    rows = studies.tails(lr=0.001, tail_lr=0.5, seed=0)
     ((ensemble, _),) = found
     assert isinstance(ensemble, effens.SWAG)
     assert [(row["rank"], row["scale"]) for row in rows] == [(-1, 0.0), *studies.FORMS]
@@ -158,7 +158,7 @@ def test_all_forms_of_a_tail_come_from_one_training(bank: Path, monkeypatch: pyt
 
 
 def test_a_tail_that_diverges_says_so(bank: Path) -> None:
-    rows = studies.tails(rate=1e12, tail_rate=1.0, seed=0)
+    rows = studies.tails(lr=1e12, tail_lr=1.0, seed=0)
     assert [row["diverged"] for row in rows] == [1] * len(studies.FORMS)
 
 
@@ -231,7 +231,7 @@ def test_a_panel_has_a_row_for_each_number_of_members(kind: str, sizes: list[int
         assert -1 <= row["ranks"] <= 1
         assert -1 <= row["skill"] <= 1
         assert 0 <= row["turnover"] <= 100
-        assert (row.get("rate"), row.get("weight_decay")) == ((None, None) if kind == "linear" else (0.01, 0.1))
+        assert (row.get("lr"), row.get("weight_decay")) == ((None, None) if kind == "linear" else (0.01, 0.1))
 
 
 def test_the_settings_of_a_panel_are_those_of_the_lowest_loss(
@@ -239,9 +239,9 @@ def test_the_settings_of_a_panel_are_those_of_the_lowest_loss(
 ) -> None:
     monkeypatch.setattr(studies, "PANEL_GRID", [(1e-5, 0.0), (0.02, 0.0), (1.0, 0.0)])
 
-    def forecasts(sets: Any, kind: str, members: int, rate: float, decay: float, seed: int, split: str) -> Tensor:
+    def forecasts(sets: Any, kind: str, members: int, lr: float, decay: float, seed: int, split: str) -> Tensor:
         target: Tensor = sets[split][1]
-        return target + abs(rate - 0.02) * torch.ones(members, 1)
+        return target + abs(lr - 0.02) * torch.ones(members, 1)
 
     monkeypatch.setattr(studies, "panel_forecasts", forecasts)
     assert studies.panel_settings("R2 0.05", "deep") == (0.02, 0.0)
@@ -250,7 +250,7 @@ def test_the_settings_of_a_panel_are_those_of_the_lowest_loss(
 def test_a_decay_that_diverges_says_so(bank: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (row,) = studies.decay(task="digits", method="single", weight_decay=0.1, seed=0)
     assert math.isfinite(row["nll"])
-    monkeypatch.setattr(studies, "tuned", lambda name, task: {**SETTINGS, "rate": 1e30})
+    monkeypatch.setattr(studies, "tuned", lambda name, task: {**SETTINGS, "lr": 1e30})
     assert studies.decay(task="digits", method="single", weight_decay=0.1, seed=0) == [{"diverged": 1}]
 
 
@@ -362,10 +362,10 @@ def test_a_point_of_the_panel_can_be_had_again() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     where = {"source": "R2 0.01", "kind": "BatchEnsemble", "members": 4}
-    kept = {key: studies.values("panel", key, **where)[0].item() for key in ("rate", "weight_decay", "ranks", "skill")}
+    kept = {key: studies.values("panel", key, **where)[0].item() for key in ("lr", "weight_decay", "ranks", "skill")}
     sets, target = studies.panel_sets("R2 0.01", 0)
     books = [
-        studies.panel_forecasts(sets, "BatchEnsemble", 4, kept["rate"], kept["weight_decay"], 1000 * (1 + again))
+        studies.panel_forecasts(sets, "BatchEnsemble", 4, kept["lr"], kept["weight_decay"], 1000 * (1 + again))
         for again in range(2)
     ]
     torch.set_num_threads(threads)

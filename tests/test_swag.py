@@ -232,16 +232,16 @@ class TestSamples:
 
 class TestSchedule:
     def test_falls_then_stays(self) -> None:
-        swag, steps = effens.SWAG(mlp, tail=0.25, tail_rate=0.3), 200
-        rates = [swag.schedule(step, steps) for step in range(steps)]
-        assert rates[0] == 1
-        assert all(later < earlier for earlier, later in pairwise(rates[:151]))
-        assert rates[75] == pytest.approx(0.65)
-        assert rates[150:] == pytest.approx([0.3] * 50)
+        swag, steps = effens.SWAG(mlp, tail=0.25, tail_lr=0.3), 200
+        lrs = [swag.schedule(step, steps) for step in range(steps)]
+        assert lrs[0] == 1
+        assert all(later < earlier for earlier, later in pairwise(lrs[:151]))
+        assert lrs[75] == pytest.approx(0.65)
+        assert lrs[150:] == pytest.approx([0.3] * 50)
 
     @pytest.mark.parametrize(("tail", "steps", "every"), [(0.25, 200, 7), (1.0, 13, 1), (0.5, 1, 3), (0.01, 5, 2)])
     def test_weights_are_collected_in_the_tail_alone(self, tail: float, steps: int, every: int) -> None:
-        swag, seen = effens.SWAG(mlp, rank=3, tail=tail, tail_rate=0.3, every=every), []
+        swag, seen = effens.SWAG(mlp, rank=3, tail=tail, tail_lr=0.3, every=every), []
         for step in range(steps):
             before = int(swag.count)
             swag.collect(step, steps)
@@ -261,8 +261,8 @@ class TestSchedule:
     def test_trained_as_the_obvious_loop_does(self) -> None:
         """The network, its average, and the moments of what the loop has seen."""
         make_net, (network,) = remembered(mlp, 1)
-        swag, (x, y) = effens.SWAG(make_net, 2, 3, every=2, tail_rate=0.4), vectors()
-        options: dict[str, Any] = dict(rate=0.1, weight_decay=0.01, optimizer=SGD, seed=4)
+        swag, (x, y) = effens.SWAG(make_net, 2, 3, every=2, tail_lr=0.4), vectors()
+        options: dict[str, Any] = dict(lr=0.1, weight_decay=0.01, optimizer=SGD, seed=4)
         effens.fit(swag, (x, y), epochs=4, batch_size=5, device="cpu", **options)
         descent = SGD(network.parameters(), lr=0.1, weight_decay=0.01)
         average, seen = AveragedModel(network), []
@@ -330,7 +330,7 @@ class TestBatchNorm:
         dataset = TensorDataset(x, y)
         given: Any = {"tensors": (x, y), "dataset": dataset, "loader": DataLoader(dataset, 8)}[kind]
         swag = effens.SWAG(make_net, 3, 4, every=1)
-        effens.fit(swag, given, epochs=3, batch_size=8, rate=0.05, optimizer=SGD, device="cpu")
+        effens.fit(swag, given, epochs=3, batch_size=8, lr=0.05, optimizer=SGD, device="cpu")
         source, statistics = generator(0), []
         for m in range(3):
             network = swag.at(swag.sample(generator=source))
@@ -565,7 +565,7 @@ class TestMistakes:
             ({"scale": math.nan}, "scale must be >= 0 and finite, got nan"),
             ({"tail": 0}, r"tail must be in \(0, 1\], got 0"),
             ({"tail": 1.1}, r"tail must be in \(0, 1\], got 1.1"),
-            ({"tail_rate": 0.0}, r"tail_rate must be in \(0, 1\], got 0.0"),
+            ({"tail_lr": 0.0}, r"tail_lr must be in \(0, 1\], got 0.0"),
             ({"every": 0}, "every must be >= 1, got 0"),
         ],
     )
@@ -609,7 +609,7 @@ class TestMistakes:
 
 
 @pytest.mark.parametrize(
-    "options", [{"tail": 1.0}, {"tail_rate": 1.0}, {"scale": 0.0}, {"rank": 0}, {"rank": 2}, {"every": 1}]
+    "options", [{"tail": 1.0}, {"tail_lr": 1.0}, {"scale": 0.0}, {"rank": 0}, {"rank": 2}, {"every": 1}]
 )
 def test_limits_are_allowed(options: dict[str, Any]) -> None:
     ensemble = effens.SWAG(mlp, 2, **options)
@@ -617,5 +617,5 @@ def test_limits_are_allowed(options: dict[str, Any]) -> None:
 
 
 def test_it_says_its_settings() -> None:
-    said = effens.SWAG(mlp, members=2, rank=3, scale=0.25, tail=0.4, tail_rate=0.2, every=5, seed=7).extra_repr()
-    assert said == "members=2, rank=3, scale=0.25, tail=0.4, tail_rate=0.2, every=5, seed=7"
+    said = effens.SWAG(mlp, members=2, rank=3, scale=0.25, tail=0.4, tail_lr=0.2, every=5, seed=7).extra_repr()
+    assert said == "members=2, rank=3, scale=0.25, tail=0.4, tail_lr=0.2, every=5, seed=7"

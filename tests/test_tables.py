@@ -130,4 +130,4 @@ def test_the_best_trials_are_in_order_and_the_first_was_chosen() -> None:
     losses = [float(loss) for loss in frame["validation NLL"]]
     assert losses == sorted(losses)
     assert frame.index[0] == "MIMO, chosen"
-    assert frame["learning rate"].iloc[0] == f"{ledger.tune(ledger.TASKS['digits'], 'MIMO')['rate']:.4f}"
+    assert frame["learning rate"].iloc[0] == f"{ledger.tune(ledger.TASKS['digits'], 'MIMO')['lr']:.4f}"

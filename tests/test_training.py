@@ -72,12 +72,12 @@ class TestHistory:
         with torch.no_grad():
             first = indices(ensemble, 22, 8, 1)[0]
             expected = effens.Categorical().nll(ensemble.forward_members(x[first]), y[first]).mean(1)
-        history = effens.fit(ensemble, (x, y), epochs=3, batch_size=8, rate=0.01, device="cpu")
+        history = effens.fit(ensemble, (x, y), epochs=3, batch_size=8, lr=0.01, device="cpu")
         assert history.steps == 9  # the last batch of an epoch holds 6, and counts
         assert history.losses.shape == (9, 3)
         assert torch.allclose(history.losses[0], expected)
         cosine = [0.01 * 0.5 * (1 + math.cos(math.pi * step / 9)) for step in range(9)]
-        assert torch.allclose(history.rates, torch.tensor(cosine))
+        assert torch.allclose(history.lrs, torch.tensor(cosine))
         assert not history.losses.requires_grad
         assert 0 < history.seconds < 60
 
@@ -101,23 +101,23 @@ class TestLoop:
         network, (x, y) = mlp(), vectors(22)
         ensemble = effens.DeepEnsemble.of([network])
         plain = ensemble.member(0)
-        options: dict[str, Any] = {"rate": 0.02, "weight_decay": 0.1, "optimizer": optimizer}
+        options: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1, "optimizer": optimizer}
         effens.fit(ensemble, (x, y), epochs=2, batch_size=8, device="cpu", **options)
         plain_loop(plain, x, y, [index[0] for index in indices(ensemble, 22, 8, 2)], **options)
         assert relative(network(x), plain(x)) < 1e-9
 
     def test_every_group_follows_the_schedule(self) -> None:
-        rates: list[list[float]] = []
+        lrs: list[list[float]] = []
 
         class Spy(torch.optim.SGD):
             def step(self, closure: Any = None) -> Any:
-                rates.append([group["lr"] for group in self.param_groups])
+                lrs.append([group["lr"] for group in self.param_groups])
                 return super().step(closure)
 
-        ensemble = effens.BatchEnsemble(mlp, 3, fast_rate=0.25)
-        effens.fit(ensemble, vectors(22), epochs=2, batch_size=11, rate=0.1, optimizer=Spy, device="cpu")
+        ensemble = effens.BatchEnsemble(mlp, 3, fast_lr=0.25)
+        effens.fit(ensemble, vectors(22), epochs=2, batch_size=11, lr=0.1, optimizer=Spy, device="cpu")
         expected = [[0.1 * ensemble.schedule(step, 4), 0.025 * ensemble.schedule(step, 4)] for step in range(4)]
-        assert np.allclose(rates, expected)
+        assert np.allclose(lrs, expected)
 
     def test_each_member_sees_every_example_once_an_epoch(self) -> None:
         ensemble = Recorder(mlp, 3)
@@ -207,8 +207,8 @@ class TestLoop:
 
     def test_training_goes_on_where_it_stopped(self) -> None:
         ensemble, data = effens.DeepEnsemble(mlp, 2), vectors(100)
-        first = effens.fit(ensemble, data, epochs=20, rate=0.01, device="cpu")
-        second = effens.fit(ensemble, data, epochs=20, rate=0.01, device="cpu")
+        first = effens.fit(ensemble, data, epochs=20, lr=0.01, device="cpu")
+        second = effens.fit(ensemble, data, epochs=20, lr=0.01, device="cpu")
         assert bool((second.losses[0] < first.losses[0]).all())
 
     @pytest.mark.slow
@@ -244,12 +244,12 @@ class TestRatesOfTheMembersOwn:
         make, plain = remembered(make_net, 3)
         ensemble, (x, y) = effens.DeepEnsemble(make, 3), data(22)
         options: dict[str, Any] = {"epochs": 15, "batch_size": 8, "optimizer": optimizer, "device": "cpu"}
-        effens.fit(ensemble, (x, y), rate=RATES, weight_decay=DECAYS, **options)
+        effens.fit(ensemble, (x, y), lr=RATES, weight_decay=DECAYS, **options)
         steps = indices(ensemble, 22, 8, 15)
         assert len(steps) == 45
         for m, network in enumerate(plain):
             batches = [index[m] for index in steps]
-            plain_loop(network, x, y, batches, rate=RATES[m], weight_decay=DECAYS[m], optimizer=optimizer)
+            plain_loop(network, x, y, batches, lr=RATES[m], weight_decay=DECAYS[m], optimizer=optimizer)
             assert relative(ensemble.member(m)(x), network(x)) < 1e-10
 
     def test_equal_it_in_single_precision(self, optimizer: Any) -> None:
@@ -257,20 +257,20 @@ class TestRatesOfTheMembersOwn:
         ensemble, (x, y) = effens.DeepEnsemble(make, 3), vectors(22)
         x = x.float()
         options: dict[str, Any] = {"epochs": 15, "batch_size": 8, "optimizer": optimizer, "device": "cpu"}
-        effens.fit(ensemble, (x, y), rate=RATES, weight_decay=DECAYS, **options)
+        effens.fit(ensemble, (x, y), lr=RATES, weight_decay=DECAYS, **options)
         for m, network in enumerate(plain):
             batches = [index[m] for index in indices(ensemble, 22, 8, 15)]
-            plain_loop(network, x, y, batches, rate=RATES[m], weight_decay=DECAYS[m], optimizer=optimizer)
+            plain_loop(network, x, y, batches, lr=RATES[m], weight_decay=DECAYS[m], optimizer=optimizer)
             assert relative(ensemble.member(m)(x), network(x)) < 1e-4
 
     def test_equal_one_for_all_where_they_are_equal(self, optimizer: Any) -> None:
         x, y = vectors(22)
         options: dict[str, Any] = {"epochs": 5, "batch_size": 8, "optimizer": optimizer, "device": "cpu"}
         answers = []
-        for rate, decay in ((0.02, 0.3), ([0.02] * 3, 0.3), (0.02, (0.3, 0.3, 0.3)), ([0.02] * 3, [0.3] * 3)):
+        for lr, decay in ((0.02, 0.3), ([0.02] * 3, 0.3), (0.02, (0.3, 0.3, 0.3)), ([0.02] * 3, [0.3] * 3)):
             torch.manual_seed(0)
             ensemble = effens.DeepEnsemble(mlp, 3)
-            effens.fit(ensemble, (x, y), rate=rate, weight_decay=decay, **options)
+            effens.fit(ensemble, (x, y), lr=lr, weight_decay=decay, **options)
             answers.append(ensemble(x))
         for answer in answers[1:]:
             assert relative(answer, answers[0]) < 1e-12
@@ -296,10 +296,10 @@ class TestRatesOfTheMembersOwn:
         plain, (x, y) = copy.deepcopy(networks), vectors(22)
         ensemble = effens.DeepEnsemble.of(networks)
         options: dict[str, Any] = {"epochs": 5, "batch_size": 8, "optimizer": optimizer, "device": "cpu"}
-        effens.fit(ensemble, (x, y), rate=RATES, weight_decay=DECAYS, **options)
+        effens.fit(ensemble, (x, y), lr=RATES, weight_decay=DECAYS, **options)
         for m, network in enumerate(plain):
             batches = [index[m] for index in indices(ensemble, 22, 8, 5)]
-            plain_loop(network, x, y, batches, rate=RATES[m], weight_decay=DECAYS[m], optimizer=optimizer)
+            plain_loop(network, x, y, batches, lr=RATES[m], weight_decay=DECAYS[m], optimizer=optimizer)
             for p, q in zip(networks[m].parameters(), network.parameters(), strict=True):
                 assert relative(p, q) < 1e-10
 
@@ -310,24 +310,24 @@ def test_weights_decay_also_where_a_loss_is_maximized(rule: Any) -> None:
     make, plain = remembered(mlp, 3)
     ensemble, (x, y) = effens.DeepEnsemble(make, 3), vectors(22)
     options: dict[str, Any] = {"epochs": 3, "batch_size": 8, "optimizer": optimizer, "device": "cpu"}
-    effens.fit(ensemble, (x, y), rate=RATES, weight_decay=DECAYS, **options)
+    effens.fit(ensemble, (x, y), lr=RATES, weight_decay=DECAYS, **options)
     for m, network in enumerate(plain):
         batches = [index[m] for index in indices(ensemble, 22, 8, 3)]
-        plain_loop(network, x, y, batches, rate=RATES[m], weight_decay=DECAYS[m], optimizer=optimizer)
+        plain_loop(network, x, y, batches, lr=RATES[m], weight_decay=DECAYS[m], optimizer=optimizer)
         assert relative(ensemble.member(m)(x), network(x)) < 1e-10
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_it_trains_also_where_gradients_are_off(mode: Any) -> None:
     x, y = vectors()
-    options: dict[str, Any] = {"epochs": 2, "batch_size": 8, "device": "cpu", "rate": [0.1, 0.01]}
+    options: dict[str, Any] = {"epochs": 2, "batch_size": 8, "device": "cpu", "lr": [0.1, 0.01]}
     answers = []
     for context in (mode, nullcontext):
         torch.manual_seed(0)
         ensemble = effens.DeepEnsemble(mlp, 2)
         with context():
             effens.fit(ensemble, (x, y), **options)
-            effens.fit(ensemble, (x.clone(), y.clone()), **{**options, "rate": 0.1})
+            effens.fit(ensemble, (x.clone(), y.clone()), **{**options, "lr": 0.1})
         answers.append(ensemble(x))
     assert torch.equal(*answers)
 
@@ -342,7 +342,7 @@ def test_sparse_gradients() -> None:
     make, plain = remembered(lambda: nn.EmbeddingBag(10, 3, sparse=True), 2)
     x, y = torch.randint(10, (22, 4), generator=generator()), vectors()[1]
     ensemble = effens.DeepEnsemble(make, 2)
-    options: dict[str, Any] = {"rate": 0.3, "optimizer": torch.optim.SGD}
+    options: dict[str, Any] = {"lr": 0.3, "optimizer": torch.optim.SGD}
     effens.fit(ensemble, (x, y), epochs=2, batch_size=8, device="cpu", **options)
     for m, network in enumerate(plain):
         plain_loop(network, x, y, [index[m] for index in indices(ensemble, 22, 8, 2)], weight_decay=0.0, **options)
@@ -353,18 +353,18 @@ def test_sparse_gradients() -> None:
 def test_a_last_batch_too_small_to_be_split_is_no_step_of_the_schedule(n: int, steps: int) -> None:
     ensemble = effens.BatchEnsemble(mlp, 4, split=True)
     loader = DataLoader(TensorDataset(*vectors(n)), batch_size=8)
-    history = effens.fit(ensemble, loader, epochs=3, rate=1.0, device="cpu", progress=False)
+    history = effens.fit(ensemble, loader, epochs=3, lr=1.0, device="cpu", progress=False)
     assert history.steps == 3 * steps
-    assert history.rates.tolist() == pytest.approx([ensemble.schedule(step, 3 * steps) for step in range(3 * steps)])
+    assert history.lrs.tolist() == pytest.approx([ensemble.schedule(step, 3 * steps) for step in range(3 * steps)])
 
 
 def test_history_has_a_rate_for_each_member() -> None:
-    history = effens.fit(effens.DeepEnsemble(mlp, 3), vectors(22), epochs=2, rate=RATES, batch_size=8, device="cpu")
+    history = effens.fit(effens.DeepEnsemble(mlp, 3), vectors(22), epochs=2, lr=RATES, batch_size=8, device="cpu")
     cosine = torch.tensor([0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6)])
-    assert torch.allclose(history.rates, cosine[:, None] * torch.tensor(RATES))
-    assert (history.steps, history.rates.shape) == (6, history.losses.shape)
+    assert torch.allclose(history.lrs, cosine[:, None] * torch.tensor(RATES))
+    assert (history.steps, history.lrs.shape) == (6, history.losses.shape)
     decays = effens.fit(effens.DeepEnsemble(mlp, 3), vectors(22), epochs=2, weight_decay=DECAYS, device="cpu")
-    assert decays.rates.shape == (2,)
+    assert decays.lrs.shape == (2,)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -373,7 +373,7 @@ def test_one_rate_is_the_plain_loop_bit_for_bit(fused: bool) -> None:
     ensemble, (x, y) = effens.DeepEnsemble(make, 3), vectors(22)
     plain = copy.deepcopy(ensemble)
     optimizer: Any = torch.optim.AdamW if fused else partial(torch.optim.AdamW, fused=False)
-    options: dict[str, Any] = {"rate": 0.02, "weight_decay": 0.3, "optimizer": optimizer}
+    options: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.3, "optimizer": optimizer}
     effens.fit(ensemble, (x, y), epochs=5, batch_size=8, device="cpu", **options)
     descent = torch.optim.AdamW(plain.parameters(), lr=0.02, weight_decay=0.3, fused=fused)
     steps = indices(ensemble, 22, 8, 5)
@@ -506,14 +506,14 @@ class TestMistakes:
         x, y = vectors(16)
         x[3, 1] = math.nan
         with pytest.raises(
-            FloatingPointError, match=r"losses must be finite, got \[.*nan.*\] at step [01]: lower the rate"
+            FloatingPointError, match=r"losses must be finite, got \[.*nan.*\] at step [01]: lower the learning rate"
         ):
             effens.fit(effens.DeepEnsemble(mlp, 2), (x, y), batch_size=8, device="cpu")
 
     def test_divergence(self) -> None:
         x, y = vectors()
         with pytest.raises(FloatingPointError, match="losses must be finite"):
-            effens.fit(effens.DeepEnsemble(mlp, 2), (1e6 * x, y), rate=1e300, optimizer=torch.optim.SGD, device="cpu")
+            effens.fit(effens.DeepEnsemble(mlp, 2), (1e6 * x, y), lr=1e300, optimizer=torch.optim.SGD, device="cpu")
 
     @pytest.mark.parametrize("bad", [0, 2, 7])
     def test_the_step_that_diverged_is_named(self, bad: int) -> None:
@@ -530,12 +530,12 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"rate": [0.1]}, "rate must hold one value for each of 2 members, got 1"),
-            ({"rate": []}, "rate must hold one value for each of 2 members, got 0"),
+            ({"lr": [0.1]}, "rate must hold one value for each of 2 members, got 1"),
+            ({"lr": []}, "rate must hold one value for each of 2 members, got 0"),
             ({"weight_decay": (0.1, 0.1, 0.1)}, "weight_decay must hold one value for each of 2 members, got 3"),
-            ({"rate": [0.1, 0.0]}, "rate must be > 0 and finite, got 0.0"),
-            ({"rate": [-0.1, 0.1]}, "rate must be > 0 and finite, got -0.1"),
-            ({"rate": [0.1, math.nan]}, "rate must be > 0 and finite, got nan"),
+            ({"lr": [0.1, 0.0]}, "rate must be > 0 and finite, got 0.0"),
+            ({"lr": [-0.1, 0.1]}, "rate must be > 0 and finite, got -0.1"),
+            ({"lr": [0.1, math.nan]}, "rate must be > 0 and finite, got nan"),
             ({"weight_decay": [0.0, -0.1]}, "weight_decay must be >= 0 and finite, got -0.1"),
             ({"weight_decay": [0.0, math.inf]}, "weight_decay must be >= 0 and finite, got inf"),
             ({"optimizer": torch.optim.Adam}, "optimizer must be AdamW or SGD .*, got Adam$"),
@@ -547,13 +547,13 @@ class TestMistakes:
         ensemble = effens.DeepEnsemble(mlp, 2)
         before = copy.deepcopy(ensemble.state_dict())
         with pytest.raises(ValueError, match=message):
-            effens.fit(ensemble, vectors(), device="cpu", **{"rate": [0.1, 0.1], **options})
+            effens.fit(ensemble, vectors(), device="cpu", **{"lr": [0.1, 0.1], **options})
         assert all(torch.equal(tensor, before[name]) for name, tensor in ensemble.state_dict().items())
 
     @pytest.mark.parametrize("method", ["BatchEnsemble", "SnapshotEnsemble", "SWAG", "MIMO"])
     def test_rates_of_members_that_share_weights(self, method: str) -> None:
         message = f"only members of a DeepEnsemble can have rates or decays of their own, got a {method}"
-        for name in ("rate", "weight_decay"):
+        for name in ("lr", "weight_decay"):
             options: dict[str, Any] = {name: [0.1, 0.2]}
             with pytest.raises(ValueError, match=message):
                 effens.fit(getattr(effens, method)(mlp, 2), vectors(), device="cpu", **options)
@@ -561,7 +561,7 @@ class TestMistakes:
     def test_rates_of_networks_that_share_weights(self) -> None:
         network = mlp()
         with pytest.raises(ValueError, match="members with rates or decays of their own must share no weights"):
-            effens.fit(effens.DeepEnsemble.of([network, network]), vectors(), device="cpu", rate=[0.1, 0.2])
+            effens.fit(effens.DeepEnsemble.of([network, network]), vectors(), device="cpu", lr=[0.1, 0.2])
 
     def test_a_plain_network(self) -> None:
         network: Any = mlp()
@@ -594,7 +594,7 @@ class TestRegression:
         ensemble = effens.DeepEnsemble(lambda: Constant(2), 2)
         data = (torch.zeros(100, 1).double(), y)
         history = effens.fit(
-            ensemble, data, epochs=300, batch_size=100, rate=0.3, likelihood=effens.Gaussian(), device="cpu"
+            ensemble, data, epochs=300, batch_size=100, lr=0.3, likelihood=effens.Gaussian(), device="cpu"
         )
         found = effens.predict(ensemble, data[0][:1], likelihood=effens.Gaussian())
         assert torch.allclose(found.mean, y.mean(), rtol=1e-3)
@@ -606,7 +606,7 @@ class TestRegression:
         sample = stats.t.rvs(4, loc=1, scale=0.5, size=400, random_state=0)
         data = (torch.zeros(400, 1).double(), torch.tensor(sample))
         ensemble = effens.DeepEnsemble(lambda: Constant(3), 1)
-        effens.fit(ensemble, data, epochs=250, batch_size=400, rate=0.3, likelihood=effens.StudentT(), device="cpu")
+        effens.fit(ensemble, data, epochs=250, batch_size=400, lr=0.3, likelihood=effens.StudentT(), device="cpu")
         found = effens.predict(ensemble, data[0][:1], likelihood=effens.StudentT())
         df, location, scale = stats.t.fit(sample)
         assert [found.df.item(), found.loc.item(), found.scale.item()] == pytest.approx([df, location, scale], rel=1e-2)
@@ -616,7 +616,7 @@ class TestRegression:
         y = x[:, 0] + (0.3 + 0.2 * x[:, 0]) * torch.randn(200, generator=generator(), dtype=torch.float64)
         torch.manual_seed(0)
         ensemble = effens.DeepEnsemble(lambda: effens_book.nets.mlp(1, 2).double(), 3)
-        effens.fit(ensemble, (x, y), epochs=300, batch_size=200, rate=1e-2, likelihood=effens.Gaussian(), device="cpu")
+        effens.fit(ensemble, (x, y), epochs=300, batch_size=200, lr=1e-2, likelihood=effens.Gaussian(), device="cpu")
         found = effens.predict(ensemble, x[:2], likelihood=effens.Gaussian())
         assert found.batch_shape == (3, 2)
         groups = y.view(100, 2)
@@ -646,7 +646,7 @@ def test_the_bar_is_shown_where_it_is_wanted() -> None:
 
 def test_losses_that_are_not_finite_are_told_to_four_digits() -> None:
     losses = [torch.tensor([0.123456, 1.0]), torch.tensor([0.123456, math.inf])]
-    with pytest.raises(FloatingPointError, match=r"got \[0.1235, inf\] at step 1: lower the rate"):
+    with pytest.raises(FloatingPointError, match=r"got \[0.1235, inf\] at step 1: lower the learning rate"):
         training.check_finite(losses, 2)
 
 

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import effens
 from effens import tuning
 
-DEFAULT = {"rate": 1e-2, "weight_decay": 1e-2, "dropout": 0.0, "width": 8}
-SMALL: tuning.Space = {"rate": (1e-3, 3e-2), "weight_decay": (1e-4, 1.0), "dropout": (0.0, 0.5), "width": (4, 16)}
+DEFAULT = {"lr": 1e-2, "weight_decay": 1e-2, "dropout": 0.0, "width": 8}
+SMALL: tuning.Space = {"lr": (1e-3, 3e-2), "weight_decay": (1e-4, 1.0), "dropout": (0.0, 0.5), "width": (4, 16)}
 OPTIONS: dict[str, Any] = {"epochs": 3, "batch_size": 32, "device": "cpu"}
 
 
@@ -53,7 +53,7 @@ def same(a: effens.Candidates, b: effens.Candidates) -> bool:
 
 def test_search_tries_the_default_first() -> None:
     assert found().settings[0] == DEFAULT
-    assert len({each["rate"] for each in found().settings}) == 6
+    assert len({each["lr"] for each in found().settings}) == 6
 
 
 def test_search_stays_in_the_space() -> None:
@@ -81,8 +81,8 @@ def test_search_is_the_plain_call_of_fit() -> None:
         seed = tuning.seeds_of(0, number)[1]
         torch.manual_seed(seed)
         one = effens.DeepEnsemble.of([make_net(int(settings["width"]), settings["dropout"])])
-        rates: dict[str, Any] = {name: settings[name] for name in ("rate", "weight_decay")}
-        effens.fit(one, train_set(), seed=seed, **rates, **OPTIONS)
+        lrs: dict[str, Any] = {name: settings[name] for name in ("lr", "weight_decay")}
+        effens.fit(one, train_set(), seed=seed, **lrs, **OPTIONS)
         assert torch.equal(effens.predict(one, val_set()[0])[0], candidates.probs[number])
 
 
@@ -114,14 +114,14 @@ def test_search_is_reproducible(sampler: str) -> None:
     assert same(first, searched(**options))
     assert torch.equal(state, torch.get_rng_state())
     other = searched(seed=1, **options)
-    rates = [{each["rate"] for each in candidates.settings[1:]} for candidates in (first, other)]
-    assert not rates[0] & rates[1]
+    lrs = [{each["lr"] for each in candidates.settings[1:]} for candidates in (first, other)]
+    assert not lrs[0] & lrs[1]
 
 
 def test_samplers_differ_once_there_is_something_to_learn() -> None:
-    rates = [searched(sampler=sampler, trials=13, epochs=1).settings for sampler in ("random", "tpe")]
-    assert rates[0][:10] == rates[1][:10]
-    assert rates[0][10:] != rates[1][10:]
+    lrs = [searched(sampler=sampler, trials=13, epochs=1).settings for sampler in ("random", "tpe")]
+    assert lrs[0][:10] == lrs[1][:10]
+    assert lrs[0][10:] != lrs[1][10:]
 
 
 def test_search_goes_on_where_it_stopped(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_search_goes_on_where_it_stopped(tmp_path: Path) -> None:
     "changes",
     [
         {"seed": 1},
-        {"default": {**DEFAULT, "rate": 2e-2}},
+        {"default": {**DEFAULT, "lr": 2e-2}},
         {"space": {**SMALL, "dropout": (0.0, 0.4)}},
         {"sampler": "tpe"},
         {"epochs": 4},
@@ -274,7 +274,7 @@ def test_a_network_that_explodes_in_its_last_step_has_diverged() -> None:
     options = {"epochs": 1, "batch_size": 60, "optimizer": torch.optim.SGD}
     with pytest.raises(FloatingPointError, match="one training at least must end well, got 2 that failed"):
         searched(
-            default={**DEFAULT, "rate": 1e300}, space={"rate": (1e299, 1e301)}, trials=2, **options
+            default={**DEFAULT, "lr": 1e300}, space={"lr": (1e299, 1e301)}, trials=2, **options
         )  # the only loss is finite
 
 
@@ -299,7 +299,7 @@ def test_search_with_a_dataset_and_a_likelihood() -> None:
         lambda width: effens_book.nets.mlp(4, 2, width=width).double(),
         TensorDataset(x, y),
         (x[:20], y[:20]),
-        default={"rate": 1e-2, "width": 8},
+        default={"lr": 1e-2, "width": 8},
         space={"width": (4, 16)},
         trials=3,
         likelihood=effens.Gaussian(),
@@ -328,7 +328,7 @@ def test_stratify_trains_all_settings_from_all_seeds() -> None:
 
 
 def test_stratify_marks_what_diverges() -> None:
-    settings = [DEFAULT, {**DEFAULT, "rate": 1e300}]
+    settings = [DEFAULT, {**DEFAULT, "lr": 1e300}]
     options = {**OPTIONS, "optimizer": torch.optim.SGD}
     again = effens.stratify(make_net, train_set(), val_set(), settings, seeds=[1], **options)
     assert (again.settings, again.failed) == ([DEFAULT], [settings[1]])
@@ -343,10 +343,10 @@ def test_stratify_marks_what_diverges() -> None:
         ({"sampler": "grid"}, "sampler must be 'random' or 'tpe', got 'grid'"),
         ({"sampler": "tpe", "batched": True}, "sampler must be 'random' for a batched search, got 'tpe'"),
         ({"storage": "sqlite:///nowhere.db"}, "a storage needs a folder"),
-        ({"default": {**DEFAULT, "rate": 1.0}}, "default must have rate in 0.001 ... 0.03, got 1.0"),
+        ({"default": {**DEFAULT, "lr": 1.0}}, "default must have rate in 0.001 ... 0.03, got 1.0"),
         ({"default": {**DEFAULT, "width": 8.5}}, "default must have an integer width in 4 ... 16, got 8.5"),
-        ({"default": {"rate": 1e-2}}, "default must have weight_decay in .*, got None"),
-        ({"space": {"rate": (1e-2, 1e-3)}}, "space must go from low to high, got rate"),
+        ({"default": {"lr": 1e-2}}, "default must have weight_decay in .*, got None"),
+        ({"space": {"lr": (1e-2, 1e-3)}}, "space must go from low to high, got rate"),
     ],
 )
 def test_search_refuses(changes: dict[str, Any], message: str) -> None:
@@ -370,18 +370,18 @@ def test_search_is_quiet(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_search_takes_no_rate_beside_its_settings() -> None:
     make: Callable[..., Any] = searched
-    with pytest.raises(TypeError, match="rate"):
-        make(rate=0.1)
+    with pytest.raises(TypeError, match="lr"):
+        make(lr=0.1)
 
 
 # ---- Candidates that are trained together. ----
 
-TUNED: tuning.Space = {"rate": (1e-3, 3e-2), "weight_decay": (1e-4, 1.0)}
+TUNED: tuning.Space = {"lr": (1e-3, 3e-2), "weight_decay": (1e-4, 1.0)}
 MOMENTUM = partial(torch.optim.SGD, momentum=0.9)
 
 
 def tuned(make: Any = mlp, data: Any = vectors, **changes: Any) -> effens.Candidates:
-    arguments = {"default": {"rate": 1e-2, "weight_decay": 1e-2}, "space": TUNED, "trials": 6, **OPTIONS, **changes}
+    arguments = {"default": {"lr": 1e-2, "weight_decay": 1e-2}, "space": TUNED, "trials": 6, **OPTIONS, **changes}
     validation = arguments.pop("validation", data(40, seed=2))
     return effens.search(make, arguments.pop("train", data(60, seed=1)), validation, **arguments)
 
@@ -450,7 +450,7 @@ def test_batched_regression_is_one_by_one() -> None:
 
 def test_batched_groups_what_agrees(together: list[int]) -> None:
     space: tuning.Space = {**TUNED, "width": (7, 9), "dropout": (0.0, 0.0)}
-    default = {"rate": 1e-2, "weight_decay": 1e-2, "width": 8, "dropout": 0.0}
+    default = {"lr": 1e-2, "weight_decay": 1e-2, "width": 8, "dropout": 0.0}
     batched = searched(space=space, default=default, trials=10, batched=True)
     widths = [each["width"] for each in batched.settings]
     assert together == [widths.count(width) for width in dict.fromkeys(widths)]
@@ -520,9 +520,7 @@ def strided(width: int, dtype: torch.dtype = torch.float64) -> nn.Module:
 @pytest.mark.parametrize("bad", [1, 3])
 def test_what_diverges_disturbs_no_other(make: Any, data: Any, optimizer: Any, bad: int) -> None:
     x, y = data(60, seed=1)
-    pairs: list[Any] = [
-        ({"rate": rate, "weight_decay": 0.1}, seed) for seed, rate in enumerate((1e-2, 1e-3, 3e-2, 3e-3))
-    ]
+    pairs: list[Any] = [({"lr": lr, "weight_decay": 0.1}, seed) for seed, lr in enumerate((1e-2, 1e-3, 3e-2, 3e-3))]
     calls = iter(range(4))
 
     def broken() -> nn.Module:
@@ -559,9 +557,9 @@ def test_high_rates_fail_and_the_others_do_not(likelihood: Any, dtype: torch.dty
     def make() -> nn.Module:
         return effens_book.nets.mlp(4, 3 if likelihood.outputs is None else likelihood.outputs, width=8).to(dtype)
 
-    space: tuning.Space = {"rate": (1e-3, 1e30), "weight_decay": (1e-4, 1e-3)}
+    space: tuning.Space = {"lr": (1e-3, 1e30), "weight_decay": (1e-4, 1e-3)}
     options: dict[str, Any] = {
-        "default": {"rate": 1e-3, "weight_decay": 1e-3},
+        "default": {"lr": 1e-3, "weight_decay": 1e-3},
         "space": space,
         "trials": 10,
         "optimizer": torch.optim.SGD,
@@ -628,7 +626,7 @@ def test_batched_marks_trials_that_diverge(tmp_path: Path) -> None:
 
 def test_batched_where_all_diverge() -> None:
     with pytest.raises(FloatingPointError, match="one training at least must end well, got 4 that failed"):
-        tuned(default={"rate": 1e300}, space={"rate": (1e299, 1e301)}, trials=4, optimizer=MOMENTUM, batched=True)
+        tuned(default={"lr": 1e300}, space={"lr": (1e299, 1e301)}, trials=4, optimizer=MOMENTUM, batched=True)
 
 
 def test_batched_does_one_by_one_what_does_not_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -694,7 +692,7 @@ def test_batched_needs_networks_that_share_nothing() -> None:
 
 def test_batched_stratify_is_one_by_one(together: list[int]) -> None:
     settings = [
-        {"width": width, "dropout": 0.0, "rate": 1e-2, "weight_decay": d} for width, d in ((8, 1), (6, 2), (8, 3))
+        {"width": width, "dropout": 0.0, "lr": 1e-2, "weight_decay": d} for width, d in ((8, 1), (6, 2), (8, 3))
     ]
     options: dict[str, Any] = {"settings": settings, "seeds": [7, 8, 9], **OPTIONS}
     alone, batched = (effens.stratify(make_net, train_set(), val_set(), batched=b, **options) for b in (False, True))

@@ -64,7 +64,7 @@ def digits_nll(seed: int, bits: int, device: str = "cuda") -> float:
     ensemble = DeepEnsemble(cnn, 8)
     train = digits.x_train, digits.y_train
     with torch.autocast(device, torch.bfloat16, enabled=bits == 16):
-        fit(ensemble, train, device=device, batch_size=50, rate=1e-2, seed=seed, progress=False)
+        fit(ensemble, train, device=device, batch_size=50, lr=1e-2, seed=seed, progress=False)
     return nll(predict(ensemble, digits.x_test), digits.y_test).item()
 
 

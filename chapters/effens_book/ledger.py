@@ -62,7 +62,7 @@ PRIMARY = "nll"  # of the mean of the members, in nats, on the task's test set; 
 MARGIN = 0.005  # nats: two methods are tied if the whole interval of their difference is inside
 TRIALS = 12  # tuning trials of every method, on validation data, the single network's included
 TUNING_SEEDS = (100, 101)  # each trial's score is the mean over these, none of which is used again
-SPACE = {"rate": (1e-3, 3e-2), "weight_decay": (1e-3, 3.0)}  # searched on a log scale, the same points for every method
+SPACE = {"lr": (1e-3, 3e-2), "weight_decay": (1e-3, 3.0)}  # searched on a log scale, the same points for every method
 
 
 CONTROLS = (
@@ -129,7 +129,7 @@ class Task:
             train,
             epochs=self.epochs,
             batch_size=self.batch_size,
-            rate=settings["rate"],
+            lr=settings["lr"],
             weight_decay=settings["weight_decay"],
             optimizer=optimizer,
             likelihood=self.likelihood,
@@ -348,10 +348,10 @@ def deep_ensemble(task: Task, train: tuple[Tensor, Tensor], settings: Settings, 
     return task.fit(DeepEnsemble(task.make_net, networks), train, settings, seed)
 
 
-@method("BatchEnsemble", fast_rate=(0.1, 3.0))
+@method("BatchEnsemble", fast_lr=(0.1, 3.0))
 def batch_ensemble(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
     """Shared weights with rank-1 factors, tiled batches."""
-    ensemble = BatchEnsemble(task.make_net, task.members, fast_rate=settings["fast_rate"])
+    ensemble = BatchEnsemble(task.make_net, task.members, fast_lr=settings["fast_lr"])
     return task.fit(ensemble, train, settings, seed)
 
 
@@ -363,13 +363,13 @@ def snapshot(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed:
 
 # Rates of SGD are higher than those of AdamW, and its decay is multiplied by the rate and not by itself.
 MOMENTUM_SGD = partial(torch.optim.SGD, momentum=0.9)
-SGD_SPACE: dict[str, Any] = {"rate": (3e-3, 0.3), "weight_decay": (1e-5, 1e-2)}
+SGD_SPACE: dict[str, Any] = {"lr": (3e-3, 0.3), "weight_decay": (1e-5, 1e-2)}
 
 
-@method("SWAG", **SGD_SPACE, tail_rate=(0.05, 1.0))
+@method("SWAG", **SGD_SPACE, tail_lr=(0.05, 1.0))
 def swag(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
     """One network trained by SGD, and samples of the Gaussian around its path."""
-    ensemble = SWAG(task.make_net, task.members, tail_rate=settings["tail_rate"], seed=seed)
+    ensemble = SWAG(task.make_net, task.members, tail_lr=settings["tail_lr"], seed=seed)
     return task.fit(ensemble, train, settings, seed, MOMENTUM_SGD)
 
 
@@ -475,7 +475,7 @@ def as_single(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed
 @method("BatchEnsemble, as single", like="single")
 def batch_as_single(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
     """BatchEnsemble with the single network's rate and decay; the vectors' rate stays as tuned for BatchEnsemble."""
-    return batch_ensemble(task, train, {**settings, "fast_rate": tune(task, "BatchEnsemble")["fast_rate"]}, seed)
+    return batch_ensemble(task, train, {**settings, "fast_lr": tune(task, "BatchEnsemble")["fast_lr"]}, seed)
 
 
 @method("deep, one start", like="deep ensemble")
@@ -1377,7 +1377,7 @@ def best_trials(task: str, methods: Iterable[str], count: int = 2) -> Table:
         settings = trial_settings(name)
         for place, i in enumerate(ranked_trials(TASKS[task], name)[:count]):
             rows[f"{name}, {'chosen' if place == 0 else f'place {place + 1}'}"] = {
-                "learning rate": f"{settings[i]['rate']:.4f}",
+                "learning rate": f"{settings[i]['lr']:.4f}",
                 "weight decay": f"{settings[i]['weight_decay']:.3f}",
                 "validation NLL": trial(TASKS[task], name, i, settings[i]),
             }

@@ -102,17 +102,17 @@ def cycles(kind: str, parts: float, seed: int) -> list[Row]:
 FORMS = ((20, 0.0), (20, 0.5), (20, 2.0), (20, 8.0), (0, 1.0))
 
 
-@study(10, {"rate": [0.003, 0.01, 0.03, 0.1], "tail_rate": [0.03, 0.1, 0.3, 1.0]})
-def tails(rate: float, tail_rate: float, seed: int) -> list[Row]:
+@study(10, {"lr": [0.003, 0.01, 0.03, 0.1], "tail_lr": [0.03, 0.1, 0.3, 1.0]})
+def tails(lr: float, tail_lr: float, seed: int) -> list[Row]:
     """Change the rate of SWAG's tail, on the curve with the gap in batches of 16, so that SGD has noise.
 
     One training, and all forms drawn from its moments: a row for each rank and scale; and one for the last weights.
     """
     task = replace(ledger.TASKS["gap"], batch_size=16, epochs=200)
-    settings = {"rate": rate, "weight_decay": 1e-4}
+    settings = {"lr": lr, "weight_decay": 1e-4}
     rows = []
     try:
-        ensemble = train(task, lambda: SWAG(task.make_net, 30, tail_rate=tail_rate), settings, seed, MOMENTUM_SGD)
+        ensemble = train(task, lambda: SWAG(task.make_net, 30, tail_lr=tail_lr), settings, seed, MOMENTUM_SGD)
     except FloatingPointError:
         return [{"rank": rank, "scale": scale, "diverged": 1} for rank, scale in FORMS]
     assert isinstance(ensemble, SWAG)
@@ -138,7 +138,7 @@ def samples(samples: int, seed: int) -> list[Row]:
     settings = tuned("SWAG")
 
     def make() -> Ensemble:
-        return SWAG(task.make_net, samples, tail_rate=settings["tail_rate"], seed=seed)
+        return SWAG(task.make_net, samples, tail_lr=settings["tail_lr"], seed=seed)
 
     return [scored(task, train(task, make, settings, seed, MOMENTUM_SGD), seed)]
 
@@ -225,7 +225,7 @@ def decay(task: str, method: str, weight_decay: float, seed: int) -> list[Row]:
 
 
 PANEL_DAYS, PANEL_ASSETS, PANEL_FEATURES = 400, 50, 8
-PANEL_GRID = [(rate, decay) for rate in (1e-3, 3e-3, 1e-2) for decay in (0.01, 0.3, 3.0)]
+PANEL_GRID = [(lr, decay) for lr in (1e-3, 3e-3, 1e-2) for decay in (0.01, 0.3, 3.0)]
 POOL = 32
 
 
@@ -247,16 +247,16 @@ def panel(source: str, kind: str, seed: int) -> list[Row]:
         weights = torch.linalg.lstsq(x, y[:, None]).solution
         said = (sets["test"][0].double() @ weights)[:, 0].view(target.shape)
         return [{"members": 1, "ranks": 1.0, "turnover": 0.0, "skill": ranked(said, target)}]
-    rate, decay = panel_settings(source, kind)
+    lr, decay = panel_settings(source, kind)
     sizes = {"single": [1], "deep": [1, 2, 4, 8, 16], "BatchEnsemble": [2, 4, 8, 16]}[kind]
     rows = []
-    pool = panel_forecasts(sets, kind, POOL, rate, decay, seed) if kind != "BatchEnsemble" else None
+    pool = panel_forecasts(sets, kind, POOL, lr, decay, seed) if kind != "BatchEnsemble" else None
     for members in sizes:
         if pool is not None:
             books = [part.mean(0).view(target.shape) for part in pool.split(members)]
         else:
             books = [
-                panel_forecasts(sets, kind, members, rate, decay, 1000 * (1 + again) + seed).mean(0).view(target.shape)
+                panel_forecasts(sets, kind, members, lr, decay, 1000 * (1 + again) + seed).mean(0).view(target.shape)
                 for again in range(2)
             ]
         pairs = list(zip(books[::2], books[1::2], strict=False))
@@ -266,7 +266,7 @@ def panel(source: str, kind: str, seed: int) -> list[Row]:
                 "ranks": sum(ranked(a, b) for a, b in pairs) / len(pairs),
                 "turnover": sum(turnover(a, b) for a, b in pairs) / len(pairs),
                 "skill": sum(ranked(book, target) for book in books) / len(books),
-                "rate": rate,
+                "lr": lr,
                 "weight_decay": decay,
             }
         )
@@ -301,18 +301,18 @@ def panel_settings(source: str, kind: str) -> tuple[float, float]:
     """Return the rate and the decay with the lowest validation loss, of eight members or one, over two draws."""
     members = 1 if kind == "single" else 8
     losses = []
-    for rate, decay in PANEL_GRID:
+    for lr, decay in PANEL_GRID:
         total = 0.0
         for seed in ledger.TUNING_SEEDS:
             sets, _ = panel_sets(source, seed)
-            said = panel_forecasts(sets, kind, members, rate, decay, seed, "val").mean(0)
+            said = panel_forecasts(sets, kind, members, lr, decay, seed, "val").mean(0)
             total += float((said - sets["val"][1]).square().mean())
         losses.append(total)
     return PANEL_GRID[losses.index(min(losses))]
 
 
 def panel_forecasts(
-    sets: Labelled, kind: str, members: int, rate: float, decay: float, seed: int, split: str = "test"
+    sets: Labelled, kind: str, members: int, lr: float, decay: float, seed: int, split: str = "test"
 ) -> Tensor:
     """Train, and return every member's forecasts, (members, rows)."""
     with torch.random.fork_rng(devices=[]):
@@ -320,7 +320,7 @@ def panel_forecasts(
         make = partial(mlp, PANEL_FEATURES, 2, width=32)
         ensemble = (BatchEnsemble if kind == "BatchEnsemble" else DeepEnsemble)(make, members)
         likelihood = Gaussian()
-        given: Any = {"epochs": 4, "batch_size": 256, "rate": rate, "weight_decay": decay, "likelihood": likelihood}
+        given: Any = {"epochs": 4, "batch_size": 256, "lr": lr, "weight_decay": decay, "likelihood": likelihood}
         fit(ensemble, sets["train"], **given, device="cpu", seed=seed, progress=False)
     said: Tensor = predict(ensemble, sets[split][0], likelihood=likelihood).loc
     return said

@@ -71,13 +71,13 @@ class Ensemble(nn.Module):
         return batch_size
 
     def schedule(self, step: int, steps: int) -> float:
-        """Return the multiplier of the rate at ``step`` (from 0) of ``steps``: half a cosine, from 1 to 0."""
+        """Return the multiplier of the learning rate at ``step`` (from 0) of ``steps``: half a cosine, from 1 to 0."""
         return 0.5 * (1 + math.cos(math.pi * step / steps))
 
-    def parameter_groups(self, rate: float, weight_decay: float) -> list[dict[str, Any]]:
+    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Return the optimizer's parameter groups, each with its own rate and decay."""
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        return [{"params": parameters, "lr": rate, "weight_decay": weight_decay}]
+        return [{"params": parameters, "lr": lr, "weight_decay": weight_decay}]
 
     def reduce(self, losses: Tensor) -> Tensor:
         """Reduce losses ``(streams, batch)`` to a scalar: the mean over the batch, summed over streams.

@@ -51,10 +51,10 @@ class BatchEnsemble(RowEnsemble):
             paper: a step costs what a single network's does, and each member sees ``1 / members`` of the examples.
         init: how r and s start: ``"signs"`` (random +1 and -1), ``"normal"`` (mean 1, standard deviation 0.5) or
             ``"ones"`` (members that start identical, and stay so on a tiled batch without dropout).
-        fast_rate: the rate of r and s, as a multiple of the rate; they have no weight decay.
+        fast_lr: the learning rate of r and s, as a multiple of the learning rate; they have no weight decay.
 
     Raises:
-        ValueError: ``members`` is below 1, ``fast_rate`` is negative, ``skip`` names no module, a module must be
+        ValueError: ``members`` is below 1, ``fast_lr`` is negative, ``skip`` names no module, a module must be
             refused, or nothing is converted.
 
     Shape:
@@ -75,15 +75,15 @@ class BatchEnsemble(RowEnsemble):
         skip: str | Sequence[str] = (),
         split: bool = False,
         init: str = "signs",
-        fast_rate: float = 0.5,
+        fast_lr: float = 0.5,
     ) -> None:
         if members < 1:
             raise ValueError(f"members must be >= 1, got {members}")
-        if not 0 <= fast_rate < math.inf:
-            raise ValueError(f"fast_rate must be >= 0 and finite, got {fast_rate}")
+        if not 0 <= fast_lr < math.inf:
+            raise ValueError(f"fast_lr must be >= 0 and finite, got {fast_lr}")
         super().__init__(convert(made(make_net), members, skip, init), members)
         self.split = split
-        self.fast_rate = fast_rate
+        self.fast_lr = fast_lr
 
     @property
     def shared_batch(self) -> bool:
@@ -106,15 +106,15 @@ class BatchEnsemble(RowEnsemble):
             raise ValueError(f"{rule}, got {batch_size} for {self.members} members")
         return batch_size // self.members
 
-    def parameter_groups(self, rate: float, weight_decay: float) -> list[dict[str, Any]]:
+    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Return two groups: shared weights and biases; and r and s, with their own rate and no decay."""
         layers = [layer for layer in self.modules() if isinstance(layer, RankOneLayer)]
         fast = [p for layer in layers for p in (layer.r, layer.s) if p.requires_grad]
         names = {id(p) for p in fast}
         slow = [p for p in self.parameters() if p.requires_grad and id(p) not in names]
         groups = [
-            {"params": slow, "lr": rate, "weight_decay": weight_decay},
-            {"params": fast, "lr": rate * self.fast_rate, "weight_decay": 0.0},
+            {"params": slow, "lr": lr, "weight_decay": weight_decay},
+            {"params": fast, "lr": lr * self.fast_lr, "weight_decay": 0.0},
         ]
         return [group for group in groups if group["params"]]
 

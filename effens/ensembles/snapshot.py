@@ -1,4 +1,4 @@
-r"""Snapshot ensembles: one network, whose rate falls and is raised again, with a copy at the end of each cycle.
+r"""Snapshot ensembles: one network whose learning rate falls and is raised again, copied at the end of each cycle.
 
 .. math:: \alpha_t = \frac{\alpha_0}{2} \left(\cos\left(\pi \frac{t - a}{b - a}\right) + 1\right), \quad a \le t < b
 
@@ -31,15 +31,15 @@ class SnapshotEnsemble(OneNetwork):
     Args:
         make_net: () -> nn.Module, a fresh network; it is called once.
         members: how many snapshots are kept: the last ones.
-        cycles: how many cycles the rate goes through; by default one for each member.
+        cycles: how many cycles the learning rate goes through; by default one for each member.
         schedule: ``"cosine"``: `cyclic_cosine`. ``"triangular"``: Fast Geometric Ensembling, see `triangular`.
         pretrain: of the triangular schedule, the part of all steps after which the cycles begin.
-        rates: of the triangular schedule, the high and the low rate, as multiples of the rate. The defaults of these
-            two are the authors' for a wide residual network: from epoch 160 of 200, 0.05 and 0.01 after 0.1.
+        lrs: of the triangular schedule, the high and the low, as multiples of the learning rate. The defaults
+            of these two are the authors' for a wide residual network: from epoch 160 of 200, 0.05 and 0.01 after 0.1.
 
     Raises:
         ValueError: ``members`` is below 1, there are fewer cycles than members, ``schedule`` is unknown, ``pretrain``
-            is not in [0, 1), or ``rates`` are not two multiples in [0, 1], the higher first.
+            is not in [0, 1), or ``lrs`` are not two multiples in [0, 1], the higher first.
 
     Shape:
         - ``ensemble(x)``: ``(batch, ...)`` to ``(members, batch, outputs)``
@@ -63,7 +63,7 @@ class SnapshotEnsemble(OneNetwork):
         cycles: int | None = None,
         schedule: str = "cosine",
         pretrain: float = 0.8,
-        rates: tuple[float, float] = (0.5, 0.1),
+        lrs: tuple[float, float] = (0.5, 0.1),
     ) -> None:
         super().__init__(members)
         self.cycles = members if cycles is None else cycles
@@ -73,9 +73,9 @@ class SnapshotEnsemble(OneNetwork):
             raise ValueError(f"schedule must be 'cosine' or 'triangular', got {schedule!r}")
         if not 0 <= pretrain < 1:
             raise ValueError(f"pretrain must be in [0, 1), got {pretrain}")
-        if len(rates) != 2 or not 1 >= rates[0] >= rates[1] >= 0:
-            raise ValueError(f"rates must be high and low with 1 >= high >= low >= 0, got {rates}")
-        self.triangular, self.pretrain, self.rates = schedule == "triangular", pretrain, rates
+        if len(lrs) != 2 or not 1 >= lrs[0] >= lrs[1] >= 0:
+            raise ValueError(f"lrs must be high and low with 1 >= high >= low >= 0, got {lrs}")
+        self.triangular, self.pretrain, self.lrs = schedule == "triangular", pretrain, lrs
         self.network = network = made(make_net)
         self.snapshots = DeepEnsemble(lambda: copy.deepcopy(network), members).eval().requires_grad_(False)
         self.register_buffer("collected", torch.tensor(0))
@@ -96,9 +96,9 @@ class SnapshotEnsemble(OneNetwork):
         return network
 
     def schedule(self, step: int, steps: int) -> float:
-        """Return the multiplier of the rate at ``step`` (from 0) of ``steps``."""
+        """Return the multiplier of the learning rate at ``step`` (from 0) of ``steps``."""
         if self.triangular:
-            return triangular(step, steps, self.cycles, self.pretrain, self.rates)
+            return triangular(step, steps, self.cycles, self.pretrain, self.lrs)
         return cyclic_cosine(step, steps, self.cycles)
 
     def collected_after(self, steps: int) -> list[int]:
@@ -120,7 +120,7 @@ class SnapshotEnsemble(OneNetwork):
 
     def extra_repr(self) -> str:
         """Show the settings."""
-        how = f"'triangular', pretrain={self.pretrain}, rates={self.rates}" if self.triangular else "'cosine'"
+        how = f"'triangular', pretrain={self.pretrain}, lrs={self.lrs}" if self.triangular else "'cosine'"
         return f"members={self.members}, cycles={self.cycles}, schedule={how}"
 
     def set_count(self, count: int) -> None:
@@ -136,7 +136,7 @@ class SnapshotEnsemble(OneNetwork):
 
 
 def cyclic_cosine(step: int, steps: int, cycles: int) -> float:
-    """Return the multiplier of the rate: in each cycle half a cosine, from 1 to near 0.
+    """Return the multiplier of the learning rate: in each cycle half a cosine, from 1 to near 0.
 
     Cycle c covers the steps from ``c * steps // cycles`` to before ``(c + 1) * steps // cycles``, so that the last ends
     low also where ``cycles`` does not divide ``steps``. One cycle is the plain half cosine.
@@ -161,8 +161,8 @@ def cyclic_cosine(step: int, steps: int, cycles: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - first) / (end - first)))
 
 
-def triangular(step: int, steps: int, cycles: int, pretrain: float, rates: tuple[float, float]) -> float:
-    """Return the multiplier of the rate in Fast Geometric Ensembling: pretraining, then down, up, down, ..., down.
+def triangular(step: int, steps: int, cycles: int, pretrain: float, lrs: tuple[float, float]) -> float:
+    """Return the learning rate's multiplier in Fast Geometric Ensembling: pretraining, then down, up, down, ..., down.
 
     Each way from one rate to the other is straight and as long as the others (to a step); networks are collected at the
     end of each way down. Two things differ from the paper. Pretraining is half a cosine from 1 to 0 within the same
@@ -174,7 +174,7 @@ def triangular(step: int, steps: int, cycles: int, pretrain: float, rates: tuple
         steps: of the whole training, pretraining included.
         cycles: how many minima.
         pretrain: the part of the steps that come before the cycles.
-        rates: the high and the low multiplier.
+        lrs: the high and the low multiplier.
 
     Returns:
         A multiplier in [0, 1].
@@ -188,7 +188,7 @@ def triangular(step: int, steps: int, cycles: int, pretrain: float, rates: tuple
         return cyclic_cosine(step, before, 1)
     way, first, end = part_of(step - before, steps - before, ways)
     passed = (step - before + 1 - first) / (end - first)  # in (0, 1]
-    high, low = rates
+    high, low = lrs
     return (1 - passed) * high + passed * low if way % 2 == 0 else (1 - passed) * low + passed * high
 
 

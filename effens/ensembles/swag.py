@@ -1,4 +1,4 @@
-r"""SWAG: one network trained at a rate that stays up, and members drawn from a Gaussian fitted to its weights' path.
+r"""SWAG: one network at a learning rate that stays up, and members from a Gaussian fitted to its weights' path.
 
 .. math::
     \theta = \bar\theta + \sqrt{s} \, \Bigl( \Sigma_\text{diag}^{1/2} z_1 + \tfrac{1}{\sqrt{K - 1}} D^\top z_2 \Bigr),
@@ -25,7 +25,7 @@ from effens.ensembles.deep import DeepEnsemble
 class SWAG(OneNetwork):
     """A Gaussian over the weights that SGD visits late in training, and samples of it as members.
 
-    The rate falls by half a cosine to ``tail_rate`` of the highest and stays there; in that tail weights are collected.
+    The rate falls by half a cosine to ``tail_lr`` of the highest and stays there; in that tail weights are collected.
     At the end the members are drawn, and for each its batch-norm statistics are computed anew on the training inputs
     (with dropout off, as in prediction; otherwise as `torch.optim.swa_utils.update_bn`). Train it with SGD: the
     Gaussian is that of SGD's noise at the tail's rate, and that rate is to be tuned. Adam's noise has another shape.
@@ -42,7 +42,7 @@ class SWAG(OneNetwork):
         scale: s, of the covariance. One half is the paper's for the diagonal and the low rank together; the paper's for
             the diagonal form is 1, to be set along with ``rank=0``; 0 makes every member SWA.
         tail: which part of the steps has a constant rate, in (0, 1].
-        tail_rate: that rate, as a fraction of the highest, in (0, 1].
+        tail_lr: that rate, as a fraction of the highest, in (0, 1].
         every: steps from one collection to the next; the last is after the last step. By default such that the tail
             has at least 2 K, and 40, if it is as long: the mean has settled before the deviations that are kept.
         seed: of the members' draws. In a MultiSWAG, each gets its own.
@@ -85,7 +85,7 @@ class SWAG(OneNetwork):
         scale: float = 0.5,
         *,
         tail: float = 0.5,
-        tail_rate: float = 0.5,
+        tail_lr: float = 0.5,
         every: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -94,13 +94,13 @@ class SWAG(OneNetwork):
             raise ValueError(f"rank must be 0 or >= 2, for a single deviation has no spread, got {rank}")
         if not 0 <= scale < math.inf:
             raise ValueError(f"scale must be >= 0 and finite, got {scale}")
-        for name, fraction in {"tail": tail, "tail_rate": tail_rate}.items():
+        for name, fraction in {"tail": tail, "tail_lr": tail_lr}.items():
             if not 0 < fraction <= 1:
                 raise ValueError(f"{name} must be in (0, 1], got {fraction}")
         if every is not None and every < 1:
             raise ValueError(f"every must be >= 1, got {every}")
         self.rank, self.scale = rank, scale
-        self.tail, self.tail_rate, self.every, self.seed = tail, tail_rate, every, seed
+        self.tail, self.tail_lr, self.every, self.seed = tail, tail_lr, every, seed
         self.network = network = made(make_net)
         self.samples = DeepEnsemble(lambda: copy.deepcopy(network), members).eval().requires_grad_(False)
         weights = [p.detach().flatten() for p in network.parameters() if p.requires_grad]
@@ -133,10 +133,10 @@ class SWAG(OneNetwork):
         return member
 
     def schedule(self, step: int, steps: int) -> float:
-        """Return the multiplier of the rate: half a cosine from 1 to ``tail_rate``, then constant."""
+        """Return the multiplier of the learning rate: half a cosine from 1 to ``tail_lr``, then constant."""
         start = steps - self.tail_steps(steps)
         fallen = 0.5 * (1 - math.cos(math.pi * step / start)) if step < start else 1.0
-        return 1 - (1 - self.tail_rate) * fallen
+        return 1 - (1 - self.tail_lr) * fallen
 
     def collect(self, step: int, steps: int) -> None:
         """Collect the network's weights in the tail, the last step's too; at step 0, forget an earlier training."""
@@ -234,7 +234,7 @@ class SWAG(OneNetwork):
 
     def extra_repr(self) -> str:
         """Show the settings."""
-        names = ("members", "rank", "scale", "tail", "tail_rate", "every", "seed")
+        names = ("members", "rank", "scale", "tail", "tail_lr", "every", "seed")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     def tail_steps(self, steps: int) -> int:
