@@ -11,8 +11,9 @@ from unittest.mock import patch
 
 import nbformat
 import pytest
-from effens_book.rerun import ENVIRONMENT, chapters
 from nbval.plugin import IPyNbCell, IPyNbFile
+
+from effens_book.rerun import ENVIRONMENT, chapters
 
 ROOT = Path(__file__).parent
 

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-import effens_book.nets
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import effens
+import effens_book.nets
 
 
 def generator(seed: int = 0) -> torch.Generator:

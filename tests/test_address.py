@@ -9,11 +9,11 @@ from typing import Any
 
 import nbformat
 import pytest
-from effens_book.address import ROOT, cited, colab, dress, install, minutes, project, small_packages, url
-from effens_book.rerun import chapters, note_time
 from IPython.core.inputtransformer2 import TransformerManager
 
 import effens
+from effens_book.address import ROOT, cited, colab, dress, install, minutes, project, small_packages, url
+from effens_book.rerun import chapters, note_time
 
 CHAPTERS = chapters()
 

@@ -10,9 +10,10 @@ from xml.etree import ElementTree
 
 import nbformat
 import pytest
-from effens_book.address import ROOT
 from nbformat import v4
 from nbval.plugin import IPyNbFile
+
+from effens_book.address import ROOT
 
 MODULES = ("__init__", "address", "rerun")  # of the book, for conftest.py
 

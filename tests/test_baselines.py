@@ -1,12 +1,12 @@
 """Baselines: dropout that stays on, and a Gaussian around the last layer, against closed forms."""
 
-import effens_book.nets
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.functional import hessian
 
 import effens
+import effens_book.nets
 from effens.baselines import LastLayerLaplace, MCDropout, categorical_fisher, gaussian_fisher, student_fisher
 
 

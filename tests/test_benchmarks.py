@@ -10,15 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import effens_book.nets
 import pytest
 import torch
 from benchmarks import run, sections, timing
-from effens_book.address import ROOT
 from scenarios import relative
 from torch import nn
 
+import effens_book.nets
 from effens import costs
+from effens_book.address import ROOT
 
 
 def same_weights(layers: dict[str, sections.Layer]) -> None:

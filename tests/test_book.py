@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from nbval.plugin import IPyNbCell, IPyNbFile
+
 from effens_book.address import METADATA, ROOT, colab, folds
 from effens_book.rerun import chapters, without_text
-from nbval.plugin import IPyNbCell, IPyNbFile
 
 CHAPTERS = chapters()
 PICTURE = re.compile(r"data:image/[^\"')\s]+")

@@ -21,10 +21,11 @@ from urllib.parse import unquote, urldefrag
 import numpy as np
 import pytest
 import yaml
-from effens_book import choose, players
-from effens_book.address import ROOT
 from matplotlib.axes import Axes
 from PIL import Image
+
+from effens_book import choose, players
+from effens_book.address import ROOT
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

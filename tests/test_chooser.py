@@ -1,6 +1,7 @@
 """The chooser: within the budget first, the best first, and honest about what cannot be told apart."""
 
 import pytest
+
 from effens_book import ledger
 from effens_book.choose import BUDGETS, GOALS, choose
 

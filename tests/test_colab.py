@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from effens_book.address import ROOT, install, project, url
 from effens_book.rerun import chapters
 

@@ -5,12 +5,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
-import effens_book.nets
 import pytest
 import torch
 from torch import Tensor, nn
 
 import effens
+import effens_book.nets
 from effens import costs
 
 INPUTS, WIDTH, CLASSES, MEMBERS = 20, 32, 3, 4

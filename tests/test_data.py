@@ -11,10 +11,11 @@ from importlib.resources import files
 import numpy as np
 import pytest
 import torch
-from effens_book import data
-from effens_book.data import Prices, markets
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF
+
+from effens_book import data
+from effens_book.data import Prices, markets
 
 FOLDER = files("effens_book.data")
 SPLITS = {"train": 1000, "val": 1000, "test": 2000}

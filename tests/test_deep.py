@@ -5,7 +5,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import effens_book.nets
 import pytest
 import torch
 from scenarios import cnn, images, indices, mlp, normed, plain_loop, relative, remembered, residual, tokens, vectors
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import effens
+import effens_book.nets
 from effens.ensembles.base import member_conv2d, member_linear, shared_conv2d, shared_linear
 from effens.ensembles.deep import LoopedLayer, StackedConv2d, StackedLinear
 

@@ -19,17 +19,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import effens_book.nets
 import pytest
 import scenarios
 import test_ledger
 import torch
-from effens_book import ledger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import effens
+import effens_book.nets
 from effens import training
+from effens_book import ledger
 
 DEVICE = "fakeacc"
 

@@ -11,9 +11,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
-from effens_book import figures
 from matplotlib.colors import to_rgb
 from matplotlib.lines import AxLine
+
+from effens_book import figures
 
 X = np.linspace(-1, 1, 5)
 MEAN = X**2

@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import effens_book.nets
 import pytest
 import torch
 from scenarios import generator, relative, vectors
@@ -15,6 +14,7 @@ from torch.distributions import Normal
 from torch.distributions import StudentT as StudentTDistribution
 
 import effens
+import effens_book.nets
 
 # ---- Greedy selection. ----
 

@@ -16,13 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import effens_book.data
-import effens_book.nets
 import numpy as np
 import pytest
 import torch
-from effens_book import ledger, risk, studies
-from effens_book.data import Prices, markets
 from effens_book.ledger import Sets, Settings, Task
 from scipy import stats
 from sklearn.metrics import roc_auc_score
@@ -30,7 +26,11 @@ from torch import Tensor, nn
 from torch.distributions import Normal, StudentT
 
 import effens
+import effens_book.data
+import effens_book.nets
 from effens.costs import measure
+from effens_book import ledger, risk, studies
+from effens_book.data import Prices, markets
 
 SHIPPED = ledger.BANK
 METHODS = ["single", "wide", "deep ensemble", "BatchEnsemble", "snapshot", "SWAG", "MIMO", "hyper"]

@@ -4,7 +4,6 @@ import copy
 import math
 from typing import Any
 
-import effens_book.nets
 import pytest
 import torch
 from scipy import stats
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import effens
+import effens_book.nets
 
 LIKELIHOODS = [effens.Categorical(), effens.Gaussian(), effens.StudentT()]
 

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import nbformat
 import pytest
 import torch
+
 from effens_book.address import ROOT
 
 METHODS = ["deep_ensembles", "batch_ensemble", "snapshot_ensembles", "swag", "mimo", "hyper_ensembles"]

@@ -7,7 +7,6 @@ from functools import partial
 from threading import Thread
 from typing import Any
 
-import effens_book.nets
 import pytest
 import torch
 from scenarios import cnn, generator, images, mlp, normed, relative, residual, tokens, vectors
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import effens
+import effens_book.nets
 from effens import MIMO
 
 MEMBERS = 3

@@ -3,10 +3,11 @@
 from itertools import pairwise
 from typing import Any
 
-import effens_book.nets
 import pytest
 import torch
 from torch import nn
+
+import effens_book.nets
 
 
 def count(network: nn.Module) -> int:

@@ -7,16 +7,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import effens_book.nets
 import numpy as np
 import pytest
 import torch
-from effens_book import ledger, orders
-from effens_book.data import orders as flows
 from torch import Tensor
 
 import effens
+import effens_book.nets
 from effens import serving
+from effens_book import ledger, orders
+from effens_book.data import orders as flows
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

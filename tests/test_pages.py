@@ -14,13 +14,13 @@ import pytest
 import torch
 from docutils import nodes
 from docutils.utils import new_document
-from effens_book import ledger, pages, theme
-from effens_book.address import ROOT, link
-from effens_book.rerun import chapters
 from PIL import Image
 from pybtex.database import Entry, parse_file
 
 import effens
+from effens_book import ledger, pages, theme
+from effens_book.address import ROOT, link
+from effens_book.rerun import chapters
 
 PAGES = sorted((ROOT / "chapters").glob("*.md"))
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.S | re.M)

@@ -14,10 +14,11 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from effens_book import choose, figures, players
 from IPython.display import HTML
 from matplotlib.axes import Axes
 from PIL import Image
+
+from effens_book import choose, figures, players
 
 X = np.linspace(0, 1, 50)
 VOID = {"img", "input", "br"}

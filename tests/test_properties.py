@@ -12,13 +12,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import effens_book.nets
 import mpmath
 import numpy as np
 import pytest
 import torch
-from effens_book import risk
-from effens_book.choose import choose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scenarios import generator
@@ -27,6 +24,9 @@ from torch import Tensor, nn
 from torch.distributions import Normal, StudentT
 
 import effens
+import effens_book.nets
+from effens_book import risk
+from effens_book.choose import choose
 
 settings.register_profile("fixed", derandomize=True, database=None, deadline=None, max_examples=25)
 settings.load_profile("fixed")

@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 import pytest
+
 from effens_book.address import ROOT
 from effens_book.rerun import chapters
 

@@ -17,6 +17,7 @@ from urllib.parse import unquote, urldefrag, urljoin, urlparse
 from urllib.request import urlopen
 
 import pytest
+
 from effens_book.address import ROOT, colab, settings, url
 from effens_book.rerun import chapters
 

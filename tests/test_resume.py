@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import effens_book.nets
 import pytest
 import torch
 from scenarios import cnn, generator, images, mlp, normed, residual, vectors
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
 import effens
+import effens_book.nets
 from effens import storage
 from effens.baselines import LastLayerLaplace, MCDropout
 

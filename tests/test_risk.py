@@ -10,13 +10,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from effens_book import risk
 from numpy.typing import NDArray
 from scipy import integrate, stats
 from torch import Tensor
 from torch.distributions import Laplace, Normal, StudentT
 
 import effens
+from effens_book import risk
 
 F64 = torch.float64
 

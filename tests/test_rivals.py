@@ -3,17 +3,17 @@
 import math
 from pathlib import Path
 
-import effens_book.data
 import numpy as np
 import pytest
 import torch
-from effens_book import ledger, rivals
-from effens_book.data import markets
 from scipy import stats
 from torch import Tensor
 from torch.distributions import Normal, StudentT
 
 import effens
+import effens_book.data
+from effens_book import ledger, rivals
+from effens_book.data import markets
 
 GARCH = rivals.Garch(mu=0.05, omega=0.02, alpha=0.02, gamma=0.1, beta=0.9, nu=6.0)
 

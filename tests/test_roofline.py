@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from effens_book import ledger, roofline
 from effens_book.roofline import Machine
 

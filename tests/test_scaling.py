@@ -17,7 +17,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import effens_book.nets
 import pytest
 import torch
 from scenarios import cnn, images, mlp, plain_loop, relative, residual, vectors
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import effens
+import effens_book.nets
 from effens import scaling, tuning
 
 QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 8, "device": "cpu", "progress": False}

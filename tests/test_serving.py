@@ -13,13 +13,13 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import effens_book.nets
 import pytest
 import torch
 from scenarios import generator
 from torch import Tensor, nn
 
 import effens
+import effens_book.nets
 from effens import costs, serving
 from effens.baselines import MCDropout
 from effens.ensembles.base import MemberLayer

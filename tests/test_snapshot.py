@@ -6,7 +6,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import effens_book.nets
 import pytest
 import torch
 from scenarios import cnn, images, indices, mlp, normed, relative, remembered, residual, vectors
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import effens
+import effens_book.nets
 from effens.ensembles.deep import StackedLinear
 from effens.ensembles.snapshot import triangular
 

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from effens_book import ledger, studies
-from effens_book.studies import Row
 from scipy import stats
 from test_ledger import LINE, SPOTS, Guarded, forget
 from torch import Tensor
 
 import effens
+from effens_book import ledger, studies
+from effens_book.studies import Row
 
 SHIPPED = {name: json.loads(studies.path_of(name).read_text()) for name in studies.STUDIES}
 SETTINGS = {"lr": 0.01, "weight_decay": 0.01, "tail_lr": 0.5}

@@ -8,7 +8,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import effens_book.nets
 import numpy as np
 import pytest
 import torch
@@ -20,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
 import effens
+import effens_book.nets
 
 SGD = partial(torch.optim.SGD, momentum=0.9)
 

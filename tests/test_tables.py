@@ -7,10 +7,11 @@ from typing import Any
 
 import nbformat
 import pytest
+from test_book import cells_of
+
 from effens_book import ledger
 from effens_book.rerun import chapters
 from effens_book.tables import Table
-from test_book import cells_of
 
 ROWS: dict[str, dict[str, Any]] = {
     "one <network>": {"NLL": ledger.Interval(0.1642, 0.008), "accuracy (%)": 94.66, "seeds": 8},

@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-import effens_book.nets
 import numpy as np
 import pytest
 import torch
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import effens
+import effens_book.nets
 from effens import training
 from effens.training import seeded
 

@@ -7,7 +7,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import effens_book.nets
 import optuna
 import pytest
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import effens
+import effens_book.nets
 from effens import tuning
 
 DEFAULT = {"lr": 1e-2, "weight_decay": 1e-2, "dropout": 0.0, "width": 8}

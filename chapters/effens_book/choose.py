@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from effens_book import ledger
+from effens_book.benchmark import shipped
+from effens_book.benchmark.results import names
 
 TASK = "digits"
-GOALS = {  # what matters most, as a score of the ledger's: (metric, set), and whether less is better
+GOALS = {  # what matters most, as a score of the benchmark's: (metric, set), and whether less is better
     "nll": ("nll", "test", True),
     "accuracy": ("accuracy", "test", False),
     "shift": ("nll", "rotated", True),
@@ -20,7 +21,7 @@ class Choice:
     """A method, and why it stands where it stands.
 
     Attributes:
-        method: its name in the ledger.
+        method: its name in the benchmark.
         qualifies: whether it is within every budget.
         score: the mean over seeds of the goal's score.
         costs: as multiples of the single network's.
@@ -47,7 +48,7 @@ def choose(
     memory: float | None = None,
     goal: str = "nll",
 ) -> list[Choice]:
-    """Rank the ledger's methods on digits for a budget: those within it first, the best for the goal first.
+    """Rank the benchmark's methods on digits for a budget: those within it first, the best for the goal first.
 
     Costs count to two decimals. Two methods whose paired interval includes 0 are not distinguishable on this task: the
     reason says so, and the cheaper one is the better choice. On another task the ranking may be another: see `ranks`.
@@ -79,8 +80,8 @@ def choose(
             raise ValueError(f"{name} must be > 0, got {value}")
     less = GOALS[goal][2]
     found: list[tuple[str, dict[str, float], float, list[str]]] = []
-    for name in ledger.names():
-        costs = ledger.relative_costs(TASK, name)
+    for name in names():
+        costs = shipped().relative_costs(TASK, name)
         over = [
             f"{key} {cost:g}x, above {value:g}x"
             for key, value in given.items()
@@ -99,22 +100,22 @@ def standing(name: str, best: str, goal: str) -> str:
     """Say how a method that qualifies compares with the best that does."""
     if name == best:
         return "the best mean within the budget"
-    found = ledger.compare(TASK, name, best, *GOALS[goal][:2])
+    found = shipped().compare(TASK, name, best, *GOALS[goal][:2])
     words = {"unresolved": "not distinguishable from", "tied": "tied with"}.get(found.verdict, f"{found.verdict} than")
     return f"{words} {best}: {found.difference} {'nats' if GOALS[goal][0] == 'nll' else 'points'}"
 
 
 def alike(name: str, other: str, goal: str) -> bool:
     """Say whether two methods are not distinguishable, or tied."""
-    return ledger.compare(TASK, name, other, *GOALS[goal][:2]).verdict in ("unresolved", "tied")
+    return shipped().compare(TASK, name, other, *GOALS[goal][:2]).verdict in ("unresolved", "tied")
 
 
 def score_of(name: str, goal: str) -> float:
     """Return a method's mean score for a goal."""
-    return ledger.values(TASK, name, *GOALS[goal][:2]).mean().item()
+    return shipped().values(TASK, name, *GOALS[goal][:2]).mean().item()
 
 
 def ranks(task: str) -> dict[str, int]:
     """Return each method's rank by its mean NLL on the test set of a task; 1 is the best."""
-    losses = {name: ledger.values(task, name).mean().item() for name in ledger.names()}
+    losses = {name: shipped().values(task, name).mean().item() for name in names()}
     return {name: place for place, name in enumerate(sorted(losses, key=losses.__getitem__), start=1)}

@@ -1,6 +1,6 @@
 """What members cost on a GPU: seconds of a training step, for members together and apart, and in fewer bits.
 
-``python -m effens_book.gpu`` measures the GPU at hand and keeps what it found in the bank.
+``python -m effens_book.gpu`` measures the GPU at hand and keeps what it found among the results.
 """
 
 import json
@@ -17,7 +17,9 @@ from torch import nn
 from effens.ensembles.deep import DeepEnsemble
 from effens.scores import nll
 from effens.training import fit, predict
-from effens_book import data, ledger
+from effens_book import data
+from effens_book.benchmark import RESULTS
+from effens_book.benchmark.run import provenance, write_json
 from effens_book.nets import cnn, mlp
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {  # and the shape of the inputs
@@ -70,7 +72,7 @@ def digits_nll(seed: int, bits: int, device: str = "cuda") -> float:
 
 def run() -> None:
     """Measure everything and keep it, unless it is kept already."""
-    path = ledger.BANK / "gpu.json"
+    path = RESULTS / "gpu.json"
     if path.exists():
         return
     steps = [
@@ -84,8 +86,8 @@ def run() -> None:
         start = time.time() + 25  # all of them are ready by then
         shared = list(pool.map(partial(sharing, start=start), PROCESSES * ["perceptron"]))
     name = torch.cuda.get_device_name()
-    facts = {"steps": steps, "nll": losses, "sharing": shared, **ledger.provenance(), "device": name}
-    ledger.write_json(path, facts)
+    facts = {"steps": steps, "nll": losses, "sharing": shared, **provenance(), "device": name}
+    write_json(path, facts)
 
 
 def read() -> dict[str, Any]:
@@ -94,9 +96,9 @@ def read() -> dict[str, Any]:
     Raises:
         FileNotFoundError: nothing was measured yet.
     """
-    path = ledger.BANK / "gpu.json"
+    path = RESULTS / "gpu.json"
     if not path.exists():
-        raise FileNotFoundError("run python -m effens_book.gpu on a machine with a GPU, got no gpu.json in the bank")
+        raise FileNotFoundError("run python -m effens_book.gpu on a machine with a GPU, got no gpu.json")
     found: dict[str, Any] = json.loads(path.read_text())
     return {**found, "steps": {(network, members, way): seconds for network, members, way, seconds in found["steps"]}}
 

@@ -6,7 +6,7 @@ An event's signal is worth less the later it is acted upon, and every trade cost
 
 with the side and size d in [-1, 1], the signal s of `data.orders`, the delay t from the event to the answer, its
 half-life h and the cost c. ``python -m effens_book.orders`` times one decision of every method in every way of serving,
-and keeps the times in the bank; it takes some minutes, and needs a C++ compiler.
+and keeps the times among the results; it takes some minutes, and needs a C++ compiler.
 """
 
 import copy
@@ -31,7 +31,9 @@ from tqdm import tqdm
 from effens import serving
 from effens.likelihoods import Likelihood
 from effens.storage import write_whole
-from effens_book import ledger
+from effens_book.benchmark import RESULTS, TASKS, shipped
+from effens_book.benchmark.methods import train_one
+from effens_book.benchmark.run import plain, provenance
 from effens_book.data import orders as flows
 
 COST, HALF_LIFE = 0.5, 100e-6  # ticks a trade; seconds
@@ -171,18 +173,18 @@ def timed_without_python(path: Path, x: Tensor, calls: int) -> NDArray[np.float6
 
 def run(looks: int = 5) -> None:
     """Time every method in every way, in turns, unless that is kept already."""
-    path = ledger.BANK / "serving.npz"
+    path = RESULTS / "serving.npz"
     if path.exists():
         return
-    task = ledger.TASKS["orders"]
+    task = TASKS["orders"]
     brief = replace(task, pool=task.members, epochs=task.members)
     x = flows.order_flow()["test"].x[:500]
     calls: dict[tuple[str, str], Callable[[int], NDArray[np.float64]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in tqdm(METHODS, desc="exporting"):
-            ensemble, _ = ledger.train_one(brief, name, ledger.tune(task, name), 0)
+            ensemble, _ = train_one(brief, name, shipped().settings("orders", name), 0)
             ensemble.eval()
-            calls[name, "eager"] = partial(timed, eager(ledger.bare(copy.deepcopy(ensemble))), x)
+            calls[name, "eager"] = partial(timed, eager(plain(copy.deepcopy(ensemble))), x)
             for way, backend in (("ONNX Runtime", "onnx"), ("AOTInductor", "aoti")):
                 file = Path(folder) / f"{len(calls)}.pt2"
                 served = serving.export(ensemble, x[:1], file, backend, likelihood=Locations())
@@ -198,7 +200,7 @@ def run(looks: int = 5) -> None:
         f"{name} | {way}": np.quantile(np.concatenate(times), at).astype(np.float32)
         for (name, way), times in found.items()
     }
-    facts = {"threads": torch.get_num_threads(), "calls": CALLS, "members": task.members, **ledger.provenance()}
+    facts = {"threads": torch.get_num_threads(), "calls": CALLS, "members": task.members, **provenance()}
     content = io.BytesIO()
     np.savez_compressed(content, facts=np.array(json.dumps(facts)), **arrays)
     write_whole(path, content.getvalue())
@@ -212,9 +214,9 @@ def read() -> dict[tuple[str, str], Tensor]:
     Raises:
         FileNotFoundError: they were not measured.
     """
-    path = ledger.BANK / "serving.npz"
+    path = RESULTS / "serving.npz"
     if not path.exists():
-        raise FileNotFoundError("the bank must hold the times of serving, got none: run python -m effens_book.orders")
+        raise FileNotFoundError("results must hold the times of serving, got none: run python -m effens_book.orders")
     with np.load(path, allow_pickle=False) as file:
         pairs = [key.partition(" | ")[::2] for key in file.files if key != "facts"]
         return {(name, way): torch.from_numpy(file[f"{name} | {way}"]).double() for name, way in pairs}

@@ -1,4 +1,4 @@
-"""What pages say of the package and the ledger: the API from docstrings, the living figure, a method map, a stamp."""
+"""What pages say of package and benchmark: the API from docstrings, the living figure, a map of methods, a stamp."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 import effens
-from effens_book import figures, ledger, players
+from effens_book import figures, players
+from effens_book.benchmark import RESULTS, interval, shipped
 
 TASK = "digits"
 CHAPTERS = {  # the rows of the map, and where each is explained
@@ -80,21 +81,23 @@ def public_name(app: Sphinx, env: Any, node: pending_xref, content: nodes.Elemen
 
 
 def stamp() -> str:
-    """Say with what, on what and when the ledger's numbers were made, as its runs say it themselves."""
+    """Say with what, on what and when the benchmark's numbers were made, as its runs say it themselves."""
     facts: dict[str, set[str]] = {key: set() for key in ("torch", "python", "device", "date")}
-    for path in ledger.BANK.glob("*/*/[0-9]*.npz"):
-        with np.load(path, allow_pickle=False) as run:
-            for key, found in facts.items():
-                found.add(json.loads(str(run["facts"]))[key])
-    for path in ledger.BANK.glob("*/*/costs.json"):
+    runs: list[dict[str, str]] = []
+    for path in RESULTS.glob("*/*.npz"):
+        with np.load(path, allow_pickle=False) as row:
+            runs += json.loads(str(row["facts"]))["seeds"]
+    for path in RESULTS.glob("*/costs.json"):
+        runs += json.loads(path.read_text("utf-8")).values()
+    for run in runs:
         for key, found in facts.items():
-            found.add(json.loads(path.read_text("utf-8"))[key])
+            found.add(run[key])
     said = {key: ", ".join(sorted(found)) for key, found in facts.items()}
     first, last = min(facts["date"]), max(facts["date"])
     when = first if first == last else f"{first} to {last}"
     device = said["device"].upper()
     return (
-        f"The ledger's numbers: PyTorch {said['torch']}, Python {said['python']}, {device}, one thread; {when}. "
+        f"The benchmark's numbers: PyTorch {said['torch']}, Python {said['python']}, {device}, one thread; {when}. "
         f"This page: effens {effens.__version__}."
     )
 
@@ -103,7 +106,7 @@ def svg_map(key: str, title: str) -> str:
     """Draw what methods cost against what they bring, as an SVG in the page's own colors: light, dark, or on paper."""
     width, height, left, right, top, bottom = 420, 300, 48, 8, 26, 44
     points = {
-        name: (ledger.relative_costs(TASK, name)[key], ledger.interval(ledger.values(TASK, name))) for name in CHAPTERS
+        name: (shipped().relative_costs(TASK, name)[key], interval(shipped().values(TASK, name))) for name in CHAPTERS
     }
     low = min(nll.mean - nll.half for _, nll in points.values())
     high = max(nll.mean + nll.half for _, nll in points.values())
@@ -155,10 +158,10 @@ class MethodMap(SphinxDirective):
         pictures = "".join(svg_map(key, title) for key, title in TITLES.items())
         rows = ["| | NLL on digits | training | prediction | memory |", "|---|---:|---:|---:|---:|"]
         for name, chapter in CHAPTERS.items():
-            cost = ledger.relative_costs(TASK, name)
+            cost = shipped().relative_costs(TASK, name)
             shown = f"[{name}]({chapter}.ipynb)" if chapter else name
             numbers = [f"{cost[key]:.1f}x" for key in ("training", "batch 256", "memory")]
-            rows.append(f"| {' | '.join([shown, str(ledger.interval(ledger.values(TASK, name))), *numbers])} |")
+            rows.append(f"| {' | '.join([shown, str(interval(shipped().values(TASK, name))), *numbers])} |")
         raw = nodes.raw("", f'<div class="effens-map">{pictures}</div>', format="html")
         return [raw, *self.parse_text_to_nodes("\n".join(rows))]
 

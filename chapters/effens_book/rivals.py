@@ -1,6 +1,6 @@
 r"""What a forecast of prices must beat, and needs no network: HAR, GJR-GARCH-t, and filtered historical simulation.
 
-All walk forward as the ledger's market tasks do: fitted on what was known before a year, then used through that year.
+All walk forward as the benchmark's market tasks do: fitted on what was known before a year, then used for that year.
 
 * **HAR** (Corsi, 2009, doi:10.1093/jjfinec/nbp001): log volatility is linear in the log volatilities of the last day,
   week and month. As a forecast of returns, *HAR-t*: Student's t with a constant mean whose log scale is linear in them.
@@ -12,7 +12,7 @@ All walk forward as the ledger's market tasks do: fitted on what was known befor
 * **Filtered historical simulation** (Barone-Adesi, Giannopoulos and Vosper, 1999): the same volatility, and instead of
   a t the model's own past residuals.
 
-``python -m effens_book.rivals`` fits them all, in about half a minute, and keeps what they said in the bank.
+``python -m effens_book.rivals`` fits them all, in about half a minute, and keeps what they said among the results.
 """
 
 import io
@@ -29,7 +29,10 @@ from torch import Tensor
 from torch.distributions import Normal, StudentT
 
 from effens.storage import write_whole
-from effens_book import data, ledger
+from effens_book import data
+from effens_book.benchmark import RESULTS
+from effens_book.benchmark.run import provenance
+from effens_book.benchmark.tasks import FIRST_YEAR, LAST_YEAR
 from effens_book.data import markets
 
 Array = NDArray[np.float64]
@@ -170,10 +173,10 @@ class Garch:
 
 def run() -> None:
     """Fit every model in every year and keep what it said, unless that is kept already."""
-    path = ledger.BANK / "rivals.npz"
+    path = RESULTS / "rivals.npz"
     if path.exists():
         return
-    arrays: dict[str, Any] = {"facts": np.array(json.dumps(ledger.provenance()))}
+    arrays: dict[str, Any] = {"facts": np.array(json.dumps(provenance()))}
     found: dict[str, list[Tensor]] = {}
     closes = data.prices()
     returns = 100 * np.diff(np.log(closes.close.numpy()))  # of closes.dates[1:]
@@ -218,7 +221,7 @@ def run() -> None:
 
 def years() -> list[str]:
     """Return the first days of the years that are judged."""
-    return [f"{year}-01-01" for year in range(ledger.FIRST_YEAR, ledger.LAST_YEAR + 1)]
+    return [f"{year}-01-01" for year in range(FIRST_YEAR, LAST_YEAR + 1)]
 
 
 # ---- Reading. ----
@@ -231,9 +234,9 @@ def read() -> dict[str, Tensor]:
     Raises:
         FileNotFoundError: the models were not fitted.
     """
-    path = ledger.BANK / "rivals.npz"
+    path = RESULTS / "rivals.npz"
     if not path.exists():
-        raise FileNotFoundError("the bank must hold the rivals, got none: run python -m effens_book.rivals")
+        raise FileNotFoundError("results must hold the rivals, got none: run python -m effens_book.rivals")
     with np.load(path, allow_pickle=False) as file:
         return {key: torch.from_numpy(file[key]) for key in file.files if key != "facts"}
 

@@ -5,7 +5,7 @@ r"""The roofline of one layer: what members cost is a matter of whether the mach
 Williams, Waterman and Patterson (2009), "Roofline: an insightful visual performance model for multicore architectures",
 doi:10.1145/1498765.1498785. One number each is measured: the peak, from a large product; the bandwidth of each level of
 memory, from products with one row, which read every weight once and compute next to nothing; the time of an empty call.
-``python -m effens_book.roofline`` measures them and the layers that they are to predict, and keeps both in the bank.
+``python -m effens_book.roofline`` measures them and the layers that they are to predict, and keeps both.
 """
 
 import itertools
@@ -27,7 +27,8 @@ from torch.utils.flop_counter import flop_registry
 from effens.ensembles.base import Ensemble
 from effens.ensembles.batch import BatchEnsemble
 from effens.ensembles.deep import DeepEnsemble
-from effens_book import ledger
+from effens_book.benchmark import METHODS, RESULTS, TASKS, shipped
+from effens_book.benchmark.run import plain, provenance, time_in_turns, write_json
 
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)  # weights of 16 KB to 268 MB: from the nearest cache to memory
 BATCHES = (1, 4, 16, 64, 256)
@@ -75,7 +76,7 @@ class Machine:
 
 def one(call: Any, seconds: float) -> float:
     """Return the median time of a call."""
-    return ledger.interleaved({"it": call}, seconds)["it"]
+    return time_in_turns({"it": call}, seconds)["it"]
 
 
 def measured(timed: Callable[[Any, float], float] = one) -> Machine:
@@ -111,7 +112,7 @@ def points() -> Iterable[tuple[int, int, int]]:
 
 def run() -> None:
     """Measure the machine and every point; what is kept already is not measured again."""
-    path = ledger.BANK / "roofline.json"
+    path = RESULTS / "roofline.json"
     torch.set_num_threads(1)
     if path.exists():
         machine, times = read()
@@ -127,24 +128,24 @@ def run() -> None:
         x = torch.randn(batch, width)
         layers = {"deep ensemble": DeepEnsemble(make, members), "BatchEnsemble": BatchEnsemble(make, members)}
         with torch.inference_mode():
-            found = ledger.interleaved({name: partial(layer, x) for name, layer in layers.items()}, SECONDS)
+            found = time_in_turns({name: partial(layer, x) for name, layer in layers.items()}, SECONDS)
         times |= {(name, width, batch, members): float(f"{t:.4g}") for name, t in found.items()}
     facts = {"peak": machine.peak, "call": machine.call, "bandwidths": speeds, "threads": 1}
     rows = [[*key, t] for key, t in times.items()]
-    ledger.write_json(path, {**facts, "rows": rows, **ledger.provenance()})
+    write_json(path, {**facts, "rows": rows, **provenance()})
     read.cache_clear()
 
 
 @cache
 def read() -> tuple[Machine, dict[tuple[str, int, int, int], float]]:
-    """Return the machine of the bank, and the measured seconds by (method, width, batch, members).
+    """Return the machine that was measured, and the measured seconds by (method, width, batch, members).
 
     Raises:
         FileNotFoundError: they were not measured.
     """
-    path = ledger.BANK / "roofline.json"
+    path = RESULTS / "roofline.json"
     if not path.exists():
-        raise FileNotFoundError("the bank must hold the roofline, got none: run python -m effens_book.roofline")
+        raise FileNotFoundError("results must hold the roofline, got none: run python -m effens_book.roofline")
     kept = json.loads(path.read_text())
     machine = Machine(kept["peak"], kept["call"], tuple((size, speed) for size, speed in kept["bandwidths"]))
     return machine, {(name, width, batch, members): t for name, width, batch, members, t in kept["rows"]}
@@ -237,23 +238,23 @@ def brief(task: str, name: str) -> Ensemble:
     Raises:
         ValueError: the method is one whose networks a search chooses.
     """
-    method = ledger.METHODS[name]
+    method = METHODS[name]
     if not method.tuned:
         raise ValueError(f"name must be a method whose networks are known beforehand, got {name!r}")
-    full = ledger.TASKS[task]
+    full = TASKS[task]
     x, y = full.load(0)["train"]
     assert y is not None
     few = slice(full.batch_size)
     short = replace(full, pool=full.members, epochs=full.members)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return method.train(short, (x[few], y[few]), ledger.tune(full, name), 0).eval()
+        return method.train(short, (x[few], y[few]), shipped().settings(task, name), 0).eval()
 
 
 def forward(task: str, name: str, batch: int) -> Forward:
-    """Return what one prediction of a method of the ledger asks of a machine."""
-    asked = ledger.bare(brief(task, name))
-    x, _ = ledger.TASKS[task].load(0)["train"]
+    """Return what one prediction of a method of the benchmark asks of a machine."""
+    asked = plain(brief(task, name))
+    x, _ = TASKS[task].load(0)["train"]
     rows = x[torch.arange(batch) % len(x)]
     with torch.no_grad():
         asked(rows)  # a first call may look the network over

@@ -1,6 +1,6 @@
-"""Studies: one question each, asked on the ledger's tasks over a grid of settings and several seeds.
+"""Studies: one question each, asked on the benchmark's tasks over a grid of settings and several seeds.
 
-A ledger row says how good a method is at its best settings; a study says what one of its settings does.
+A row of the benchmark says how good a method is at its best settings; a study says what one of its settings does.
 ``python -m effens_book.studies`` runs what is missing, resumes after a kill, and keeps one file of scores a study.
 
 To add a study, write one function that answers for one point of the grid and one seed, and register it with `study`.
@@ -29,9 +29,13 @@ from effens.ensembles.snapshot import SnapshotEnsemble
 from effens.ensembles.swag import SWAG
 from effens.likelihoods import Gaussian
 from effens.training import MakeOptimizer, fit, predict
-from effens_book import data, ledger
+from effens_book import data
+from effens_book.benchmark import RESULTS, TASKS, Task, shipped
+from effens_book.benchmark.methods import MOMENTUM_SGD, candidate, train_one, trial_settings
+from effens_book.benchmark.predictions import log_likelihoods, score, take_members
+from effens_book.benchmark.run import provenance, write_json
+from effens_book.benchmark.tasks import TUNING_SEEDS, Settings
 from effens_book.data import markets
-from effens_book.ledger import MOMENTUM_SGD, Settings, Task
 from effens_book.nets import mlp
 
 Row = dict[str, Any]
@@ -84,7 +88,7 @@ def cycles(kind: str, parts: float, seed: int) -> list[Row]:
     A part is B / ``parts`` epochs, of B in the whole budget; half a part is one network with twice the budget. The
     triangular cycles of Fast Geometric Ensembling share the last fifth of the budget.
     """
-    task = ledger.TASKS["digits"]
+    task = TASKS["digits"]
     brief = replace(task, epochs=round(task.epochs / parts))
     if kind in ("snapshot", "triangular"):
         schedule = "cosine" if kind == "snapshot" else kind
@@ -108,7 +112,7 @@ def tails(lr: float, tail_lr: float, seed: int) -> list[Row]:
 
     One training, and all forms drawn from its moments: a row for each rank and scale; and one for the last weights.
     """
-    task = replace(ledger.TASKS["gap"], batch_size=16, epochs=200)
+    task = replace(TASKS["gap"], batch_size=16, epochs=200)
     settings = {"lr": lr, "weight_decay": 1e-4}
     rows = []
     try:
@@ -134,7 +138,7 @@ def tails(lr: float, tail_lr: float, seed: int) -> list[Row]:
 @study(8, {"samples": [1, 2, 4, 8, 16, 30]})
 def samples(samples: int, seed: int) -> list[Row]:
     """Draw more samples from SWAG on digits."""
-    task = ledger.TASKS["digits"]
+    task = TASKS["digits"]
     settings = tuned("SWAG")
 
     def make() -> Ensemble:
@@ -150,7 +154,7 @@ def samples(samples: int, seed: int) -> list[Row]:
 )
 def capacity(width: int, members: int, share: float, seed: int) -> list[Row]:
     """Give MIMO more or less room on digits; one member is the plain network. Tuned at width 16, and kept."""
-    task = replace(ledger.TASKS["digits"], width=width)
+    task = replace(TASKS["digits"], width=width)
     settings = tuned("MIMO" if members > 1 else "single")
     ensemble = train(task, lambda: MIMO(task.make_net, members, share), settings, seed)
     return [{**scored(task, ensemble, seed), "fit": scored(task, ensemble, seed, "train")["member_nll"]}]
@@ -167,28 +171,28 @@ def search(task: str, seed: int) -> list[Row]:
     ensemble is larger, trained again from M seeds. Stratified: those that are chosen greedily of the first 10, trained
     again with the rest of the budget, and chosen from all.
     """
-    of = ledger.TASKS[task]
+    of = TASKS[task]
     x, y = of.load(seed)["val"]
     assert y is not None
-    points = ledger.trial_settings("hyper", seed, BUDGET)
+    points = trial_settings("hyper", seed, BUDGET)
     start = 1000 + 3 * BUDGET * seed
 
     def trained(number: int, settings: Settings) -> nn.Module:
         """Train a candidate; one that diverges is as good as one that was not trained."""
         try:
-            make = partial(ledger.candidate, of, settings)
+            make = partial(candidate, of, settings)
             ensemble = train(of, lambda: DeepEnsemble.of([make()]), settings, start + number, draw=seed)
         except FloatingPointError:
-            return ledger.candidate(of, settings)
+            return candidate(of, settings)
         return ensemble.member(0).eval()
 
     networks = [trained(i, settings) for i, settings in enumerate(points)]
     said = predict(DeepEnsemble.of(networks), x, likelihood=of.likelihood)
-    ranked = (-ledger.log_likelihoods(said, y).mean(1)).argsort().tolist()
+    ranked = (-log_likelihoods(said, y).mean(1)).argsort().tolist()
     first = next(i for i in ranked if i < BUDGET - of.members)
     best = [trained(BUDGET + m, points[first]) for m in range(of.members)]
     half = BUDGET // 2
-    few = sorted(set(greedy_select(ledger.members_of(said, torch.arange(half)), y, of.members)))
+    few = sorted(set(greedy_select(take_members(said, torch.arange(half)), y, of.members)))
     again = [trained(2 * BUDGET + j, points[few[j % len(few)]]) for j in range(half)]
     pool = [*networks[:half], *again]
     mixed = greedy_select(predict(DeepEnsemble.of(pool), x, likelihood=of.likelihood), y, of.members)
@@ -218,8 +222,8 @@ def decay(task: str, method: str, weight_decay: float, seed: int) -> list[Row]:
     """Change the weight decay alone, with all else tuned: does the order of the methods hold?"""
     settings = {**tuned(method, task), "weight_decay": weight_decay}
     try:
-        ensemble, _ = ledger.train_one(ledger.TASKS[task], method, settings, seed)
-        return [scored(ledger.TASKS[task], ensemble, seed)]
+        ensemble, _ = train_one(TASKS[task], method, settings, seed)
+        return [scored(TASKS[task], ensemble, seed)]
     except FloatingPointError:
         return [{"diverged": 1}]
 
@@ -303,7 +307,7 @@ def panel_settings(source: str, kind: str) -> tuple[float, float]:
     losses = []
     for lr, decay in PANEL_GRID:
         total = 0.0
-        for seed in ledger.TUNING_SEEDS:
+        for seed in TUNING_SEEDS:
             sets, _ = panel_sets(source, seed)
             said = panel_forecasts(sets, kind, members, lr, decay, seed, "val").mean(0)
             total += float((said - sets["val"][1]).square().mean())
@@ -351,8 +355,8 @@ def turnover(a: Tensor, b: Tensor) -> float:
 
 
 def tuned(name: str, task: str = "digits") -> Settings:
-    """Return a method's tuned settings, from the ledger."""
-    return ledger.tune(ledger.TASKS[task], name)
+    """Return a method's tuned settings, from the benchmark."""
+    return shipped().settings(task, name)
 
 
 def train(
@@ -363,7 +367,7 @@ def train(
     optimizer: MakeOptimizer = torch.optim.AdamW,
     draw: int | None = None,
 ) -> Ensemble:
-    """Train an ensemble as the ledger does; ``draw`` is the seed of the data, if that is another."""
+    """Train an ensemble as the benchmark does; ``draw`` is the seed of the data, if that is another."""
     x, y = task.load(seed if draw is None else draw)["train"]
     assert y is not None
     with torch.random.fork_rng(devices=[]):
@@ -375,7 +379,7 @@ def scored(task: Task, ensemble: Ensemble, seed: int, split: str = "test") -> Ro
     """Score an ensemble on one of the task's sets; raise `FloatingPointError` if a score is not finite."""
     x, y = task.load(seed)[split]
     assert y is not None
-    result = ledger.score(predict(ensemble, x, likelihood=task.likelihood), y)
+    result = score(predict(ensemble, x, likelihood=task.likelihood), y)
     if lost := [key for key, value in result.items() if not math.isfinite(value)]:
         raise FloatingPointError(f"scores must be finite, got {lost} that are not")
     return dict(result)
@@ -395,7 +399,7 @@ def gap_scores(task: Task, ensemble: Ensemble, seed: int) -> Row:
 
 def path_of(name: str) -> Path:
     """Return where a study is kept."""
-    return ledger.BANK / "studies" / f"{name}.json"
+    return RESULTS / "studies" / f"{name}.json"
 
 
 def run(name: str, shown: "tqdm[Any] | None" = None) -> None:
@@ -407,7 +411,7 @@ def run(name: str, shown: "tqdm[Any] | None" = None) -> None:
             if not matching(rows, {**point, "seed": seed}):
                 found = asked.answer(**point, seed=seed)
                 rows += [{**point, "seed": seed, **row} for row in found]
-                ledger.write_json(path, {"study": name, **ledger.provenance(), "rows": [rounded(row) for row in rows]})
+                write_json(path, {"study": name, **provenance(), "rows": [rounded(row) for row in rows]})
             if shown is not None:
                 shown.update()
     read.cache_clear()
@@ -432,7 +436,7 @@ def read(name: str) -> list[Row]:
     """
     path = path_of(name)
     if not path.exists():
-        raise FileNotFoundError(f"the bank must hold the study {name}, got none: run python -m effens_book.studies")
+        raise FileNotFoundError(f"results must hold the study {name}, got none: run python -m effens_book.studies")
     rows: list[Row] = json.loads(path.read_text())["rows"]
     return rows
 
@@ -442,7 +446,7 @@ def values(name: str, metric: str, **where: Any) -> Tensor:
 
     Args:
         name: of the study.
-        metric: a score, as of `effens.ledger.score`, or one of the study's own.
+        metric: a score, as of `predictions.score`, or one of the study's own.
         where: settings that name the point.
 
     Raises:

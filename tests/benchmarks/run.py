@@ -19,10 +19,9 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]  # whatever directory it is called from
 
-from effens_book import ledger  # noqa: E402
-
 from benchmarks.contestants import found  # noqa: E402
 from benchmarks.sections import SECTIONS  # noqa: E402
+from effens_book import ledger  # noqa: E402
 
 PEERS = {"torch_uncertainty": "torch-uncertainty", "tabm": "tabm"}  # as they are imported, as they are called
 PACKAGES = ("torch", *PEERS.values(), "onnxruntime")

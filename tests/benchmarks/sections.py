@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from effens_book import nets, roofline
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn import functional as F
@@ -24,6 +23,7 @@ from effens.costs import kept_bytes, training_step
 from effens.ensembles.base import MakeNet
 from effens.serving import BACKENDS
 from effens.training import picked
+from effens_book import nets, roofline
 
 Row = dict[str, Any]
 Call = Callable[[], object]

@@ -1,0 +1,344 @@
+"""The benchmark's methods: one function each, and the settings that are tried for it."""
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.quasirandom import SobolEngine
+from torch.utils.flop_counter import FlopCounterMode
+
+from effens.baselines import LastLayerLaplace, MCDropout
+from effens.ensembles.base import Ensemble
+from effens.ensembles.batch import BatchEnsemble
+from effens.ensembles.deep import DeepEnsemble
+from effens.ensembles.hyper import HyperEnsemble, greedy_select
+from effens.ensembles.mimo import MIMO
+from effens.ensembles.snapshot import SnapshotEnsemble
+from effens.ensembles.swag import SWAG
+from effens.training import predict
+from effens_book.benchmark.predictions import to_half
+from effens_book.benchmark.tasks import SPACE, TASKS, TRIALS, TUNING_SEEDS, Sets, Settings, Task
+
+Train = Callable[[Task, tuple[Tensor, Tensor], Settings, int], Ensemble]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train.
+
+    Attributes:
+        train: the function.
+        space: what it tunes beside rate and decay, as name: (low, high) on a log scale; or other limits for these two.
+        like: the methods whose tuned settings it takes, if it is a variant that changes one thing only; where two have
+            the same setting, the first one's.
+        place: of the trials that chose these settings, 0 for the best.
+        control: whether it is there to explain a method, and is no row of the tables: variants are.
+        tuned: whether trials choose its settings; the others train their own candidates.
+    """
+
+    train: Train
+    space: Mapping[str, tuple[float, float]]
+    like: Sequence[str] = ()
+    place: int = 0
+    control: bool = False
+    tuned: bool = True
+
+
+METHODS: dict[str, Method] = {}
+
+
+def method(
+    name: str,
+    *,
+    like: str | Sequence[str] = (),
+    place: int = 0,
+    control: bool = False,
+    tuned: bool = True,
+    **space: tuple[float, float],
+) -> Callable[[Train], Train]:
+    """Register a function ``(task, (x, y), settings, seed) -> trained ensemble`` as a method of the benchmark."""
+    others = (like,) if isinstance(like, str) else tuple(like)
+
+    def register(train: Train) -> Train:
+        METHODS[name] = Method(train, space, others, place, control or bool(others), tuned)
+        return train
+
+    return register
+
+
+@method("single")
+def single(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """One network."""
+    return task.fit(DeepEnsemble(task.make_net, 1), train, settings, seed)
+
+
+@method("wide")
+def wide(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """One network, so wide that it costs the FLOPs of the ensemble."""
+    width = equal_flops_width(task.name)
+    return task.fit(DeepEnsemble(lambda: task.make(width), 1), train, settings, seed)
+
+
+@method("deep ensemble")
+def deep_ensemble(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """Independent networks; while tuning as many as the ensemble has, then the whole pool."""
+    networks = task.members if seed in TUNING_SEEDS else task.pool
+    return task.fit(DeepEnsemble(task.make_net, networks), train, settings, seed)
+
+
+@method("BatchEnsemble", fast_lr=(0.1, 3.0))
+def batch_ensemble(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """Shared weights with rank-1 factors, tiled batches."""
+    ensemble = BatchEnsemble(task.make_net, task.members, fast_lr=settings["fast_lr"])
+    return task.fit(ensemble, train, settings, seed)
+
+
+@method("snapshot")
+def snapshot(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """One network in as many cycles as the ensemble has members."""
+    return task.fit(SnapshotEnsemble(task.make_net, task.members), train, settings, seed)
+
+
+# Rates of SGD are higher than those of AdamW, and its decay is multiplied by the rate and not by itself.
+MOMENTUM_SGD = partial(torch.optim.SGD, momentum=0.9)
+SGD_SPACE: dict[str, Any] = {"lr": (3e-3, 0.3), "weight_decay": (1e-5, 1e-2)}
+
+
+@method("SWAG", **SGD_SPACE, tail_lr=(0.05, 1.0))
+def swag(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """One network trained by SGD, and samples of the Gaussian around its path."""
+    ensemble = SWAG(task.make_net, task.members, tail_lr=settings["tail_lr"], seed=seed)
+    return task.fit(ensemble, train, settings, seed, MOMENTUM_SGD)
+
+
+@method("MIMO", own=(0.1, 1.0), slots=(2.0, 4.999))
+def mimo(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """One network with two to four inputs and outputs, the number tuned, too: it has no capacity for more."""
+    ensemble = MIMO(task.make_net, int(settings["slots"]), share=1 - settings["own"])
+    return task.fit(ensemble, train, settings, seed)
+
+
+SEARCHED: dict[str, Any] = {"dropout": (0.02, 0.5), "narrowing": (0.5, 1.0)}
+
+
+@method("hyper", tuned=False, **SEARCHED)
+def hyper(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """As many candidates as a method has trials, and a greedy choice of the ensemble's members among them.
+
+    Each seed searches anew, for here the search is the training. A candidate that diverges is none. Where there are
+    refits, only those that were chosen before the first are trained again.
+    """
+    if task.refits is not None:
+        points, rows = searched(task.name, seed)
+        return HyperEnsemble([network for network, _ in trained(task, train, points, seed)], rows)
+    ensemble, _ = search(task, train, seed)
+    return ensemble
+
+
+def search(task: Task, train: tuple[Tensor, Tensor], seed: int) -> tuple[HyperEnsemble, list[Settings]]:
+    """Train candidates and choose among them; returns the ensemble and the settings of all that did not diverge."""
+    x, y = task.load(seed)["val"]
+    assert y is not None
+    found = trained(task, train, trial_settings("hyper", seed), seed)
+    if not found:
+        rule = f"at least one candidate of seed {seed} must not diverge"
+        raise FloatingPointError(f"{rule}, got {TRIALS} of {TRIALS} that did")
+    networks = [network for network, _ in found]
+    said = predict(DeepEnsemble.of(networks), x, likelihood=task.likelihood)
+    return HyperEnsemble(networks, greedy_select(said, y, task.members)), [settings for _, settings in found]
+
+
+@cache
+def searched(name: str, seed: int) -> tuple[list[Settings], list[int]]:
+    """Return the settings that a search on the task's own sets chooses, each once, and the members' rows of them."""
+    task = TASKS[name]
+    x, y = task.load(seed)["train"]
+    assert y is not None
+    with torch.random.fork_rng(devices=[]):  # so that what is trained next does not depend on whether this was cached
+        torch.manual_seed(seed)
+        ensemble, settings = search(task, (x, y), seed)
+    return [settings[i] for i in dict.fromkeys(ensemble.index)], ensemble.rows
+
+
+def trained(
+    task: Task, train: tuple[Tensor, Tensor], points: Sequence[Settings], seed: int
+) -> list[tuple[nn.Module, Settings]]:
+    """Train a network for each of these settings, and return those that did not diverge."""
+    x, _ = task.load(seed).get("val", train)
+    found = []
+    for i, chosen in enumerate(points):
+        network = candidate(task, chosen)
+        try:
+            one = task.fit(DeepEnsemble.of([network]), train, chosen, TRIALS * seed + i)
+            to_half(predict(one, x, likelihood=task.likelihood))
+        except FloatingPointError:
+            continue
+        found.append((network, chosen))
+    return found
+
+
+def candidate(task: Task, settings: Settings) -> nn.Module:
+    """Make a network with the dropout and the width of these settings."""
+    return task.make(round(settings["narrowing"] * task.width), dropout=settings["dropout"])
+
+
+@method("narrow")
+def narrow(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """Independent networks, so narrow that together they have the weights of one."""
+    width = equal_weights_width(task.name)
+    return task.fit(DeepEnsemble(lambda: task.make(width), task.members), train, settings, seed)
+
+
+@method("MC dropout", dropout=(0.02, 0.5))
+def mc_dropout(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """One network, asked with its dropout on, as many times as the ensemble has members."""
+    make = partial(task.make, task.width, settings["dropout"])
+    return task.fit(MCDropout(make, task.members), train, settings, seed)
+
+
+@method("Laplace", precision=(0.1, 1000.0))
+def laplace(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """One network, and samples of a Gaussian around its last layer, as many as the ensemble has members."""
+    likelihood, precision = task.likelihood, settings["precision"]
+    ensemble = LastLayerLaplace(task.make_net, task.members, precision, likelihood=likelihood, seed=seed)
+    return task.fit(ensemble, train, settings, seed)
+
+
+@method("deep, as single", like="single")
+def as_single(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """A deep ensemble with the single network's settings: what is left when the luck of tuning is taken out."""
+    return task.fit(DeepEnsemble(task.make_net, task.members), train, settings, seed)
+
+
+@method("BatchEnsemble, as single", like=("single", "BatchEnsemble"))
+def batch_as_single(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """BatchEnsemble with the single network's rate and decay; the vectors' rate stays as tuned for BatchEnsemble."""
+    return batch_ensemble(task, train, settings, seed)
+
+
+@method("deep, one start", like="deep ensemble")
+def one_start(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """Members that start from the same weights: only their shuffles differ."""
+    first = task.make_net()
+    return task.fit(DeepEnsemble(lambda: copy.deepcopy(first), task.members), train, settings, seed)
+
+
+@method("deep, one order", like="deep ensemble")
+def one_order(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """Members that see the same batches: only their starts differ."""
+
+    class OneOrder(DeepEnsemble):
+        def order(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+            return torch.randperm(n, generator=generator).expand(self.members, n)
+
+    return task.fit(OneOrder(task.make_net, task.members), train, settings, seed)
+
+
+@method("deep, bagged", like="deep ensemble")
+def bagged(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """Members that each see their own resample of the data, drawn with replacement once."""
+
+    class Bagged(DeepEnsemble):
+        def order(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+            resample = torch.randint(n, (self.members, n), generator=torch.Generator().manual_seed(seed))
+            return resample.gather(1, super().order(n, generator=generator))
+
+    return task.fit(Bagged(task.make_net, task.members), train, settings, seed)
+
+
+@method("deep, short", control=True)
+def short(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """Independent networks that share the budget of one: what a snapshot ensemble's cycles would cost from scratch."""
+    brief = replace(task, epochs=round(task.epochs / task.members))
+    return brief.fit(DeepEnsemble(task.make_net, task.members), train, settings, seed)
+
+
+@method("single, SGD", control=True, **SGD_SPACE)
+def single_sgd(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """One network trained by SGD, with no rate left at the end: SWAG but for SWAG."""
+    return task.fit(DeepEnsemble(task.make_net, 1), train, settings, seed, MOMENTUM_SGD)
+
+
+@method("single, searched", control=True, **SEARCHED)
+def single_searched(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """One network with dropout and a width that are tuned, as a hyperparameter ensemble's candidates have them."""
+    return task.fit(DeepEnsemble(partial(candidate, task, settings), 1), train, settings, seed)
+
+
+@method("deep, searched", control=True, **SEARCHED)
+def deep_searched(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """A deep ensemble with the same two, one setting for all members."""
+    return task.fit(DeepEnsemble(partial(candidate, task, settings), task.members), train, settings, seed)
+
+
+@method("MIMO, repeated", like="MIMO")
+def repeated(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """MIMO with each example four times in a step, as published: four times the cost."""
+    ensemble = MIMO(task.make_net, int(settings["slots"]), share=1 - settings["own"], repeats=4)
+    return task.fit(ensemble, train, settings, seed)
+
+
+@method("MIMO, second trial", like="MIMO", place=1)
+def second_trial(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """MIMO with the settings that came second in tuning, by next to nothing on digits: what the first place decided."""
+    return mimo(task, train, settings, seed)
+
+
+@cache
+def equal_flops_width(name: str) -> int:
+    """Return the smallest width at which one network costs the FLOPs of the task's ensemble, at the least."""
+    task = TASKS[name]
+    x = task.load(0)["val"][0][:1]
+
+    def flops(width: int) -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            task.make(width)(x)
+        total: int = counter.get_total_flops()
+        return total
+
+    with torch.random.fork_rng(devices=[]):  # else the first network trained would start elsewhere than later ones
+        target = task.members * flops(task.width)
+        return next(width for width in range(task.width, 100 * task.width) if flops(width) >= target)
+
+
+@cache
+def equal_weights_width(name: str) -> int:
+    """Return the largest width at which the task's ensemble has no more weights than one network of the task's."""
+    task = TASKS[name]
+
+    def weights(width: int) -> int:
+        return sum(p.numel() for p in task.make(width).parameters())
+
+    with torch.random.fork_rng(devices=[]):
+        most = weights(task.width) // task.members
+        return max((width for width in range(1, task.width + 1) if weights(width) <= most), default=1)
+
+
+def trial_settings(name: str, seed: int = 0, trials: int | None = None) -> list[Settings]:
+    """Return the settings of a method's trials: Sobol points, the same for rate and decay of every method."""
+    space = {**SPACE, **METHODS[name].space}
+    trials = TRIALS if trials is None else trials
+    points = SobolEngine(len(space), scramble=True, seed=seed).draw(trials).double()
+    shared = SobolEngine(len(SPACE), scramble=True, seed=seed).draw(trials).double()
+    points[:, : len(SPACE)] = shared
+    limits = [(math.log(low), math.log(high)) for low, high in space.values()]
+    return [
+        {key: math.exp(low + u * (high - low)) for key, (low, high), u in zip(space, limits, point, strict=True)}
+        for point in points.tolist()
+    ]
+
+
+def train_one(task: Task, name: str, settings: Settings, seed: int) -> tuple[Ensemble, Sets]:
+    """Train one method with one seed, which decides the data draw, the start, the shuffles and dropout."""
+    sets = task.load(seed)
+    x, y = sets["train"]
+    assert y is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        ensemble = METHODS[name].train(task, (x, y), settings, seed)
+    return ensemble, sets

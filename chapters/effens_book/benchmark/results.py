@@ -1,0 +1,518 @@
+"""What the benchmark found: predictions, scores with their intervals, comparisons, costs, and tables of these."""
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+from torch import Tensor
+from torch.distributions import Normal
+from torch.distributions import StudentT as StudentTDistribution
+
+from effens import scores
+from effens.likelihoods import StudentT
+from effens_book.benchmark.methods import METHODS, trial_settings
+from effens_book.benchmark.packing import Row, read_row
+from effens_book.benchmark.predictions import (
+    count_members,
+    daily_crps,
+    distribution,
+    divergence,
+    fit_scale,
+    groups,
+    log_likelihoods,
+    log_mean,
+    parameters,
+    score,
+    take_members,
+    with_scale,
+)
+from effens_book.benchmark.tasks import MARGIN, PRIMARY, TASKS, TRIALS, TUNING_SEEDS, Settings
+from effens_book.tables import Table
+
+RESULTS = Path(__file__).parents[1] / "results"
+COMMAND = "run python -m effens_book.benchmark.run"
+BASELINES = {"single, temperature": "single"}  # derived from another method's predictions
+QUALITY = {"nll": min, "crps": min, "divergence": min, "accuracy": max, "auroc": max}  # which value is the best
+NATS = {"nll", "member_nll", "diversity_gain", "divergence"}
+DECIMALS = {"accuracy": 1, "ece": 1, "disagreement": 1, "coverage": 1, "auroc": 1}  # percentages
+TITLES = {
+    "nll": "NLL",
+    "member_nll": "members' NLL",
+    "diversity_gain": "diversity gain",
+    "auroc": "AUROC (%)",
+    "crps": "CRPS",
+    **{key: f"{key} (%)" for key in ("accuracy", "ece", "disagreement", "coverage")},
+}
+COSTS = {"training": "training", "batch 1": "predict 1", "batch 256": "predict 256", "memory": "memory"}
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds with its 95% t interval."""
+
+    mean: float
+    half: float
+
+    def __format__(self, spec: str) -> str:
+        """Write both numbers alike: ``f"{interval:.1f}"``, three decimals by default."""
+        return f"{self.mean:{spec or 'z.3f'}} ± {self.half:{spec.lstrip('+') or '.3f'}}"  # z: no sign before a zero
+
+    def __str__(self) -> str:
+        return format(self)
+
+
+def interval(sample: Tensor) -> Interval:
+    """Return the mean of a sample (n,), and half of its 95% t interval."""
+    n = len(sample)
+    if n < 2:
+        raise ValueError(f"an interval needs at least 2 seeds, got {n}")
+    half = float(stats.t.ppf(0.975, n - 1)) * sample.double().std().item() / math.sqrt(n)
+    return Interval(sample.double().mean().item(), half)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The paired difference of two methods over seeds, with its 95% t interval and what it says."""
+
+    difference: Interval
+    wins: int
+    seeds: int
+    verdict: str
+
+    def __str__(self) -> str:
+        mean, half = self.difference.mean, self.difference.half
+        return f"{mean:+.3f} ± {half:.3f}, lower in {self.wins} of {self.seeds}: {self.verdict}"
+
+
+class Benchmark:
+    """The results in a folder: by default those that the book was written from.
+
+    Args:
+        results: the folder.
+    """
+
+    def __init__(self, results: Path | str | None = None) -> None:
+        self.folder = RESULTS if results is None else Path(results)
+        self.rows: dict[tuple[str, str], Row] = {}
+        self.scores: dict[tuple[str, str, int, str], dict[str, float]] = {}
+
+    def path(self, task: str, name: str) -> Path:
+        """Return where a method's row of a task is kept."""
+        return self.folder / task / f"{name.replace(' ', '-')}.npz"
+
+    def row(self, task: str, name: str) -> Row:
+        """Return what a method did on a task.
+
+        Raises:
+            FileNotFoundError: that is not among the results.
+            ValueError: the task was defined otherwise when the row was made.
+        """
+        if (task, name) not in self.rows:
+            path = self.path(task, name)
+            if not path.exists():
+                raise FileNotFoundError(f"results must hold {task}, {name}, got no such row: {COMMAND}")
+            of = TASKS[task]
+            self.rows[task, name] = read_row(path, of.digest, lambda seed, key: of.load(seed)[key][1], of.likelihood)
+        return self.rows[task, name]
+
+    def forget(self, task: str, name: str) -> None:
+        """Read a method's row again when it is asked for: its file was written."""
+        self.rows.pop((task, name), None)
+        self.scores = {key: found for key, found in self.scores.items() if key[:2] != (task, name)}
+
+    def predictions(self, task: str, name: str, seed: int, split: str = "test") -> Any:
+        """Return every member's prediction: probabilities (members, n, classes), or a distribution (members, n).
+
+        The baseline "single, temperature" is the single network's prediction, its confidence set on validation data.
+        """
+        found = self.row(task, BASELINES.get(name, name)).predictions[split, seed]
+        return self.temper(task, seed, found) if name in BASELINES else found
+
+    def pool(self, task: str, split: str = "test", seed: int = 0) -> Any:
+        """Return the predictions of all independent networks that saw the same data.
+
+        On real data these are the members of every seed's deep ensemble; on the generated task, where every seed has
+        data of its own, those of one seed.
+        """
+        if TASKS[task].fresh:
+            return self.predictions(task, "deep ensemble", seed, split)
+        found = [self.predictions(task, "deep ensemble", s, split) for s in range(TASKS[task].seeds)]
+        if isinstance(found[0], Tensor):
+            return torch.cat(found)
+        parts = zip(*map(parameters, found), strict=True)
+        return distribution(type(found[0]), map(torch.cat, parts))
+
+    def kept_crps(self, task: str, name: str, seed: int, split: str = "test") -> Tensor:
+        """Return what was kept of the continuous ranked probability score of each example, (n,), in units of y.
+
+        Raises:
+            KeyError: none was kept: the members are no Student's t.
+        """
+        return self.row(task, name).crps[split, seed]
+
+    def targets(self, task: str, seed: int, split: str) -> Tensor:
+        """Return the right answers of a set, (n,); raise `ValueError` if there are none."""
+        y = TASKS[task].load(seed)[split][1]
+        if y is None:
+            raise ValueError(f"scores need a set with right answers, got {split}, which has none")
+        return y
+
+    def temper(self, task: str, seed: int, prediction: Any) -> Any:
+        """Return the single network's prediction, its confidence set on validation data by one number."""
+        y = self.targets(task, seed, "val")
+        val = self.predictions(task, "single", seed, "val")
+        if isinstance(prediction, Normal):  # the scale of the standard deviation that fits best, in closed form
+            factor = ((y - val.loc) / val.scale).square().mean().sqrt()
+            return Normal(prediction.loc, prediction.scale * factor, validate_args=False)
+        if isinstance(prediction, StudentTDistribution):
+            return with_scale(prediction, fit_scale(val, y))
+        return scores.temper(prediction, scores.temperature(val, y))
+
+    def seed_scores(self, task: str, name: str, seed: int, split: str) -> dict[str, float]:
+        """Return the scores of one seed; of a pool, the mean over its disjoint groups of ``members``."""
+        key = (task, name, seed, split)
+        if key in self.scores:
+            return self.scores[key]
+        y = self.targets(task, seed, split)
+        prediction = self.predictions(task, name, seed, split)
+        parts = groups(prediction, TASKS[task].members) if name == "deep ensemble" else [prediction]
+        rows = [score(part, y) for part in parts]
+        if isinstance(TASKS[task].likelihood, StudentT):
+            kept = name not in BASELINES and len(parts) == 1  # what is kept is that of all members together
+            each = [self.kept_crps(task, name, seed, split)] if kept else [daily_crps(part, y) for part in parts]
+            rows = [{**row, "crps": float(daily.mean())} for row, daily in zip(rows, each, strict=True)]
+        if (truth := TASKS[task].truth) is not None:
+            exact = truth(seed, split)
+            rows = [{**row, "divergence": divergence(exact, part)} for row, part in zip(rows, parts, strict=True)]
+        self.scores[key] = {metric: float(np.mean([row[metric] for row in rows])) for metric in rows[0]}
+        return self.scores[key]
+
+    def values(self, task: str, name: str, metric: str = PRIMARY, split: str = "test") -> Tensor:
+        """Return one score of every seed, (seeds,); "auroc" tells the set ``split`` from the test set."""
+        if metric == "auroc":
+            return self.auroc(task, name, split)
+        return torch.tensor([self.seed_scores(task, name, seed, split)[metric] for seed in range(TASKS[task].seeds)])
+
+    def auroc(self, task: str, name: str, outside: str) -> Tensor:
+        """Return how well total entropy tells ``outside`` from the test set, of every seed, (seeds,), in percent."""
+        result = []
+        for seed in range(TASKS[task].seeds):
+            found = [self.predictions(task, name, seed, split) for split in ("test", outside)]
+            result.append(100 * scores.auroc(*(scores.total_entropy(probs) for probs in found)))
+        return torch.stack(result)
+
+    def compare(
+        self, task: str, a: str, b: str, metric: str = PRIMARY, split: str = "test", margin: float = MARGIN
+    ) -> Comparison:
+        """Return by how much ``a`` differs from ``b``: lower, higher, tied (inside the margin), or unresolved."""
+        gap = self.values(task, a, metric, split) - self.values(task, b, metric, split)
+        difference = interval(gap)
+        low, high = difference.mean - difference.half, difference.mean + difference.half
+        if -margin < low and high < margin:
+            verdict = "tied"
+        elif low > 0 or high < 0:
+            verdict = "lower" if high < 0 else "higher"
+        else:
+            verdict = "unresolved"
+        return Comparison(difference, int((gap < 0).sum()), len(gap), verdict)
+
+    def holm(
+        self, task: str, reference: str, rows: Iterable[str] | None = None, metric: str = PRIMARY, split: str = "test"
+    ) -> dict[str, float]:
+        """Return the p-value of each method's paired t test against a reference, adjusted for how many there are.
+
+        Holm (1979), "A simple sequentially rejective multiple test procedure". A table in which no method differs from
+        the reference shows an adjusted p-value below 0.05 in one case of 20, however many rows it has.
+
+        Args:
+            task: its name.
+            reference: the method that the others are compared with.
+            rows: these others; by default every other row of the tables.
+            metric: a score.
+            split: the set on which it is scored.
+
+        Returns:
+            Adjusted p-values by method, the smallest first; 1 where a method is the reference in every seed.
+        """
+        others = [name for name in (names() if rows is None else rows) if name != reference]
+        base = self.values(task, reference, metric, split).double().numpy()
+        found = {}
+        for name in others:
+            p = float(stats.ttest_rel(self.values(task, name, metric, split).double().numpy(), base).pvalue)
+            found[name] = 1.0 if math.isnan(p) else p
+        adjusted = multipletests(list(found.values()), method="holm")[1].tolist()
+        return dict(sorted(zip(found, adjusted, strict=True), key=lambda item: item[1]))
+
+    def curve(
+        self, task: str, members: Iterable[int], metric: str = PRIMARY, split: str = "test", subsets: int = 100
+    ) -> Tensor:
+        """Return a score of random subsets of the pool, (sizes, subsets): how a deep ensemble depends on its members.
+
+        Subsets of a pool overlap, so their spread says what luck in the choice of networks does, and is no interval.
+
+        Raises:
+            ValueError: a size is below 1, or above the pool's.
+        """
+        found, y = self.pool(task, split), self.targets(task, 0, split)
+        generator = torch.Generator().manual_seed(0)
+        size = count_members(found)
+        logs = log_likelihoods(found, y)
+        quick: dict[str, Callable[[Tensor], Tensor]] = {
+            "nll": lambda part: -log_mean(part).mean(),
+            "member_nll": lambda part: -part.mean(),
+            "diversity_gain": lambda part: log_mean(part).mean() - part.mean(),
+        }
+        rows = []
+        for m in members:
+            if not 1 <= m <= size:
+                raise ValueError(f"members must be in 1 ... {size}, got {m}")
+            drawn = [torch.randperm(size, generator=generator)[:m] for _ in range(subsets)]
+            if metric in quick:
+                rows.append(torch.stack([quick[metric](logs[index]) for index in drawn]))
+            else:
+                row = [score(take_members(found, index), y)[metric] for index in drawn]
+                rows.append(torch.tensor(row, dtype=torch.float64))
+        return torch.stack(rows)
+
+    def choices(self, task: str, name: str, seed: int, members: int) -> list[Tensor]:
+        """Return every way to take so many of the members that a run kept; all of them where it has no more.
+
+        A search adds its networks in an order, so of those it is the first: what it would have chosen of this size.
+        """
+        rows = self.row(task, name).facts[seed].get("rows")
+        if rows is not None:
+            return [torch.arange(max(k for k in range(len(rows) + 1) if len(set(rows[:k])) <= members))]
+        kept = min(count_members(self.predictions(task, name, seed)), TASKS[task].members)
+        return [torch.tensor(index) for index in itertools.combinations(range(kept), min(members, kept))]
+
+    def at_members(self, task: str, name: str, members: int, split: str = "test") -> tuple[float, float]:
+        """Return (member_nll, diversity_gain) of a smaller ensemble, the mean over seeds and all choices of members."""
+        points = []
+        for seed in range(TASKS[task].seeds):
+            logs = log_likelihoods(self.predictions(task, name, seed, split), self.targets(task, seed, split))
+            parts = [logs[index] for index in self.choices(task, name, seed, members)]
+            points.append(np.mean([[-part.mean(), log_mean(part).mean() - part.mean()] for part in parts], 0))
+        loss, gain = np.mean(points, 0)
+        return float(loss), float(gain)
+
+    def settings(self, task: str, name: str) -> Settings:
+        """Return the settings of a method's best trial; of a variant, those of the methods that it is like."""
+        method = METHODS[name]
+        if not method.tuned:
+            return {}
+        found: Settings = {}
+        for other in reversed(method.like or (name,)):
+            found |= trial_settings(other)[self.ranked_trials(task, other)[method.place if method.like else 0]]
+        return found
+
+    def trials(self, task: str, name: str) -> list[dict[str, Any]]:
+        """Return a method's tuning trials on a task, in the order of `trial_settings`."""
+        path = self.folder / task / "tuning.json"
+        kept = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        if name not in kept:
+            raise FileNotFoundError(f"results must hold the trials of {task}, {name}, got none: {COMMAND}")
+        found: list[dict[str, Any]] = kept[name]
+        return found
+
+    def trial_scores(self, task: str, name: str) -> list[float]:
+        """Return the mean validation score of each trial; infinite where a training diverged."""
+        found = [trial[PRIMARY] for trial in self.trials(task, name)]
+        return [math.inf if None in values else float(np.mean(values)) for values in found]
+
+    def ranked_trials(self, task: str, name: str) -> list[int]:
+        """Return the numbers of a method's trials, the one with the lowest validation score first."""
+        found = self.trial_scores(task, name)
+        return sorted(range(len(found)), key=found.__getitem__)
+
+    def costs(self, task: str, name: str, device: str = "cpu") -> dict[str, Any]:
+        """Return what a method costs on the machine on which it was measured: the fields of `effens.Costs`.
+
+        Args:
+            task: its name.
+            name: of the method.
+            device: ``"cpu"``, or ``"cuda"``: the GPU on which ``python -m effens_book.benchmark.run --gpu`` was run.
+
+        Raises:
+            FileNotFoundError: that was not measured.
+        """
+        name = BASELINES.get(name, name)
+        path = self.costs_path(task, device)
+        kept = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        if name not in kept:
+            where, option = ("", "") if device == "cpu" else (f" on {device}", " --gpu")
+            raise FileNotFoundError(
+                f"results must hold the costs of {task}, {name}{where}, got none: {COMMAND}{option}"
+            )
+        found: dict[str, Any] = kept[name]
+        return found
+
+    def costs_path(self, task: str, device: str) -> Path:
+        """Return where a task's costs on a kind of device are kept."""
+        kind = torch.device(device).type
+        return self.folder / task / ("costs.json" if kind == "cpu" else f"costs-{kind}.json")
+
+    def relative_costs(self, task: str, name: str, device: str = "cpu") -> dict[str, float]:
+        """Return a method's costs as multiples of the single network's, on the CPU or on a GPU, ``"cuda"``.
+
+        Training is the time of a step of the task's epochs, at batch 128; prediction the median latency at batch 1 and
+        256; memory the bytes of all weights.
+        """
+
+        def facts(row: str) -> dict[str, float]:
+            found = self.costs(task, row, device)
+            return {
+                "training": found["train_seconds"],
+                "batch 1": found["latency_p50"]["1"],
+                "batch 256": found["latency_p50"]["256"],
+                "memory": found["stored_bytes"],
+            }
+
+        one = facts("single")
+        return {key: value / one[key] for key, value in facts(name).items()}
+
+    def table(
+        self,
+        task: str,
+        columns: Iterable[str] = ("nll", "member_nll", "diversity_gain"),
+        rows: Iterable[str] | None = None,
+    ) -> Table:
+        """Return a table: a row per method, a column per score, means over seeds with 95% intervals.
+
+        The best mean is marked in the columns whose direction is a matter of quality, and the rows whose paired
+        difference from it is not resolved.
+
+        Args:
+            task: its name.
+            columns: scores on the test set; ``"nll@rotated"`` is on another set.
+            rows: methods; all of them by default.
+        """
+        asked = [(title(column), *(column.split("@") if "@" in column else (column, "test"))) for column in columns]
+        found = {
+            name: {head: interval(self.values(task, name, metric, split)) for head, metric, split in asked}
+            for name in (names() if rows is None else rows)
+        }
+        best = {head: QUALITY[metric] for head, metric, _ in asked if metric in QUALITY and len(found) > 1}
+        unresolved = []
+        for head, metric, split in asked:
+            if head in best:
+                first = best[head](found, key=lambda name: found[name][head].mean)
+                verdicts = {
+                    name: self.compare(task, name, first, metric, split).verdict for name in found if name != first
+                }
+                unresolved += [(name, head) for name, verdict in verdicts.items() if verdict in ("unresolved", "tied")]
+        unit = "" if NATS.isdisjoint(metric for _, metric, _ in asked) else ", losses in nats"
+        return Table(
+            found,
+            caption=f"{task}, means over {TASKS[task].seeds} seeds ± 95% intervals{unit}",
+            best=best,
+            unresolved=unresolved,
+            digits={head: DECIMALS.get(metric, 3) for head, metric, _ in asked},
+        )
+
+    def differences(
+        self,
+        task: str,
+        pairs: Iterable[tuple[str, str]],
+        metric: str = PRIMARY,
+        split: str = "test",
+        margin: float = MARGIN,
+    ) -> Table:
+        """Return a table of paired differences, first minus second: a row for each pair, its interval and verdict."""
+        column = title(metric if split == "test" else f"{metric}@{split}")
+        rows = {}
+        for a, b in pairs:
+            found = self.compare(task, a, b, metric, split, margin)
+            digits = DECIMALS.get(metric, 3)
+            rows[f"{a} − {b}"] = {
+                f"difference in {column}": f"{found.difference:+.{digits}f}",
+                "lower in": f"{found.wins} of {found.seeds}",
+                "verdict": found.verdict,
+            }
+        return Table(rows, caption=f"{task}, paired by seed, first minus second ± 95% interval")
+
+    def cost_table(self, task: str, rows: Iterable[str] | None = None, device: str = "cpu") -> Table:
+        """Return a table of what each method costs, as multiples of the single network's; all methods by default."""
+        found = {name: times(self.relative_costs(task, name, device)) for name in (names() if rows is None else rows)}
+        where = "one CPU thread" if device == "cpu" else self.costs(task, "single", device)["device"]
+        return Table(
+            found, caption=f"{task}, cost as a multiple of one network's, {where}; predict: of 1 row, of 256 rows"
+        )
+
+    def best_trials(self, task: str, methods: Iterable[str], count: int = 2) -> Table:
+        """Return a table of the best tuning trials of each method: their settings, and the loss on validation data.
+
+        The first is the one that was chosen. A second one that comes close with other settings says that luck chose.
+        """
+        rows = {}
+        for name in methods:
+            settings = trial_settings(name)
+            for place, i in enumerate(self.ranked_trials(task, name)[:count]):
+                rows[f"{name}, {'chosen' if place == 0 else f'place {place + 1}'}"] = {
+                    "learning rate": f"{settings[i]['lr']:.4f}",
+                    "weight decay": f"{settings[i]['weight_decay']:.3f}",
+                    "validation NLL": self.trial_scores(task, name)[i],
+                }
+        caption = f"{task}, the best of {TRIALS} tuning trials; NLL in nats, mean over {len(TUNING_SEEDS)} seeds"
+        return Table(rows, caption=caption, digits=4)
+
+    def layer_table(self) -> Table:
+        """Return a table of one layer's latency, as multiples of one plain layer: rows of width and batch."""
+        path = self.folder / "layers.json"
+        if not path.exists():
+            raise FileNotFoundError(f"results must hold the costs of layers, got none: {COMMAND}")
+        seen = {
+            (row["width"], row["batch"], row["method"]): row["seconds"] for row in json.loads(path.read_text())["rows"]
+        }
+        rows: dict[str, dict[str, str]] = {}
+        for width, batch in dict.fromkeys(key[:2] for key in seen):
+            one = seen[width, batch, "single"]
+            cells = {name: f"{seen[width, batch, name] / one:.1f}x" for name in ("deep ensemble", "BatchEnsemble")}
+            rows[f"width {width}, batch {batch}"] = {"one layer": f"{1e6 * one:.0f} µs", **cells}
+        return Table(rows, caption="latency of one linear layer with four members, as a multiple of one plain layer's")
+
+    def card(self, task: str, name: str) -> Table:
+        """Return a table of two rows: what one network and a method bring, and what they cost."""
+        rows = {
+            "one network" if row == "single" else row: {
+                f"NLL on test {task}": interval(self.values(task, row)),
+                **times(self.relative_costs(task, row)),
+            }
+            for row in ("single", name)
+        }
+        caption = (
+            f"NLL in nats, mean over {TASKS[task].seeds} seeds ± 95% interval; costs as multiples of one network's"
+        )
+        return Table(rows, caption=caption)
+
+
+@cache
+def shipped() -> Benchmark:
+    """Return the results that the book was written from."""
+    return Benchmark()
+
+
+def names(controls: bool = False) -> list[str]:
+    """Return every row of a table: the methods, each followed by the baselines derived from it; or controls, too."""
+    chosen = [name for name, method in METHODS.items() if controls or not method.control]
+    return [row for name in chosen for row in (name, *(key for key, value in BASELINES.items() if value == name))]
+
+
+def title(column: str) -> str:
+    """Return a column's head, such as ``"NLL, rotated"`` for ``"nll@rotated"``."""
+    metric, _, split = column.partition("@")
+    name, _, unit = TITLES.get(metric, metric).partition(" (")
+    return name + (f", {split}" if split else "") + (f" ({unit}" if unit else "")
+
+
+def times(costs: Mapping[str, float], digits: int = 1) -> dict[str, str]:
+    """Return relative costs in words: ``{"training": "4.2x", ...}``."""
+    return {COSTS.get(key, key): f"{value:.{digits}f}x" for key, value in costs.items()}

@@ -1,0 +1,336 @@
+"""Run the benchmark: ``python -m effens_book.benchmark.run``, called in `chapters/`, runs what is missing.
+
+Every trial and every run is written as soon as it is done, so that it may be killed at any time. When all seeds of a
+method are done they become one file, its row. Costs are measured last: let nothing else run then.
+"""
+
+import argparse
+import datetime
+import io
+import json
+import math
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from effens.costs import measure
+from effens.ensembles.base import Ensemble
+from effens.ensembles.batch import BatchEnsemble
+from effens.ensembles.deep import DeepEnsemble
+from effens.ensembles.hyper import HyperEnsemble
+from effens.likelihoods import StudentT
+from effens.storage import write_whole
+from effens.training import predict
+from effens_book.benchmark.methods import METHODS, candidate, train_one, trial_settings
+from effens_book.benchmark.packing import write_row
+from effens_book.benchmark.predictions import daily_crps, from_half, log_likelihoods, log_mean, to_half
+from effens_book.benchmark.results import Benchmark
+from effens_book.benchmark.tasks import PRIMARY, TASKS, TRIALS, TUNING_SEEDS, Sets, Settings, Task
+
+UNFINISHED = "unfinished"  # the folder, beside the rows, of what is not packed yet
+
+
+def run_row(benchmark: Benchmark, task: Task, name: str) -> None:
+    """Tune a method and run it with every seed of a task, unless that was done; what was done already is used."""
+    path, files = benchmark.path(task.name, name), folder(benchmark, task, name)
+    if path.exists():
+        return
+    settings = tune(benchmark, task, name)
+    runs = [files / f"{seed}.npz" for seed in range(task.seeds)]
+    for seed, file in enumerate(runs):
+        if not file.exists():
+            run_seed(file, task, name, settings, seed)
+    write_row(path, runs, task.digest, lambda seed, key: task.load(seed)[key][1], task.likelihood)
+    shutil.rmtree(files)
+    benchmark.forget(task.name, name)
+
+
+def folder(benchmark: Benchmark, task: Task, name: str) -> Path:
+    """Return where a method's trials and runs are kept until they are packed."""
+    return benchmark.folder / UNFINISHED / task.name / name.replace(" ", "-")
+
+
+def tune(benchmark: Benchmark, task: Task, name: str) -> Settings:
+    """Return the settings with the lowest validation score, after running the trials that are missing.
+
+    A variant takes the settings of the methods that it is like, or those with the second lowest score if it says so.
+
+    Raises:
+        FloatingPointError: all trials diverged.
+    """
+    method = METHODS[name]
+    for other in (method.like or (name,)) if method.tuned else ():
+        run_trials(benchmark, task, other)
+        scores = benchmark.trial_scores(task.name, other)
+        if not any(map(math.isfinite, scores)):
+            rule = f"at least one trial of {other} on {task.name} must not diverge"
+            raise FloatingPointError(f"{rule}, got {len(scores)} of {len(scores)} that did")
+    return benchmark.settings(task.name, name)
+
+
+def run_trials(benchmark: Benchmark, task: Task, name: str) -> None:
+    """Run a method's trials, each on the tuning seeds, and add them to the task's file of trials."""
+    path = benchmark.folder / task.name / "tuning.json"
+    kept = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    if name in kept:
+        return
+    files = [folder(benchmark, task, name) / f"trial-{i}.json" for i in range(TRIALS)]
+    for file, settings in zip(files, trial_settings(name), strict=True):
+        if not file.exists():
+            values = [validation_score(task, name, settings, seed) for seed in TUNING_SEEDS]
+            finite = [value if math.isfinite(value) else None for value in values]
+            write_json(file, {"settings": settings, PRIMARY: finite, **provenance()})
+    write_json(path, kept | {name: [json.loads(file.read_text("utf-8")) for file in files]})
+
+
+def validation_score(task: Task, name: str, settings: Settings, seed: int) -> float:
+    """Train, and score on validation data; infinite where a loss, or a prediction, is not finite."""
+    try:
+        ensemble, sets = train_one(task, name, settings, seed)
+        x, y = sets["val"]
+        prediction = ask(task, ensemble, x, seed)
+        to_half(prediction)  # fails on what could not be kept
+    except FloatingPointError:
+        return math.inf
+    assert y is not None
+    return -log_mean(log_likelihoods(prediction, y)).mean().item()
+
+
+def run_seed(path: Path, task: Task, name: str, settings: Settings, seed: int) -> None:
+    """Train a method with one seed and write its members' predictions of every set."""
+    ensemble, sets = train_one(task, name, settings, seed)
+    facts: dict[str, Any] = {"task": task.name, "method": name, "seed": seed, "settings": settings, **provenance()}
+    if isinstance(ensemble, HyperEnsemble):  # what is chosen three times is kept once
+        facts["rows"] = ensemble.rows
+    rows = facts.get("rows", slice(None))
+    arrays: dict[str, Any] = {"facts": np.array(json.dumps(facts))}
+    for key, (x, y) in sets.items():
+        if key == "test" or (key != "train" and (not METHODS[name].control or name in task.everywhere)):
+            if key == "test" and task.refits is not None:
+                numbers = refit(task, name, settings, seed)
+            else:
+                numbers = to_half(ask(task, once(ensemble), x, seed))
+            arrays[key] = numbers
+            if y is not None and isinstance(task.likelihood, StudentT):  # takes seconds: kept, too
+                found = from_half(torch.from_numpy(numbers[rows]).float(), task.likelihood)
+                arrays[f"{key} crps"] = daily_crps(found, y).numpy().astype(np.float32)
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, content.getvalue())
+
+
+def once(ensemble: Ensemble) -> Ensemble:
+    """Return the ensemble with every network once, where some are chosen several times."""
+    return ensemble.chosen if isinstance(ensemble, HyperEnsemble) else ensemble
+
+
+def refit(task: Task, name: str, settings: Settings, seed: int) -> NDArray[np.float16]:
+    """Train anew for every part of the test set, on what was known before it, and return all their predictions."""
+    assert task.refits is not None
+    found = []
+    for sets in task.refits():
+        ensemble, _ = train_one(replace(task, load=partial(same_for_all, sets)), name, settings, seed)
+        found.append(to_half(ask(task, once(ensemble), sets["test"][0], seed)))
+    return np.concatenate(found, axis=1)
+
+
+def same_for_all(sets: Sets, seed: int) -> Sets:
+    """Return the same sets for every seed."""
+    return sets
+
+
+def ask(task: Task, ensemble: Ensemble, x: Tensor, seed: int) -> Any:
+    """Return every member's prediction; the seed decides what a network answers whose dropout stays on."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return predict(ensemble, x, likelihood=task.likelihood)
+
+
+def estimate(benchmark: Benchmark, task: Task, name: str) -> str:
+    """Say how many trainings a row still needs, and about how long they take: from one short training."""
+    trials, runs = 0, task.seeds * (1 if task.refits is None else 1 + len(task.refits()))
+    if METHODS[name].tuned and not METHODS[name].like:
+        trials = TRIALS * len(TUNING_SEEDS)
+    brief = replace(task, epochs=task.members)
+    start = time.perf_counter()
+    train_one(brief, name, trial_settings(name)[0], TUNING_SEEDS[0])
+    seconds = (time.perf_counter() - start) * task.epochs / task.members
+    minutes = math.ceil(seconds * (trials + runs) / 60)
+    return f"{task.name}, {name}: {trials} trainings to tune and {runs} to keep, about {minutes} min"
+
+
+def run_costs(benchmark: Benchmark, task: Task, names: Iterable[str], device: str = "cpu") -> None:
+    """Measure what the methods cost that were not measured before, in turns, beside the single network.
+
+    What others cost stays as it is: times are kept as multiples of the single network's time of today, times its time
+    that is kept.
+    """
+    path = benchmark.costs_path(task.name, device)
+    kept: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    missing = [name for name in names if not METHODS[name].control and name not in kept]
+    if not missing:
+        return
+    found = measure_costs(
+        benchmark, task, dict.fromkeys(["single", *missing]), device, 0.4 if device == "cpu" else 0.05
+    )
+    now = found["single"]
+    before = kept.get("single", now)
+    for name in missing:
+        kept[name] = {**provenance(), **as_if(found[name], now, before)}
+    write_json(path, kept)
+
+
+def as_if(costs: Mapping[str, Any], now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """Return costs with every time changed as the single network's time changed from ``now`` to ``before``."""
+    found = {**costs, "train_seconds": costs["train_seconds"] * before["train_seconds"] / now["train_seconds"]}
+    for key in ("latency_p50", "latency_p99"):
+        found[key] = {size: seconds * before[key][size] / now[key][size] for size, seconds in costs[key].items()}
+    return found
+
+
+def measure_costs(
+    benchmark: Benchmark, task: Task, names: Iterable[str], device: str, seconds: float
+) -> dict[str, dict[str, Any]]:
+    """Return what each method's ensemble costs on a device: the fields of `effens.Costs`.
+
+    They are measured in turns, and each time is the median of five: one long measurement of each would compare
+    different moments of the machine. They are trained on the CPU, for some epochs only: no weight changes a cost.
+    """
+    brief = replace(task, pool=task.members, epochs=task.members)  # an epoch for each cycle
+    ensembles: dict[str, Ensemble] = {}
+    searches: dict[str, Ensemble] = {}  # of which the ensemble is a part: all of it is trained
+    for name in names:
+        ensemble, _ = train_one(brief if METHODS[name].tuned else task, name, tune(benchmark, task, name), 0)
+        if isinstance(ensemble, HyperEnsemble):
+            ensemble = ensemble.chosen
+            candidates = [candidate(task, settings) for settings in trial_settings(name)]
+            searches[name] = DeepEnsemble.of(candidates).to(device)
+        ensembles[name] = ensemble.to(device)
+    x, y = task.load(0)["train"]
+    assert y is not None
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in ensembles}
+    for _ in range(5):
+        for name, ensemble in ensembles.items():
+            found = asdict(measure(plain(ensemble), x, y, likelihood=task.likelihood, seconds=seconds))
+            if name in searches:
+                whole = measure(searches[name], x, y, likelihood=task.likelihood, seconds=seconds)
+                found["train_seconds"] = whole.train_seconds
+            rounds[name].append(found)
+    middles = {}
+    for name, each in rounds.items():
+        middles[name] = dict(each[0])
+        middles[name]["train_seconds"] = float(np.median([one["train_seconds"] for one in each]))
+        for key in ("latency_p50", "latency_p99"):
+            middles[name][key] = {size: float(np.median([one[key][size] for one in each])) for size in each[0][key]}
+    result: dict[str, dict[str, Any]] = json.loads(json.dumps(middles))  # as they are read again
+    return result
+
+
+def plain(ensemble: Ensemble) -> nn.Module:
+    """Return what costs are measured of: of a deep ensemble of one its network, as plain PyTorch trains and asks it."""
+    return ensemble.member(0) if isinstance(ensemble, DeepEnsemble) and ensemble.members == 1 else ensemble
+
+
+LAYERS: dict[str, Any] = {"widths": (64, 256, 1024, 4096), "batches": (1, 16, 256), "members": 4}
+
+
+def run_layer_costs(benchmark: Benchmark) -> None:
+    """Time one linear layer, M of them, and BatchEnsemble's, over widths and batches, unless that is kept already."""
+    path = benchmark.folder / "layers.json"
+    if path.exists():
+        return
+    members = LAYERS["members"]
+    rows = []
+    for width in LAYERS["widths"]:
+        make = partial(nn.Linear, width, width)
+        layers = {
+            "single": make(),
+            "deep ensemble": DeepEnsemble(make, members),
+            "BatchEnsemble": BatchEnsemble(make, members),
+        }
+        for batch in LAYERS["batches"]:
+            x = torch.randn(batch, width)
+            with torch.inference_mode():
+                times = time_in_turns({name: partial(layer, x) for name, layer in layers.items()}, seconds=4.0)
+            rows += [{"method": name, "width": width, "batch": batch, "seconds": t} for name, t in times.items()]
+    write_json(path, {"members": members, "threads": torch.get_num_threads(), "rows": rows, **provenance()})
+
+
+def time_in_turns(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+    """Return the median time of each call, taken in turns, so that a busy moment hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    began = time.perf_counter()
+    while len(times[next(iter(times))]) < 10 or time.perf_counter() - began < seconds:
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: float(np.median(found[3:])) for name, found in times.items()}
+
+
+def provenance() -> dict[str, str]:
+    """Return where and when a run was made."""
+    today = datetime.date.today().isoformat()
+    return {"torch": torch.__version__, "python": platform.python_version(), "device": "cpu", "date": today}
+
+
+def methods_of(task: Task) -> list[str]:
+    """Return what is run on a task."""
+    return [name for name, method in METHODS.items() if not method.control or name in task.controls]
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a small file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, (json.dumps(content, separators=(",", ":")) + "\n").encode())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what is missing and print the tables."""
+    parser = argparse.ArgumentParser(prog="python -m effens_book.benchmark.run", description=main.__doc__)
+    parser.add_argument("--results", help="the folder of the results; the book's own by default")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--no-costs", action="store_true", help="measure no costs: another program is running")
+    parser.add_argument("--gpu", action="store_true", help="only measure costs, of all methods, on the GPU at hand")
+    chosen = parser.parse_args(arguments)
+    if chosen.gpu and not torch.cuda.is_available():
+        parser.error("--gpu needs a CUDA device, got none")
+    torch.set_num_threads(1)  # so that numbers and times do not depend on how many cores there are
+    benchmark = Benchmark(chosen.results)
+    if chosen.gpu:
+        for task in tqdm(chosen.tasks, desc="costs on the GPU", unit="task"):
+            run_costs(benchmark, TASKS[task], chosen.methods, "cuda")
+        for task in chosen.tasks:
+            device = benchmark.costs(task, "single", "cuda")["device"]
+            print(f"\n{task}: {device}\n{benchmark.cost_table(task, device='cuda')}")
+        return
+    pairs = [(TASKS[task], name) for task in chosen.tasks for name in chosen.methods if name in methods_of(TASKS[task])]
+    pairs = [(task, name) for task, name in pairs if not benchmark.path(task.name, name).exists()]
+    for task, name in pairs:
+        print(estimate(benchmark, task, name))
+    for task, name in tqdm(pairs, desc="benchmark", unit="row", disable=not pairs):
+        run_row(benchmark, task, name)
+    if not chosen.no_costs:
+        for task in chosen.tasks:
+            run_costs(benchmark, TASKS[task], chosen.methods)
+        run_layer_costs(benchmark)
+    if set(chosen.methods) == set(METHODS):
+        for task in chosen.tasks:
+            print(f"\n{task}: test set\n{benchmark.table(task)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""The benchmark's tasks: what every method is asked to do. All of it was fixed before any tuning."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.distributions import Normal
+
+from effens.ensembles.base import Ensemble
+from effens.likelihoods import Categorical, Gaussian, Likelihood, StudentT
+from effens.training import MakeOptimizer, fit
+from effens_book import data
+from effens_book.data import markets, orders
+from effens_book.nets import cnn, mlp
+
+Sets = dict[str, tuple[Tensor, Tensor | None]]
+Settings = dict[str, float]
+
+PRIMARY = "nll"  # of the mean of the members, in nats, on the task's test set; lower is better
+MARGIN = 0.005  # nats: two methods are tied if the whole interval of their difference is inside
+TRIALS = 12  # tuning trials of every method, on validation data, the single network's included
+TUNING_SEEDS = (100, 101)  # each trial's score is the mean over these, none of which is used again
+SPACE = {"lr": (1e-3, 3e-2), "weight_decay": (1e-3, 3.0)}  # searched on a log scale, the same points for every method
+
+
+CONTROLS = (
+    *("deep, one start", "deep, one order", "deep, bagged", "deep, short", "single, SGD"),
+    *("single, searched", "deep, searched", "MIMO, repeated"),
+)
+LUCK = ("deep, as single", "BatchEnsemble, as single", "MIMO, second trial")  # what a near tie in tuning decided
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every method is asked to do.
+
+    Attributes:
+        name: of the task.
+        members: members of every ensemble.
+        pool: networks that the deep ensemble trains for each seed; groups of ``members`` of them are scored.
+        seeds: how many times everything is repeated.
+        epochs: passes over the training data, for every network and member.
+        batch_size: examples in a step.
+        likelihood: what outputs mean.
+        width: of the network.
+        make: (width, dropout=0.0) to network.
+        load: seed to named sets of (x, y); y is None where there is no right answer.
+        fresh: whether each seed has data of its own.
+        truth: (seed, set) to the exact predictive distribution, where it is known.
+        refits: sets of every refit, where the test set comes in parts, and each is predicted by what was trained on all
+            that was known before it. Settings are chosen once, before the first part.
+        controls: which of the controls are run.
+        everywhere: which of these are kept for every set; of the others only their predictions of the test set are.
+        files: the arrays in ``data/`` that it reads.
+    """
+
+    name: str
+    members: int
+    pool: int
+    seeds: int
+    epochs: int
+    batch_size: int
+    likelihood: Likelihood
+    width: int
+    make: Callable[..., nn.Module]
+    load: Callable[[int], Sets]
+    fresh: bool = False
+    truth: Callable[[int, str], Normal] | None = None
+    refits: Callable[[], Sequence[Sets]] | None = None
+    controls: Sequence[str] = CONTROLS
+    everywhere: Sequence[str] = ()
+    files: Sequence[str] = ()
+
+    @property
+    def digest(self) -> str:
+        """A digest of what defines the task: its numbers, its likelihood, the sizes of its sets, its files."""
+        return digest_of(self)
+
+    def make_net(self) -> nn.Module:
+        """Return a fresh network of the task's width."""
+        return self.make(self.width)
+
+    def fit(
+        self,
+        ensemble: Ensemble,
+        train: tuple[Tensor, Tensor],
+        settings: Settings,
+        seed: int,
+        optimizer: MakeOptimizer = torch.optim.AdamW,
+    ) -> Ensemble:
+        """Train an ensemble as the task says and return it."""
+        fit(
+            ensemble,
+            train,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            lr=settings["lr"],
+            weight_decay=settings["weight_decay"],
+            optimizer=optimizer,
+            likelihood=self.likelihood,
+            device="cpu",
+            seed=seed,
+            progress=False,
+        )
+        return ensemble
+
+
+@cache
+def digest_of(task: Task) -> str:
+    """Return the digest of a task, 16 hexadecimal digits."""
+    numbers = [task.name, task.members, task.pool, task.epochs, task.batch_size, task.width]
+    kind = [type(task.likelihood).__name__, sum(p.numel() for p in task.make_net().parameters())]
+    sizes = {name: list(x.shape) for name, (x, _) in task.load(0).items()}
+    files = [hashlib.sha256((Path(data.__file__).parent / name).read_bytes()).hexdigest() for name in task.files]
+    return hashlib.sha256(json.dumps([numbers, kind, sizes, files]).encode()).hexdigest()[:16]
+
+
+def load_gap(seed: int) -> Sets:
+    """Make regression with a gap: each seed is another function, with other data."""
+    task = data.gap_regression(seed)
+    return {
+        "train": (task.x_train, task.y_train),
+        "val": (task.x_val, task.y_val),
+        "test": (task.x_test, task.y_test),
+        "gap": (task.x_gap, task.y_gap),
+    }
+
+
+def gap_truth(seed: int, split: str) -> Normal:
+    """Return what could be known at best."""
+    return data.gap_regression(seed).predictive(load_gap(seed)[split][0])
+
+
+def load_digits(seed: int) -> Sets:
+    """Load digits, the same for every seed; 500 of the test images are also rotated, and made noisy."""
+    task = data.digits()
+    x, y = task.x_test[:500], task.y_test[:500]
+    return {
+        "train": (task.x_train, task.y_train),
+        "val": (task.x_val, task.y_val),
+        "test": (task.x_test, task.y_test),
+        "rotated": (data.rotate(x, 30), y),
+        "noisy": (data.add_noise(x, 0.4), y),
+        "letters": (data.letters()[:500], None),
+    }
+
+
+def make_mlp(width: int, dropout: float = 0.0) -> nn.Module:
+    """Make the network of the generated task: a mean and a standard deviation from one input."""
+    return mlp(1, 2, width=width, dropout=dropout)
+
+
+def make_cnn(width: int, dropout: float = 0.0) -> nn.Module:
+    """Make the network of the digits."""
+    return cnn(channels=width, dropout=dropout)
+
+
+def load_diamonds(seed: int) -> Sets:
+    """Load diamonds, the same for every seed; the heavy ones lie outside what was trained on."""
+    task = data.diamonds()
+    return {
+        name: (getattr(task, f"x_{name}"), getattr(task, f"y_{name}")) for name in ("train", "val", "test", "heavy")
+    }
+
+
+def make_table_net(width: int, dropout: float = 0.0) -> nn.Module:
+    """Make the network of the diamonds: a mean and a standard deviation from nine columns."""
+    return mlp(9, 2, width=width, dropout=dropout)
+
+
+def load_orders(seed: int) -> Sets:
+    """Make the simulated order flow, the same for every seed."""
+    return {name: (flow.x, flow.y) for name, flow in orders.order_flow().items()}
+
+
+def make_order_net(width: int, dropout: float = 0.0) -> nn.Module:
+    """Make the network of the order flow: a mean and a standard deviation of the move."""
+    return mlp(orders.FEATURES, 2, width=width, depth=3, dropout=dropout)
+
+
+FIRST_YEAR, LAST_YEAR = 1998, 2022
+VALIDATION_DAYS = 500  # before the first year that is judged
+MARKET_FEATURES = len(markets.FEATURES)
+
+
+@cache
+def market(target: str) -> tuple[Sets, list[Sets], NDArray[np.datetime64]]:
+    """Return what settings are chosen on, the sets of every year's refit, and the days that are judged.
+
+    Each part is seen through the mean and deviation of the days that it trains on. "test" of the first holds all years.
+    """
+    task = markets.task(data.prices(), target)
+    years = [f"{year}-01-01" for year in range(FIRST_YEAR, LAST_YEAR + 1)]
+    splits = markets.walk_forward(task, years)
+    (first, *_) = markets.walk_forward(task, years, validation=VALIDATION_DAYS)
+
+    def sets(train: Tensor, **parts: Tensor) -> Sets:
+        x = markets.standardize(task.x, train)
+        return {name: (x[rows], task.y[rows]) for name, rows in {"train": train, **parts}.items()}
+
+    refits = [sets(split.train, test=split.test) for split in splits]
+    everything = torch.cat([split.test for split in splits])
+    return sets(first.train, val=first.val, test=everything), refits, task.dates[everything.numpy()]
+
+
+def days(task: str) -> NDArray[np.datetime64]:
+    """Return the days of a market task's test set: on day i the forecast is made, at the close."""
+    return market(TARGETS[task])[2]
+
+
+TARGETS = {"returns": "return", "volatility": "volatility"}
+
+
+AS_SINGLE = ("deep, as single",)
+
+
+def market_task(name: str, likelihood: Likelihood) -> Task:
+    """Make a task of daily prices: walk forward with a refit every year, 1998 to 2022."""
+    target = TARGETS[name]
+
+    def make(width: int, dropout: float = 0.0) -> nn.Module:
+        return mlp(MARKET_FEATURES, outputs, width=width, dropout=dropout)
+
+    def load(seed: int) -> Sets:
+        return market(target)[0]
+
+    def refits() -> Sequence[Sets]:
+        return market(target)[1]
+
+    outputs = int(likelihood.outputs or 0)
+    return Task(
+        *(name, 4, 4, 5, 20, 128, likelihood, 32, make, load),
+        refits=refits,
+        controls=AS_SINGLE,
+        files=("prices.npz",),
+    )
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("gap", 5, 20, 10, 800, 160, Gaussian(), 64, make_mlp, load_gap, True, gap_truth),
+        Task(
+            "digits",
+            4,
+            4,
+            8,
+            38,
+            64,
+            Categorical(),
+            16,
+            make_cnn,
+            load_digits,
+            controls=(*CONTROLS, *LUCK),
+            everywhere=LUCK,
+            files=("digits.npz", "letters.npz"),
+        ),
+        Task("diamonds", 4, 4, 8, 40, 64, Gaussian(), 64, make_table_net, load_diamonds, files=("diamonds.npz",)),
+        market_task("returns", StudentT()),
+        market_task("volatility", Gaussian()),
+        Task("orders", 4, 4, 5, 12, 128, Gaussian(), 64, make_order_net, load_orders, controls=AS_SINGLE),
+    )
+}
