@@ -18,6 +18,11 @@ from effens_book.rerun import ENVIRONMENT, chapters
 ROOT = Path(__file__).parent
 
 
+# Tests start other Pythons: these find the book's modules, too.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(ROOT / "chapters"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+)
+
 # Workers of `pytest -n 2` share the cores: threads beside them would mostly wait for one another. Before torch starts.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")

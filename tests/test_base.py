@@ -1,10 +1,8 @@
 """What every ensemble shares."""
 
 import math
-import re
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -173,12 +171,6 @@ class TestEnsemble:
         for message, ask in asks.items():
             with pytest.raises(NotImplementedError, match=f"^{message}$"):
                 ask()
-
-    def test_the_readme_names_every_hook(self) -> None:
-        hooks = {name for name in vars(effens.Ensemble) if not name.startswith(("_", "check_"))}
-        readme = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
-        (listed,) = re.findall(r"overriding only the hooks in which it\s+differs \((.+?)\)", readme, re.DOTALL)
-        assert set(re.findall(r"`(\w+)`", listed)) == hooks
 
     @pytest.mark.parametrize("members", [0, -2])
     def test_members(self, members: int) -> None:

@@ -2,20 +2,21 @@
 
 import pytest
 
-from effens_book import ledger
+from effens_book.benchmark import shipped
+from effens_book.benchmark.results import names
 from effens_book.choose import BUDGETS, GOALS, choose
 
 
 @pytest.mark.parametrize("goal", GOALS)
 def test_all_methods_are_there_and_sorted(goal: str) -> None:
     found = choose(goal=goal)
-    assert sorted(choice.method for choice in found) == sorted(ledger.names())
+    assert sorted(choice.method for choice in found) == sorted(names())
     assert all(choice.qualifies for choice in found)
     metric, split, less = GOALS[goal]
     scores = [choice.score for choice in found]
     assert scores == sorted(scores, reverse=not less)
     for choice in found:
-        assert choice.score == pytest.approx(ledger.values("digits", choice.method, metric, split).mean().item())
+        assert choice.score == pytest.approx(shipped().values("digits", choice.method, metric, split).mean().item())
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -28,11 +29,11 @@ def test_what_is_above_a_budget_comes_last_and_says_why(budget: str) -> None:
         assert ("above 1.5x" in choice.reason) is not choice.qualifies
 
 
-def test_the_reasons_are_the_ledgers_comparisons() -> None:
+def test_the_reasons_are_the_benchmarks_comparisons() -> None:
     best, *others = choose()
     assert best.reason == "the best mean within the budget"
     for choice in others:
-        found = ledger.compare("digits", choice.method, best.method)
+        found = shipped().compare("digits", choice.method, best.method)
         assert str(found.difference) in choice.reason
         assert ("not distinguishable" in choice.reason) is (found.verdict == "unresolved")
 

@@ -21,7 +21,6 @@ from typing import Any
 
 import pytest
 import scenarios
-import test_ledger
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -29,7 +28,6 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 import effens
 import effens_book.nets
 from effens import training
-from effens_book import ledger
 
 DEVICE = "fakeacc"
 
@@ -128,7 +126,10 @@ CASES: dict[str, Callable[[], None]] = {
 def reports() -> dict[str, str]:
     """What went wrong in each case, if anything."""
     root = Path(effens.__file__).parents[1]
-    command, environment = [sys.executable, __file__], os.environ | {"PYTHONPATH": str(root)}
+    command, environment = (
+        [sys.executable, __file__],
+        os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "chapters")])},
+    )
     found = subprocess.run(command, cwd=root, env=environment, text=True, stdout=subprocess.PIPE, check=True).stdout
     return dict(json.loads(found.splitlines()[-1]))
 
@@ -545,23 +546,6 @@ def test_a_run_of_a_gpu_is_not_continued_on_a_cpu(cuda: torch.device, tmp_path: 
     effens.fit(made(ENSEMBLES[0]), data, **options, device=cuda)
     with pytest.raises(ValueError, match="must be a checkpoint of the same call, got device cuda instead of cpu"):
         effens.fit(made(ENSEMBLES[0]), data, **options, device="cpu")
-
-
-# ---- The ledger's GPU column. ----
-
-
-@pytest.mark.gpu
-def test_the_ledger_measures_every_method_on_a_gpu(
-    cuda: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("TASKS", "TRIALS", "BANK"):
-        monkeypatch.setattr(ledger, name, getattr(ledger, name))  # put back at the end
-    test_ledger.set_up(tmp_path)
-    ledger.run_device_costs(test_ledger.LINE, "cuda")
-    assert [path.name for path in tmp_path.rglob("costs*")] == ["costs-cuda.json"]
-    found = {name: ledger.costs("line", name, "cuda") for name in test_ledger.METHODS}
-    assert {costs["device"] for costs in found.values()} == {torch.cuda.get_device_name()}
-    assert all(costs["train_seconds"] > 0 and costs["peak_bytes"] > 0 for costs in found.values())
 
 
 def report(case: Callable[[], None]) -> str:

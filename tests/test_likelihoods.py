@@ -186,7 +186,7 @@ def test_the_density_of_student_is_that_of_torch() -> None:
     expected = torch.distributions.StudentT(said.df, said.loc, said.scale).log_prob(y)
     torch.testing.assert_close(-effens.StudentT().nll(outputs, y), expected)
     assert torch.equal(-effens.StudentT().nll(outputs, y), said.log_prob(y))
-    assert type(said) is torch.distributions.StudentT  # by which a ledger tells what it keeps
+    assert type(said) is torch.distributions.StudentT  # by which the benchmark tells what it keeps
     again = copy.deepcopy(said)
     again.loc += 1
     torch.testing.assert_close(again.log_prob(y), said.log_prob(y - 1))

@@ -91,7 +91,7 @@ def test_a_cell_with_sliders_is_short_in_sight_and_needs_nothing_else(name: str)
     own |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)} | {"retrain", "device", "interact"}
     own |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     assert used - own - MODULES - set(dir(builtins)) - {"partial"} == set()
-    assert not re.search(r"effens\.(data|nets|figures|ledger|players)", live.source)
+    assert not re.search(r"effens_book|benchmark", live.source)
     assert "put your own" in live.source
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 import effens
 import effens_book.nets
 from effens import serving
-from effens_book import ledger, orders
+from effens_book import orders
 from effens_book.data import orders as flows
 
 
@@ -165,7 +165,7 @@ def test_every_method_was_timed_in_every_way() -> None:
 
 def test_what_reading_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     orders.read.cache_clear()
-    monkeypatch.setattr(ledger, "BANK", tmp_path)
+    monkeypatch.setattr(orders, "RESULTS", tmp_path)
     with pytest.raises(FileNotFoundError, match="run python -m effens_book.orders"):
         orders.read()
     orders.read.cache_clear()
@@ -182,9 +182,8 @@ def test_every_way_is_timed_in_turns_and_kept(tmp_path: Path, monkeypatch: pytes
 
         return call
 
-    monkeypatch.setattr(ledger, "BANK", tmp_path)
-    monkeypatch.setattr(ledger, "train_one", lambda *_: (effens.DeepEnsemble(make_net, 2), 0.0))
-    monkeypatch.setattr(ledger, "tune", lambda *_: {})
+    monkeypatch.setattr(orders, "RESULTS", tmp_path)
+    monkeypatch.setattr(orders, "train_one", lambda *_: (effens.DeepEnsemble(make_net, 2), 0.0))
     monkeypatch.setattr(serving, "export", lambda *_, **__: SimpleNamespace(run=None))
     monkeypatch.setattr(orders, "timed", times("Python"))
     monkeypatch.setattr(orders, "timed_without_python", times("C++"))

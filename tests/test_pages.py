@@ -18,8 +18,10 @@ from PIL import Image
 from pybtex.database import Entry, parse_file
 
 import effens
-from effens_book import ledger, pages, theme
+from effens_book import pages, theme
 from effens_book.address import ROOT, link
+from effens_book.benchmark import METHODS, TASKS, shipped
+from effens_book.benchmark.results import names
 from effens_book.rerun import chapters
 
 PAGES = sorted((ROOT / "chapters").glob("*.md"))
@@ -36,14 +38,13 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 
 
 @pytest.fixture
-def ledger_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(ledger, "BANK", ledger.BANK)  # set back, whatever the page did
-    with patch.dict(ledger.METHODS), patch.dict(ledger.TASKS):
+def registries_as_they_were() -> Iterator[None]:
+    with patch.dict(METHODS), patch.dict(TASKS):
         yield
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
-def test_the_code_of_a_page_runs_from_top_to_bottom(page: Path, ledger_as_it_was: None) -> None:
+def test_the_code_of_a_page_runs_from_top_to_bottom(page: Path, registries_as_they_were: None) -> None:
     names: dict[str, Any] = {"__name__": page.stem}
     with torch.random.fork_rng(devices=[]):
         for code, printed in blocks(page):
@@ -73,7 +74,7 @@ def test_the_spine_on_the_title_page_is_that_of_the_introduction() -> None:
 
 
 def test_the_map_has_every_method_and_leads_to_its_chapter() -> None:
-    assert set(pages.CHAPTERS) <= set(ledger.names())
+    assert set(pages.CHAPTERS) <= set(names())
     leads = {chapter for chapter in pages.CHAPTERS.values() if chapter}
     told = set(re.findall(r"\((\w+)\.ipynb\)", "\n".join(spine(read("index")))))
     assert told < leads <= {chapter.stem for chapter in chapters()}
@@ -94,12 +95,12 @@ def test_a_picture_in_small_is_a_frame_of_its_player_and_leads_there(place: tupl
 
 
 @pytest.mark.parametrize("key", list(pages.TITLES))
-def test_the_map_shows_the_ledger_s_numbers(key: str) -> None:
+def test_the_map_shows_the_benchmark_s_numbers(key: str) -> None:
     drawn = pages.svg_map(key, "title")
     dots = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', drawn)
     points = {name: tuple(map(float, dot)) for name, dot in zip(pages.CHAPTERS, dots, strict=True)}
-    costs = {name: ledger.relative_costs("digits", name)[key] for name in points}
-    nlls = {name: ledger.values("digits", name).mean().item() for name in points}
+    costs = {name: shipped().relative_costs("digits", name)[key] for name in points}
+    nlls = {name: shipped().values("digits", name).mean().item() for name in points}
     assert sorted(points, key=lambda name: points[name][0]) == sorted(points, key=lambda name: costs[name])
     assert sorted(points, key=lambda name: -points[name][1]) == sorted(points, key=lambda name: nlls[name])
     for name in points:
@@ -120,7 +121,7 @@ def test_the_map_s_labels_lie_inside_and_apart(key: str) -> None:
 
 
 def test_the_stamp_says_what_the_runs_say() -> None:
-    facts, _ = ledger.record("digits", "single", 0)
+    facts = shipped().row("digits", "single").facts[0]
     stamp = pages.stamp()
     for key in ("torch", "python", "device"):
         assert facts[key].lower() in stamp.lower()

@@ -194,4 +194,4 @@ def test_one_leads_through_the_book_page_by_page(pages: dict[str, Page], site: P
 
 def test_every_page_says_what_its_numbers_were_made_with(site: Path) -> None:
     for name in re.findall(r"(?:root|file): (\S+)", (ROOT / "_toc.yml").read_text("utf-8")):
-        assert "The ledger's numbers: PyTorch" in (site / f"{name}.html").read_text("utf-8"), name
+        assert "The benchmark's numbers: PyTorch" in (site / f"{name}.html").read_text("utf-8"), name

@@ -12,7 +12,8 @@ from torch.distributions import Normal, StudentT
 
 import effens
 import effens_book.data
-from effens_book import ledger, rivals
+from effens_book import rivals
+from effens_book.benchmark import predictions, shipped, tasks
 from effens_book.data import markets
 
 GARCH = rivals.Garch(mu=0.05, omega=0.02, alpha=0.02, gamma=0.1, beta=0.9, nu=6.0)
@@ -138,9 +139,9 @@ def test_many_normal_residuals_score_as_a_normal() -> None:
 @pytest.mark.parametrize(("task", "name"), [(task, name) for task, names in rivals.RIVALS.items() for name in names])
 def test_there_is_a_forecast_of_every_day(task: str, name: str) -> None:
     found = rivals.forecast(name)
-    assert tuple(found.batch_shape) == (1, len(ledger.days(task)))
-    assert torch.stack(ledger.parameters(found)).isfinite().all()
-    scored = ledger.score(found, ledger.targets(task, 0, "test"))
+    assert tuple(found.batch_shape) == (1, len(tasks.days(task)))
+    assert torch.stack(predictions.parameters(found)).isfinite().all()
+    scored = predictions.score(found, shipped().targets(task, 0, "test"))
     assert 90 < scored["coverage"] < 98
 
 
@@ -150,8 +151,8 @@ def test_the_kept_forecasts_are_those_of_a_fit_on_the_past() -> None:
     (split,) = markets.walk_forward(task, ["2008-01-01"], end="2009-01-01")
     mean, deviation = rivals.least_squares(task.x[split.train, :3], task.y[split.train], task.x[split.test, :3])
     rows = np.flatnonzero(
-        (ledger.days("volatility") >= np.datetime64("2008-01-01"))
-        & (ledger.days("volatility") < np.datetime64("2009-01-01"))
+        (tasks.days("volatility") >= np.datetime64("2008-01-01"))
+        & (tasks.days("volatility") < np.datetime64("2009-01-01"))
     )
     kept = rivals.forecast("HAR")
     assert isinstance(kept, Normal)
@@ -165,7 +166,7 @@ def test_a_year_of_garch_can_be_had_again() -> None:
     r = 100 * np.diff(np.log(closes.close.numpy()))  # of closes.dates[1:]
     first = int(np.flatnonzero(closes.dates[1:] >= np.datetime64("2008-01-01"))[0])
     garch = rivals.Garch.fit(r[:first])
-    days = ledger.days("returns")
+    days = tasks.days("returns")
     rows = np.flatnonzero((days >= np.datetime64("2008-01-01")) & (days < np.datetime64("2009-01-01")))
     again = garch.filter(r[: first + len(rows) + 1])[first + 1 :][: len(rows)]
     assert np.abs(rivals.garch_volatility().numpy()[rows] / again - 1).max() < 0.02
@@ -178,7 +179,7 @@ def test_what_reading_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ValueError, match="name must be one of HAR-t, GARCH-t, HAR, GARCH, got 'ARMA'"):
         rivals.forecast("ARMA")
     rivals.read.cache_clear()
-    monkeypatch.setattr(ledger, "BANK", tmp_path)
+    monkeypatch.setattr(rivals, "RESULTS", tmp_path)
     with pytest.raises(FileNotFoundError, match="run python -m effens_book.rivals"):
         rivals.read()
 
@@ -186,7 +187,7 @@ def test_what_reading_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_year_that_is_run_again_is_the_year_that_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("arch")
     kept = {key: tensor.clone() for key, tensor in rivals.read().items()}
-    monkeypatch.setattr(ledger, "BANK", tmp_path)
+    monkeypatch.setattr(rivals, "RESULTS", tmp_path)
     walk = markets.walk_forward
     first = rivals.years()[:2]
     monkeypatch.setattr(rivals, "years", lambda: first[:1])

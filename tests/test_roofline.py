@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from effens_book import ledger, roofline
+from effens_book import roofline
+from effens_book.benchmark import shipped
 from effens_book.roofline import Machine
 
 EXPLAINED = ("digits", "gap", "diamonds")  # the tasks whose latencies the book predicts
@@ -59,7 +60,7 @@ def test_the_bank_holds_every_point() -> None:
 
 
 def test_what_is_missing_says_what_to_run(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger, "BANK", tmp_path)
+    monkeypatch.setattr(roofline, "RESULTS", tmp_path)
     roofline.read.cache_clear()
     try:
         with pytest.raises(FileNotFoundError, match="the bank must hold the roofline, got none: run python -m"):
@@ -99,9 +100,9 @@ def test_a_prediction_is_counted_by_hand() -> None:
 
 
 @pytest.mark.parametrize("name", ["single", "deep ensemble", "BatchEnsemble", "SWAG", "MIMO"])
-def test_operations_are_those_of_the_ledger(name: str) -> None:
+def test_operations_are_those_of_the_benchmark(name: str) -> None:
     for task in EXPLAINED:
-        assert sum(roofline.forward(task, name, 1).work) == ledger.costs(task, name)["flops"]
+        assert sum(roofline.forward(task, name, 1).work) == shipped().costs(task, name)["flops"]
 
 
 def test_predictions_are_bounds_from_below_for_every_latency() -> None:
@@ -110,7 +111,7 @@ def test_predictions_are_bounds_from_below_for_every_latency() -> None:
         for name in ("single", "deep ensemble", "BatchEnsemble"):
             for batch in (1, 256):
                 said = sum(roofline.forward(task, name, batch).predict(machine))
-                assert 1 < ledger.costs(task, name)["latency_p50"][str(batch)] / said < 8
+                assert 1 < shipped().costs(task, name)["latency_p50"][str(batch)] / said < 8
 
 
 def test_networks_of_a_search_cannot_be_made_again_briefly() -> None:
@@ -119,7 +120,7 @@ def test_networks_of_a_search_cannot_be_made_again_briefly() -> None:
 
 
 def test_what_is_kept_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger, "BANK", tmp_path)
+    monkeypatch.setattr(roofline, "RESULTS", tmp_path)
     monkeypatch.setattr(roofline, "WIDTHS", (8,))
     monkeypatch.setattr(roofline, "BATCHES", (1,))
     monkeypatch.setattr(roofline, "SECONDS", 0.01)

@@ -6,16 +6,19 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
-from test_ledger import LINE, SPOTS, Guarded, forget
+from test_benchmark import LINE, SPOTS, Guarded
 from torch import Tensor
 
 import effens
-from effens_book import ledger, studies
+from effens_book import studies
+from effens_book.benchmark import TASKS, tasks
+from effens_book.benchmark import methods as trained_methods
 from effens_book.studies import Row
 
 SHIPPED = {name: json.loads(studies.path_of(name).read_text()) for name in studies.STUDIES}
@@ -24,16 +27,18 @@ SETTINGS = {"lr": 0.01, "weight_decay": 0.01, "tail_lr": 0.5}
 
 @pytest.fixture
 def bank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Another bank, and tiny tasks in place of the book's; settings are given, not tuned."""
-    monkeypatch.setattr(ledger, "BANK", tmp_path)
+    """Another folder, and tiny tasks in place of the book's; settings are given, not tuned."""
+    monkeypatch.setattr(studies, "RESULTS", tmp_path)
     tiny = {"gap": replace(LINE, name="gap", members=3), "digits": replace(SPOTS, name="digits", members=3)}
-    monkeypatch.setattr(ledger, "TASKS", tiny)
     monkeypatch.setattr(studies, "tuned", lambda name, task="digits": SETTINGS)
     monkeypatch.setattr(studies, "STUDIES", dict(studies.STUDIES))
-    forget()
-    yield tmp_path
-    studies.read.cache_clear()
-    forget()
+    cached = (studies.read, trained_methods.equal_flops_width, trained_methods.equal_weights_width)
+    with patch.dict(TASKS, tiny, clear=True):
+        for function in cached:
+            function.cache_clear()
+        yield tmp_path
+    for function in cached:
+        function.cache_clear()
 
 
 @pytest.fixture
@@ -62,15 +67,15 @@ def test_every_point_is_asked_once_with_every_seed(asked: list[tuple[int, int]])
 
 
 def test_a_killed_study_goes_on_where_it_was(asked: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    write = ledger.write_json
+    write = studies.write_json
 
     def killed(path: Path, content: dict[str, Any]) -> None:
         if len(asked) == 3:
             raise KeyboardInterrupt
         write(path, content)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(ledger, "write_json", killed)
+    with monkeypatch.context() as context:
+        context.setattr(studies, "write_json", killed)
         with pytest.raises(KeyboardInterrupt):
             studies.run("counting")
     assert len(json.loads(studies.path_of("counting").read_text())["rows"]) == 4  # two answers, whole
@@ -85,12 +90,12 @@ def test_scores_are_rounded_and_settings_are_not() -> None:
 
 def test_values_are_in_the_order_of_the_seeds(bank: Path) -> None:
     rows = [{"seed": seed, "nll": float(seed)} for seed in (2, 0, 1)]
-    ledger.write_json(studies.path_of("mine"), {"rows": rows})
+    studies.write_json(studies.path_of("mine"), {"rows": rows})
     assert studies.values("mine", "nll").tolist() == [0, 1, 2]
 
 
 def test_what_reading_refuses(asked: list[tuple[int, int]]) -> None:
-    with pytest.raises(FileNotFoundError, match="the bank must hold the study counting, got none: run python -m"):
+    with pytest.raises(FileNotFoundError, match="results must hold the study counting, got none: run python -m"):
         studies.read("counting")
     studies.run("counting")
     with pytest.raises(KeyError, match=r"the study counting must hold nll at \{'a': 7\}, got none"):
@@ -113,7 +118,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[effens.Ensemble, int]
         found.append((ensemble, options["epochs"]))
         fit(ensemble, data, **options)
 
-    monkeypatch.setattr(ledger, "fit", spy)
+    monkeypatch.setattr(tasks, "fit", spy)
     return found
 
 
@@ -144,13 +149,13 @@ def test_cycles_divide_one_budget(
 
 def test_all_forms_of_a_tail_come_from_one_training(bank: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = trained(monkeypatch)
-    monkeypatch.setitem(ledger.TASKS, "gap", replace(ledger.TASKS["gap"], epochs=2))
+    monkeypatch.setitem(TASKS, "gap", replace(TASKS["gap"], epochs=2))
     rows = studies.tails(lr=0.001, tail_lr=0.5, seed=0)
     ((ensemble, _),) = found
     assert isinstance(ensemble, effens.SWAG)
     assert [(row["rank"], row["scale"]) for row in rows] == [(-1, 0.0), *studies.FORMS]
     last, swa = rows[0], rows[1]
-    task = ledger.TASKS["gap"]
+    task = TASKS["gap"]
     for network, row in ((ensemble.network, last), (ensemble.at(ensemble.mean), swa)):
         expected = studies.scored(task, effens.DeepEnsemble.of([network]), 0)
         assert row["nll"] == pytest.approx(expected["nll"], rel=1e-4)
@@ -164,7 +169,7 @@ def test_a_tail_that_diverges_says_so(bank: Path) -> None:
 
 def test_one_head_is_the_plain_network(bank: Path) -> None:
     (one,) = studies.capacity(width=4, members=1, share=0.0, seed=0)
-    task = replace(ledger.TASKS["digits"], width=4)
+    task = replace(TASKS["digits"], width=4)
     plain = studies.train(task, lambda: effens.MIMO(task.make_net, 1), SETTINGS, 0)
     assert one["nll"] == pytest.approx(studies.scored(task, plain, 0)["nll"])
     assert one["diversity_gain"] == pytest.approx(0, abs=1e-9)
@@ -182,7 +187,7 @@ def test_every_way_to_search_keeps_to_its_budget(task: str, bank: Path, monkeypa
     found = trained(monkeypatch)
     monkeypatch.setattr(studies, "BUDGET", 8)
     rows = {row["way"]: row for row in studies.search(task=task, seed=0)}
-    members = ledger.TASKS[task].members
+    members = TASKS[task].members
     assert len(found) == 8 + members + 4  # candidates; the best again; those that are chosen of the first half, again
     assert rows.keys() == {"greedy", "top", "best, retrained", "stratified", "best, alone"}
     assert rows["top"]["unique"] == rows["best, retrained"]["unique"] == members
@@ -193,12 +198,12 @@ def test_every_way_to_search_keeps_to_its_budget(task: str, bank: Path, monkeypa
 
 def test_a_search_selects_without_looking_at_test_data(bank: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(studies, "BUDGET", 8)
-    task = ledger.TASKS["digits"]
-    monkeypatch.setitem(ledger.TASKS, "digits", replace(task, load=lambda seed: Guarded(task.load(seed))))
+    task = TASKS["digits"]
+    monkeypatch.setitem(TASKS, "digits", replace(task, load=lambda seed: Guarded(task.load(seed))))
     asked_for: list[str] = []
     scored = studies.scored
 
-    def spy(of: ledger.Task, ensemble: effens.Ensemble, seed: int, split: str = "test") -> Row:
+    def spy(of: Any, ensemble: effens.Ensemble, seed: int, split: str = "test") -> Row:
         asked_for.append(split)
         return scored(task, ensemble, seed, split)
 
@@ -255,8 +260,8 @@ def test_a_decay_that_diverges_says_so(bank: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_scores_that_are_not_finite_are_refused(bank: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger, "score", lambda said, y: {"nll": math.nan, "accuracy": 0.5})
-    task = ledger.TASKS["digits"]
+    monkeypatch.setattr(studies, "score", lambda said, y: {"nll": math.nan, "accuracy": 0.5})
+    task = TASKS["digits"]
     with pytest.raises(FloatingPointError, match=r"scores must be finite, got \['nll'\] that are not"):
         studies.scored(task, effens.DeepEnsemble(task.make_net, 1), 0)
 

@@ -9,14 +9,14 @@ import nbformat
 import pytest
 from test_book import cells_of
 
-from effens_book import ledger
+from effens_book.benchmark import Interval, shipped
 from effens_book.rerun import chapters
 from effens_book.tables import Table
 
 ROWS: dict[str, dict[str, Any]] = {
-    "one <network>": {"NLL": ledger.Interval(0.1642, 0.008), "accuracy (%)": 94.66, "seeds": 8},
-    "four": {"NLL": ledger.Interval(0.1471, 0.0051), "accuracy (%)": 95.51, "seeds": 8},
-    "other": {"NLL": ledger.Interval(0.1452, 0.0073), "accuracy (%)": None, "verdict": "lower"},
+    "one <network>": {"NLL": Interval(0.1642, 0.008), "accuracy (%)": 94.66, "seeds": 8},
+    "four": {"NLL": Interval(0.1471, 0.0051), "accuracy (%)": 95.51, "seeds": 8},
+    "other": {"NLL": Interval(0.1452, 0.0073), "accuracy (%)": None, "verdict": "lower"},
 }
 OPTIONS: dict[str, Any] = {
     "caption": "digits, NLL in nats",
@@ -101,9 +101,9 @@ def test_an_empty_caption_no_best_and_a_negative_zero() -> None:
 
 
 def test_intervals_write_both_numbers_alike() -> None:
-    found = ledger.Interval(-0.0174, 0.0102)
+    found = Interval(-0.0174, 0.0102)
     assert f"{found}" == str(found) == "-0.017 ± 0.010"
-    assert f"{ledger.Interval(0.0174, 0.0102):+.2f}" == "+0.02 ± 0.01"
+    assert f"{Interval(0.0174, 0.0102):+.2f}" == "+0.02 ± 0.01"
 
 
 @pytest.mark.parametrize("spoiled", [("text/plain", "0.147", "0.146"), ("text/html", "0.147", "0.146")])
@@ -119,16 +119,16 @@ def test_a_spoiled_table_fails(spoiled: tuple[str, str, str], request: pytest.Fi
     assert not cell.compare_outputs(right, wrong)
 
 
-def test_the_ledger_marks_the_best_and_what_is_not_resolved() -> None:
-    table = ledger.table("digits", ["nll", "member_nll"], ["single", "deep ensemble", "BatchEnsemble"])
+def test_the_benchmark_marks_the_best_and_what_is_not_resolved() -> None:
+    table = shipped().table("digits", ["nll", "member_nll"], ["single", "deep ensemble", "BatchEnsemble"])
     assert table.marks == {("BatchEnsemble", "NLL"): "*", ("deep ensemble", "NLL"): "≈"}
-    verdicts = ledger.differences("digits", [("deep ensemble", "wide")]).frame
+    verdicts = shipped().differences("digits", [("deep ensemble", "wide")]).frame
     assert verdicts.loc["deep ensemble − wide", "verdict"] == "lower"
 
 
 def test_the_best_trials_are_in_order_and_the_first_was_chosen() -> None:
-    frame = ledger.best_trials("digits", ["MIMO"], 3).frame
+    frame = shipped().best_trials("digits", ["MIMO"], 3).frame
     losses = [float(loss) for loss in frame["validation NLL"]]
     assert losses == sorted(losses)
     assert frame.index[0] == "MIMO, chosen"
-    assert frame["learning rate"].iloc[0] == f"{ledger.tune(ledger.TASKS['digits'], 'MIMO')['lr']:.4f}"
+    assert frame["learning rate"].iloc[0] == f"{shipped().settings('digits', 'MIMO')['lr']:.4f}"

@@ -162,8 +162,17 @@ def dress(notebook: Any, chapter: Path) -> None:
 
 def texts() -> dict[Path, str]:
     """What the other files that hold the address must say."""
-    changes = {"pyproject.toml": r'(?<=\nSource = ")[^"]*', "CITATION.cff": r"(?<=\nrepository-code: )\S*"}
-    return {ROOT / name: re.sub(old, url(), (ROOT / name).read_text("utf-8")) for name, old in changes.items()}
+    owner, name = url().removeprefix("https://github.com/").split("/")
+    changes = [
+        ("pyproject.toml", r'(?<=\nSource = ")[^"]*', url()),
+        ("CITATION.cff", r"(?<=\nrepository-code: )\S*", url()),
+        ("README.md", r"(?<=pip install git\+)\S*", url()),
+        ("README.md", r"https://[\w-]+\.github\.io/[\w.-]+/", f"https://{owner.lower()}.github.io/{name}/"),
+    ]
+    found = {ROOT / file: (ROOT / file).read_text("utf-8") for file, _, _ in changes}
+    for file, old, new in changes:
+        found[ROOT / file] = re.sub(old, new, found[ROOT / file])
+    return found
 
 
 def main() -> None:

@@ -17,11 +17,13 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]  # whatever directory it is called from
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "chapters"), str(ROOT)]  # whatever directory it is called from
 
 from benchmarks.contestants import found  # noqa: E402
 from benchmarks.sections import SECTIONS  # noqa: E402
-from effens_book import ledger  # noqa: E402
+from effens_book.benchmark import RESULTS  # noqa: E402
+from effens_book.benchmark.run import provenance, write_json  # noqa: E402
 
 PEERS = {"torch_uncertainty": "torch-uncertainty", "tabm": "tabm"}  # as they are imported, as they are called
 PACKAGES = ("torch", *PEERS.values(), "onnxruntime")
@@ -32,12 +34,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}; all by default")
     parser.add_argument("--seconds", type=float, default=1.5, help="of a comparison (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=ledger.BANK / "speed.json", help="where results are kept")
+    parser.add_argument("--output", type=Path, default=RESULTS / "speed.json", help="where results are kept")
     options = parser.parse_args()
     if unknown := set(options.sections) - set(SECTIONS):
         parser.error(f"sections must be of {', '.join(SECTIONS)}, got {', '.join(sorted(unknown))}")
     missing = [called for imported, called in PEERS.items() if not found(imported)]
-    if missing and options.output.resolve().is_relative_to(ledger.BANK.resolve()):
+    if missing and options.output.resolve().is_relative_to(RESULTS.resolve()):
         remedy = "pip install -r tests/benchmarks/requirements.txt, or keep results elsewhere, with --output"
         parser.error(f"results for the book must have every peer beside them: {remedy}, got no {', '.join(missing)}")
     torch.set_num_threads(1)
@@ -50,7 +52,7 @@ def main() -> None:
             rows.append(row)
             print(f"  {words(row)}", flush=True)
         kept[name] = {"rows": rows, **facts()}
-        ledger.write_json(options.output, kept)
+        write_json(options.output, kept)
         print(f"  {time.perf_counter() - began:.0f} s")
 
 
@@ -71,7 +73,7 @@ def facts() -> dict[str, object]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {**ledger.provenance(), "processor": processor(), "threads": torch.get_num_threads(), "versions": versions}
+    return {**provenance(), "processor": processor(), "threads": torch.get_num_threads(), "versions": versions}
 
 
 def processor() -> str:
