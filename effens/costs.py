@@ -3,7 +3,7 @@
 import copy
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,10 +26,9 @@ class Alone(Ensemble):
         super().__init__(1)
         self.network = network
 
-    @property
-    def shared_batch(self) -> bool:
+    def batches(self, n: int, batch_size: int, generator: torch.Generator | None = None) -> Iterable[Tensor]:
         """One network sees one batch."""
-        return True
+        yield from torch.randperm(n, generator=generator).split(batch_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Answer as the network does: ``(batch, ...)`` to ``(1, batch, outputs)``."""
@@ -164,13 +163,13 @@ def loss_at_batch(
 ) -> Callable[[], Tensor]:
     """Return a function that computes the loss of a batch of examples, as `effens.fit` does."""
     rows = torch.arange(batch) % len(x)
-    index = rows[ensemble.order(batch)]
-    chosen = (index[0] if ensemble.shared_batch else index).to(x.device)
+    index, *_ = ensemble.batches(batch, batch)
+    chosen = rows[index].to(x.device)
     xs, ys = x[chosen], y[chosen]
+    forward = ensemble if index.dim() == 1 else ensemble.forward_members
 
     def loss() -> Tensor:
-        outputs = ensemble(xs) if ensemble.shared_batch else ensemble.forward_members(xs)
-        return ensemble.reduce(losses_of(likelihood, outputs, ys))
+        return ensemble.reduce(losses_of(likelihood, forward(xs), ys))
 
     return loss
 

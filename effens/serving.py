@@ -36,10 +36,11 @@ from torch.distributions import StudentT as StudentTDistribution
 from torch.nn import functional as F
 
 from effens.baselines import MCDropout
-from effens.ensembles.base import Ensemble, MemberLayer, RowEnsemble, chain, split_rows
+from effens.ensembles.base import Ensemble
 from effens.ensembles.batch import BatchEnsemble, BatchEnsembleConv2d, BatchEnsembleLinear, across
 from effens.ensembles.deep import Mixture, StackedConv2d, StackedLinear
 from effens.ensembles.hyper import HyperEnsemble
+from effens.ensembles.layers import MemberLayer, RowEnsemble, chain, split_rows
 from effens.ensembles.mimo import MIMO, FirstLayer, may_write
 from effens.ensembles.snapshot import SnapshotEnsemble
 from effens.ensembles.swag import SWAG

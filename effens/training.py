@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from effens.ensembles.base import Ensemble, MemberLayer
+from effens.ensembles.base import Ensemble
 from effens.ensembles.deep import DeepEnsemble, LoopedLayer
+from effens.ensembles.layers import MemberLayer
 from effens.likelihoods import Categorical, Likelihood
 from effens.storage import Checkpoint
 
+Batch = tuple[bool, Tensor, Tensor, Tensor | None]
 Data = tuple[Tensor, Tensor] | Dataset[Any] | DataLoader[Any]
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
 FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
@@ -157,7 +159,10 @@ def fit(
         descent = make_optimizer(optimizer, groups, lr, weight_decay, sparse=has_sparse(ensemble))
     highest = [group["lr"] for group in descent.param_groups]
     steps = epochs * len(batches)
-    ask = asker(ensemble if ensemble.shared_batch else ensemble.forward_members, ensemble, place, precision, compile)
+    forwards = {
+        shared: asker(forward, ensemble, place, precision, compile)
+        for shared, forward in ((True, ensemble), (False, ensemble.forward_members))
+    }
     run = Run(ensemble, descent.optimizer if isinstance(descent, PerMember) else descent, batches)
     if checkpoint is not None:
         settings = dict(epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed)
@@ -170,13 +175,13 @@ def fit(
         shown.update(len(run.lrs))
         for _ in range(run.epoch, epochs):
             ensemble.train()
-            for xs, ys, unchecked in batches:
+            for shared, xs, ys, unchecked in batches:
                 step = len(run.lrs)
                 multiplier = ensemble.schedule(step, steps)
                 for group, top in zip(descent.param_groups, highest, strict=True):
                     group["lr"] = top * multiplier
                 descent.zero_grad()
-                outputs = ask(xs)
+                outputs = forwards[shared](xs)
                 if unchecked is not None:
                     likelihood.check(outputs, unchecked)
                 each = losses_of(likelihood, outputs, ys)  # (streams, batch)
@@ -305,9 +310,10 @@ def returned(outputs: Tensor, place: torch.device) -> Tensor:
 
 
 class Batches:
-    """The batches of an epoch: ``(xs, ys, unchecked)``; ``unchecked`` are targets nobody has looked at yet, or None.
+    """The batches of an epoch: ``(shared, xs, ys, unchecked)``.
 
-    ``xs`` is ``(streams, batch, ...)``; or ``(batch, ...)`` where an ensemble's streams share one batch.
+    ``xs`` is ``(streams, batch, ...)``; or ``(batch, ...)`` where ``shared``: all streams see the same. ``unchecked``
+    are targets nobody has looked at yet, or None.
     """
 
     def __init__(
@@ -326,67 +332,53 @@ class Batches:
             self.skipped = skipped(data, ensemble)
         elif not isinstance(data, Sized):
             raise ValueError(f"data must have a length, got {type(data).__name__} without one")
-        if len(self) == 0:
-            raise ValueError("data must hold at least one example for each member, got none")
         self.looked = False
         self.begun, self.taken = generator.get_state(), 0  # this epoch's random state, and how many batches it gave
+        self.epoch: list[Tensor] | None = None  # the indices of this epoch's batches
+        self.steps = len(data) - self.skipped if isinstance(data, DataLoader) else len(self.indices())
+        if self.steps == 0:
+            raise ValueError("data must hold at least one example for each member, got none")
 
     def __len__(self) -> int:
         """Return how many steps an epoch has."""
-        n = len(self.tensors[0]) if self.tensors else len(cast(Sized, self.data))
-        if isinstance(self.data, DataLoader) or n == 0:
-            return n - self.skipped
-        if self.ensemble.order_within_batch:
-            return math.ceil(n / self.batch_size)
-        return math.ceil(self.ensemble.examples(n) / self.ensemble.examples(self.batch_size))
+        return self.steps
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    def __iter__(self) -> Iterator[Batch]:
         """Yield the batches of this epoch that were not taken yet."""
-        self.generator.set_state(self.begun)
-        for batch in self.loaded() if isinstance(self.data, DataLoader) else self.chosen():
+        loaded = isinstance(self.data, DataLoader)
+        for batch in self.loaded() if loaded else map(self.fetch, self.indices()[self.taken :]):
             self.taken += 1
             yield batch
-        self.begun, self.taken = self.generator.get_state(), 0
+        self.begun, self.taken, self.epoch = self.generator.get_state(), 0, None
 
-    def loaded(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    def loaded(self) -> Iterator[Batch]:
         """Yield what a `DataLoader` gives."""
+        self.generator.set_state(self.begun)
         for batch in cast(DataLoader[Any], self.data):
             x, y = as_pair(batch)
-            index = self.choose(self.ensemble.order(len(x), generator=self.generator))
-            if index.numel():  # a last batch may be too small to be split
+            for index in parts_of(self.ensemble, len(x), self.generator):
                 index = moved(index, self.place)
-                yield picked(moved(x, self.place), index), moved(y, self.place)[index], y
+                yield index.dim() == 1, picked(moved(x, self.place), index), moved(y, self.place)[index], y
 
-    def chosen(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Yield what the indices name, from the first batch that was not taken yet."""
-        for index in islice(self.indices(), self.taken, None):
-            yield self.fetch(self.choose(index))
+    def indices(self) -> list[Tensor]:
+        """Return this epoch's indices into the data, a step each, as `Ensemble.batches` has them."""
+        if self.epoch is None:
+            self.generator.set_state(self.begun)
+            n = len(self.tensors[0]) if self.tensors else len(cast(Sized, self.data))
+            self.epoch = [index for index in self.ensemble.batches(n, self.batch_size, self.generator) if index.numel()]
+        return self.epoch
 
-    def indices(self) -> Iterator[Tensor]:
-        """Yield indices ``(streams, batch)`` into the data, for one epoch."""
-        n = len(self.tensors[0]) if self.tensors else len(cast(Sized, self.data))
-        if self.ensemble.order_within_batch:
-            for part in torch.randperm(n, generator=self.generator).split(self.batch_size):
-                yield part[self.ensemble.order(len(part), generator=self.generator)]
-        else:
-            order = self.ensemble.order(n, generator=self.generator)
-            order = order.to(self.place) if self.tensors else order  # once an epoch, not at every step
-            yield from order.split(self.ensemble.examples(self.batch_size), dim=1)
-
-    def choose(self, index: Tensor) -> Tensor:
-        """Return ``(batch,)`` of indices ``(streams, batch)`` where the streams share a batch."""
-        return index[0] if self.ensemble.shared_batch else index
-
-    def fetch(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def fetch(self, index: Tensor) -> Batch:
         """Return inputs and targets at ``index``."""
         if self.tensors:
             unchecked = None if self.looked else self.tensors[1]
             self.looked = True
             index = moved(index, self.place)
-            return picked(self.tensors[0], index), self.tensors[1][index], unchecked
+            return index.dim() == 1, picked(self.tensors[0], index), self.tensors[1][index], unchecked
         dataset = cast(Dataset[Any], self.data)
         x, y = as_pair(default_collate([dataset[i] for i in index.flatten().tolist()]))
-        return moved(x, self.place).unflatten(0, index.shape), moved(y, self.place).unflatten(0, index.shape), y
+        xs, ys = (moved(part, self.place).unflatten(0, index.shape) for part in (x, y))
+        return index.dim() == 1, xs, ys, y
 
     def inputs(self) -> Iterator[Tensor]:
         """Yield a copy of every training input once, in batches, for `Ensemble.finish`, which may change it."""
@@ -397,7 +389,7 @@ class Batches:
                 yield moved(as_pair(batch)[0], self.place).clone()
         else:
             for part in torch.arange(len(cast(Sized, self.data))).split(self.batch_size):
-                yield self.fetch(part)[0]
+                yield self.fetch(part)[1]
 
     def look(self) -> dict[str, str]:
         """Describe the data: of tensors the shape and a check sum, of anything else the length."""
@@ -454,7 +446,6 @@ class Run:
             "data": self.batches.look(),
             "modules": {name: f"{type(m).__name__}({m.extra_repr()})" for name, m in self.ensemble.named_modules()},
             "geometry": {name: m.geometry for name, m in self.ensemble.named_modules() if hasattr(m, "geometry")},
-            "shared batch": self.ensemble.shared_batch,
             "tensors": {name: summary(tensor) for name, tensor in self.tensors().items()},
             "trained": [name for name, p in self.ensemble.named_parameters() if p.requires_grad],
             "optimizer": type(self.optimizer).__name__,
@@ -472,7 +463,7 @@ class Run:
         self.epoch, self.finished = kept["epoch"], kept["finished"]
         self.losses, self.lrs = list(kept["losses"].to(self.batches.place)), kept["lrs"].tolist()
         self.began -= kept["seconds"]
-        self.batches.begun, self.batches.taken = kept["begun"], kept["taken"]
+        self.batches.begun, self.batches.taken, self.batches.epoch = kept["begun"], kept["taken"], None
         self.ensemble.load_state_dict({name: kept["tensors"][name] for name in self.ensemble.state_dict()})
         for name, buffer in self.ensemble.named_buffers():
             buffer.copy_(kept["tensors"][name])
@@ -553,7 +544,12 @@ def skipped(loader: DataLoader[Any], ensemble: Ensemble) -> int:
     if not loader.batch_size or loader.drop_last or not isinstance(loader.sampler, Sized):
         return 0
     last = len(loader.sampler) % loader.batch_size
-    return int(last > 0 and not ensemble.order(last, generator=torch.Generator()).numel())
+    return int(last > 0 and not parts_of(ensemble, last, torch.Generator()))
+
+
+def parts_of(ensemble: Ensemble, n: int, generator: torch.Generator) -> list[Tensor]:
+    """Return who sees what of a loader's batch of ``n`` examples; nothing where it is too small to be split."""
+    return [index for index in ensemble.batches(n, n, generator) if index.numel()]
 
 
 def summary(tensor: Tensor) -> str:

@@ -349,9 +349,10 @@ class OwnOrders(DeepEnsemble):
         super().__init__(partial(next, iter(networks)), len(networks))
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    def order(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """Return one shuffle a network, ``(members, n)``."""
-        return torch.stack([torch.randperm(n, generator=own) for own in self.generators])
+    def batches(self, n: int, batch_size: int, generator: torch.Generator | None = None) -> Iterable[Tensor]:
+        """Return the batches of one shuffle a network, each ``(members, batch)``."""
+        shuffles = torch.stack([torch.randperm(n, generator=own) for own in self.generators])
+        yield from shuffles.split(batch_size, dim=1)
 
 
 class Lenient(Likelihood):

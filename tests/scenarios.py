@@ -79,12 +79,10 @@ def indices(ensemble: effens.Ensemble, n: int, batch_size: int, epochs: int, see
     """The indices ``(streams, batch)`` of every step, as the contract has them."""
     source, steps = generator(seed), []
     for _ in range(epochs):
-        if ensemble.order_within_batch:
-            parts = torch.randperm(n, generator=source).split(batch_size)
-            steps += [part[ensemble.order(len(part), generator=source)] for part in parts]
-        else:
-            order = ensemble.order(n, generator=source)
-            steps += list(order.split(ensemble.examples(batch_size), dim=1))
+        steps += [
+            index if index.dim() > 1 else index.expand(ensemble.streams, -1)
+            for index in ensemble.batches(n, batch_size, source)
+        ]
     return steps
 
 

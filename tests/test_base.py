@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import effens
 from effens.baselines import LastLayerLaplace, MCDropout
-from effens.ensembles.base import MemberLayer, RowEnsemble, chain, has_hooks, run_shared, split_rows
+from effens.ensembles.layers import MemberLayer, RowEnsemble, chain, has_hooks, run_shared, split_rows
 
 
 class Shift(MemberLayer):
@@ -153,8 +153,8 @@ def test_hooks_are_seen() -> None:
 class TestEnsemble:
     def test_defaults(self) -> None:
         ensemble = effens.Ensemble(3)
-        assert (ensemble.members, ensemble.streams, ensemble.shared_batch, ensemble.examples(128)) == (3, 3, False, 128)
-        assert effens.Ensemble(3, streams=1).order(10).shape == (1, 10)
+        assert (ensemble.members, ensemble.streams) == (3, 3)
+        assert [index.shape for index in effens.Ensemble(3, streams=1).batches(10, 8)] == [(1, 8), (1, 2)]
 
     def test_what_a_method_must_bring(self) -> None:
         ensemble, layer, likelihood, x = effens.Ensemble(3), MemberLayer(), effens.Likelihood(), torch.zeros(2, 1)
@@ -177,8 +177,8 @@ class TestEnsemble:
         with pytest.raises(ValueError, match=f"members must be >= 1, got {members}"):
             effens.Ensemble(members)
 
-    def test_order_is_a_shuffle_for_each_stream(self) -> None:
-        order = effens.Ensemble(4).order(30, generator=generator())
+    def test_batches_are_those_of_a_shuffle_for_each_stream(self) -> None:
+        order = torch.cat(list(effens.Ensemble(4).batches(30, 8, generator())), 1)
         assert torch.equal(order.sort(1).values, torch.arange(30).expand(4, 30))
         assert len(order.unique(dim=0)) == 4
 
@@ -200,8 +200,8 @@ def test_a_method_is_a_few_hooks() -> None:
     """What the book shows: a method of one's own, here one whose streams all see the same order."""
 
     class Aligned(effens.DeepEnsemble):
-        def order(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-            return super().order(n, generator=generator)[:1].expand(self.members, n)
+        def batches(self, n: int, batch_size: int, generator: torch.Generator | None = None) -> Any:
+            return [index[:1].expand(self.members, -1) for index in super().batches(n, batch_size, generator)]
 
     network, (x, y) = mlp(), vectors()
     ensemble = Aligned.of([network, effens.DeepEnsemble.of([network]).member(0)])

@@ -255,23 +255,20 @@ class TestEnsemble:
         assert changed == {"r", "s"}
 
 
-class TestOrder:
+class TestBatches:
     def test_tiled(self) -> None:
-        order = BatchEnsemble(mlp, 4).order(10, generator=generator())
-        assert order.shape == (4, 10)
-        assert len(order.unique(dim=0)) == 1
-        assert order[0].sort().values.tolist() == list(range(10))
-        assert BatchEnsemble(mlp, 4).examples(10) == 10
+        steps = list(BatchEnsemble(mlp, 4).batches(10, 4, generator()))
+        assert [index.shape for index in steps] == [(4,), (4,), (2,)]  # all members see the same
+        assert torch.cat(steps).sort().values.tolist() == list(range(10))
 
     def test_split(self) -> None:
         ensemble = BatchEnsemble(mlp, 4, split=True)
-        order = ensemble.order(11, generator=generator())
-        assert order.shape == (4, 2)
-        assert len(order.unique()) == 8  # disjoint; 3 of 11 are left out
-        assert ensemble.examples(11) == 2
-        assert set(torch.cat([ensemble.order(11, generator=generator(i)) for i in range(9)]).flatten().tolist()) == set(
-            range(11)
-        )
+        steps = list(ensemble.batches(23, 8, generator()))
+        assert [index.shape for index in steps] == [(4, 2), (4, 2), (4, 1)]
+        assert len(torch.cat(steps, 1).unique()) == 20  # disjoint; 3 of 23 are left out
+        every = [index for seed in range(9) for index in ensemble.batches(11, 11, generator(seed))]
+        assert set(torch.cat(every).flatten().tolist()) == set(range(11))
+        assert list(ensemble.batches(3, 8)) == []
 
     def test_a_split_step_costs_what_a_plain_one_does(self) -> None:
         seen: list[int] = []
@@ -281,10 +278,13 @@ class TestOrder:
         assert seen == [16, 16]  # 4 members, 4 examples each; 35 // 4 = 8 for each member in 2 steps
         assert history.losses.shape == (2, 4)
 
-    @pytest.mark.parametrize(("n", "batch_size"), [(22, 3), (3, 128)])
-    def test_too_few_to_split(self, n: int, batch_size: int) -> None:
-        with pytest.raises(ValueError, match="one example or more for each member.*got 3 for 4 members"):
-            effens.fit(BatchEnsemble(mlp, 4, split=True), vectors(n), batch_size=batch_size, device="cpu")
+    def test_too_few_to_split(self) -> None:
+        for n, size, rule in (
+            (22, 3, "example or more for each member.*got 3 for 4"),
+            (3, 9, "one example for each"),
+        ):
+            with pytest.raises(ValueError, match=rule):
+                effens.fit(BatchEnsemble(mlp, 4, split=True), vectors(n), batch_size=size, device="cpu")
 
     def test_a_loader_whose_batches_are_too_small_to_split(self) -> None:
         data = torch.utils.data.TensorDataset(*vectors(11))

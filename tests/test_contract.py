@@ -57,6 +57,17 @@ def triangular(make_net: Callable[[], nn.Module], members: int) -> effens.Ensemb
     return effens.SnapshotEnsemble(make_net, members, schedule="triangular", pretrain=0.18)
 
 
+PAGE = Path(__file__).parents[1] / "chapters/adding_a_method.md"
+
+
+def from_the_page(make_net: Callable[[], nn.Module], members: int) -> effens.Ensemble:
+    """The method that the page on adding a method adds."""
+    names: dict[str, Any] = {}
+    exec(PAGE.read_text("utf-8").split("```python\n")[1].split("```")[0], names)
+    made: effens.Ensemble = names["HalfBatches"](make_net, members)
+    return made
+
+
 METHODS = {
     "deep": Method(effens.DeepEnsemble),
     "deep, convolutions": Method(effens.DeepEnsemble, cnn, images),
@@ -80,6 +91,7 @@ METHODS = {
     "mimo, convolutions": Method(effens.MIMO, cnn, images),
     "mimo, batch norm": Method(effens.MIMO, normed, images),
     "mimo, own forward": Method(effens.MIMO, lambda: nn.Sequential(nn.Linear(4, 4), residual()).double()),
+    "added by the page": Method(from_the_page, plain=False),
     "mimo, share": Method(lambda net, members: effens.MIMO(net, members, share=0.5)),
 }
 
@@ -168,16 +180,19 @@ def test_member_must_be_there(method: Method, m: int) -> None:
         trained(method).member(m)
 
 
-def test_order(method: Method) -> None:
+def test_batches(method: Method) -> None:
     ensemble = build(method)
-    index = ensemble.order(22, generator=generator(1))
-    assert index.shape[0] == ensemble.streams
-    assert index.dtype == torch.int64
-    for row in index:
-        assert len(row.unique()) == len(row)
+    steps = list(ensemble.batches(22, 8, generator(1)))
+    for index in steps:
+        assert index.dtype == torch.int64
+        assert index.dim() == 1 or index.shape[0] == ensemble.streams
+    streams = torch.cat(steps, -1).view(-1, sum(index.shape[-1] for index in steps))
+    for row in streams:
         assert 0 <= row.min() <= row.max() < 22
-    assert torch.equal(ensemble.order(22, generator=generator(1)), index)
-    assert not torch.equal(ensemble.order(22, generator=generator(2)), index)
+        assert len(row.bincount().unique()) <= 2  # all as often, or left out
+    again, other = (list(ensemble.batches(22, 8, generator(seed))) for seed in (1, 2))
+    assert all(map(torch.equal, steps, again))
+    assert not all(map(torch.equal, steps, other))
 
 
 def test_schedule(method: Method) -> None:

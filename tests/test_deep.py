@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 import effens
 import effens_book.nets
-from effens.ensembles.base import member_conv2d, member_linear, shared_conv2d, shared_linear
 from effens.ensembles.deep import LoopedLayer, StackedConv2d, StackedLinear
+from effens.ensembles.layers import member_conv2d, member_linear, shared_conv2d, shared_linear
 
 MEMBERS = 3
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -309,7 +309,7 @@ def test_only_a_network_of_its_architecture_is_put_into_a_member(network: nn.Mod
 
 
 def test_members_have_orders_of_their_own() -> None:
-    order = effens.DeepEnsemble(mlp, 4).order(50)
+    order = torch.cat(list(effens.DeepEnsemble(mlp, 4).batches(50, 20)), 1)
     assert len(order.unique(dim=0)) == 4
     assert torch.equal(order.sort(1).values, torch.arange(50).expand(4, 50))  # no bagging: all see all
 

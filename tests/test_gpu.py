@@ -22,7 +22,7 @@ def test_every_point_is_kept() -> None:
 
 def test_what_is_kept_is_not_measured_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(gpu, "RESULTS", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"run python -m effens\.gpu"):
+    with pytest.raises(FileNotFoundError, match=r"run python -m effens_book\.gpu"):
         gpu.read()
     (tmp_path / "gpu.json").write_text(json.dumps({"steps": [["perceptron", 1, "float32", 0.5]]}))
     gpu.run()

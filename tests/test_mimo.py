@@ -233,7 +233,7 @@ def test_trained_heads_listen_to_their_own_slot() -> None:
 
 def test_the_loss_is_the_sum_of_the_heads_and_the_mean_of_the_batch() -> None:
     ensemble, (x, y) = build(mlp, repeats=2), vectors()
-    index = ensemble.order(len(x), generator=generator())
+    (index,) = ensemble.batches(len(x), len(x), generator())
     ensemble.reduce(effens.Categorical().nll(ensemble.forward_members(x[index]), y[index])).backward()
     mine = [p.grad for p in ensemble.parameters()]
     ensemble.zero_grad()
@@ -318,22 +318,21 @@ def test_one_member_is_the_network_as_it_was_made() -> None:
 # Who sees which example
 
 
-def test_order_repeats_the_batch() -> None:
+def test_a_batch_is_repeated() -> None:
     ensemble = build(mlp, repeats=4)
-    index = ensemble.order(10, generator=generator())
+    (index,) = ensemble.batches(10, 10, generator())
     assert index.shape == (MEMBERS, 40)
     for row in index:
         assert row.bincount().tolist() == [4] * 10
     assert not torch.equal(index[0], index[1])
-    assert ensemble.examples(10) == 40
 
 
 @pytest.mark.parametrize(("share", "shared"), [(0.0, 0), (0.25, 5), (0.6, 12), (0.9, 18), (1.0, 20)])
-def test_order_shares_a_fraction(share: float, shared: int) -> None:
+def test_slots_share_a_fraction(share: float, shared: int) -> None:
     ensemble, source = build(mlp, share=share, repeats=2), generator()
     same = torch.zeros(20)
     for _ in range(400):
-        index = ensemble.order(10, generator=source)
+        (index,) = ensemble.batches(10, 10, source)
         assert all(row.bincount().tolist() == [2] * 10 for row in index)
         same += (index == index[0]).all(0)
     assert same[20 - shared :].tolist() == [400] * shared  # the rest is shared, always
@@ -342,15 +341,13 @@ def test_order_shares_a_fraction(share: float, shared: int) -> None:
 
 def test_slots_are_as_independent_as_two_shuffles() -> None:
     ensemble, source = build(mlp), generator()
-    same = sum(
-        int((index[0] == index[1]).sum()) for index in (ensemble.order(50, generator=source) for _ in range(400))
-    )
+    same = sum(int((index[0] == index[1]).sum()) for _ in range(400) for index in ensemble.batches(50, 50, source))
     assert abs(same - 400) < 100  # two shuffles meet in one place on average: 400 +- 20
 
 
 def test_sharing_all_gives_every_slot_the_same_inputs() -> None:
     ensemble, (x, _) = build(mlp, share=1.0), vectors()
-    xs = x[ensemble.order(len(x), generator=generator())]
+    xs = x[next(iter(ensemble.batches(len(x), len(x), generator())))]
     assert all(torch.equal(xs[m], xs[0]) for m in range(MEMBERS))
 
 

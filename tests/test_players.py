@@ -404,7 +404,7 @@ def test_stills_spell_names_and_are_the_same_each_time() -> None:
     first, second = (players.stills(power, alt="A line", height=[0.5, 1]) for _ in "12")
     assert first.data == second.data
     assert Page(players.stills(lambda fast_lr: plt.plot([fast_lr]), alt="A dot", fast_lr=[1])).all("output")[0][1] == (
-        "fast rate 1"
+        "fast lr 1"
     )
 
 

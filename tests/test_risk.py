@@ -564,5 +564,5 @@ def test_nothing_touches_the_global_generators() -> None:
 
 
 def test_risk_needs_no_network_code() -> None:
-    code = "import sys, effens.risk; assert not {'matplotlib', 'optuna', 'arch', 'pandas'} & set(sys.modules)"
+    code = "import sys, effens_book.risk; assert not {'matplotlib', 'optuna', 'arch', 'pandas'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

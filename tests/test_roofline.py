@@ -63,7 +63,7 @@ def test_what_is_missing_says_what_to_run(tmp_path: object, monkeypatch: pytest.
     monkeypatch.setattr(roofline, "RESULTS", tmp_path)
     roofline.read.cache_clear()
     try:
-        with pytest.raises(FileNotFoundError, match="the bank must hold the roofline, got none: run python -m"):
+        with pytest.raises(FileNotFoundError, match="results must hold the roofline, got none: run python -m"):
             roofline.read()
     finally:
         roofline.read.cache_clear()

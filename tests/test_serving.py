@@ -22,8 +22,8 @@ import effens
 import effens_book.nets
 from effens import costs, serving
 from effens.baselines import MCDropout
-from effens.ensembles.base import MemberLayer
 from effens.ensembles.deep import Mixture
+from effens.ensembles.layers import MemberLayer
 
 Make = Callable[[Callable[[], nn.Module]], effens.Ensemble]
 MISSING = [package for package in serving.PACKAGES if importlib.util.find_spec(package) is None]

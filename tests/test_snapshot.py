@@ -205,7 +205,7 @@ def test_one_network_is_made_and_trained() -> None:
     weights = [p for group in ensemble.parameter_groups(1.0, 0.0) for p in group["params"]]
     assert [id(p) for p in weights] == [id(p) for p in ensemble.network.parameters()]
     assert not any(p.requires_grad for p in ensemble.snapshots.parameters())
-    assert ensemble.order(22).shape == (1, 22)
+    assert [index.shape for index in ensemble.batches(22, 22)] == [(1, 22)]
     x, _ = vectors()
     assert torch.equal(ensemble.forward_members(x[None])[0], ensemble.network(x))
 

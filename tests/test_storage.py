@@ -262,7 +262,7 @@ def test_a_checkpoint_gives_back_what_it_was_given(tmp_path: Path) -> None:
     assert found["numbers"] == state["numbers"]
     assert isinstance(found["numbers"], tuple)
     assert same(found[3], state[3])
-    with pytest.raises(ValueError, match=r"run must be a checkpoint of the same call, got rate 0\.1 instead of 0\.2$"):
+    with pytest.raises(ValueError, match=r"run must be a checkpoint of the same call, got lr 0\.1 instead of 0\.2$"):
         storage.Checkpoint(path, {**call, "lr": 0.2}).read()
     before = path.read_bytes()
     with pytest.raises(TypeError, match=r"nothing but tensors, numbers and strings, got <class 'set'> at state/a/1"):
@@ -273,7 +273,7 @@ def test_a_checkpoint_gives_back_what_it_was_given(tmp_path: Path) -> None:
 def test_what_an_older_version_did_not_write_is_not_compared(tmp_path: Path) -> None:
     storage.Checkpoint(tmp_path / "run", {"lr": 0.1}).write([1])
     assert storage.Checkpoint(tmp_path / "run", {"lr": 0.1, "new": 3}).read() == [1]
-    with pytest.raises(ValueError, match="got rate 0.1 instead of None"):
+    with pytest.raises(ValueError, match="got lr 0.1 instead of None"):
         storage.Checkpoint(tmp_path / "run", {"new": 3}).read()
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -33,10 +32,13 @@ def bank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(studies, "tuned", lambda name, task="digits": SETTINGS)
     monkeypatch.setattr(studies, "STUDIES", dict(studies.STUDIES))
     cached = (studies.read, trained_methods.equal_flops_width, trained_methods.equal_weights_width)
-    with patch.dict(TASKS, tiny, clear=True):
-        for function in cached:
-            function.cache_clear()
-        yield tmp_path
+    for name in list(TASKS):
+        monkeypatch.delitem(TASKS, name)
+    for name, task in tiny.items():
+        monkeypatch.setitem(TASKS, name, task)
+    for function in cached:
+        function.cache_clear()
+    yield tmp_path
     for function in cached:
         function.cache_clear()
 

@@ -343,10 +343,10 @@ def test_stratify_marks_what_diverges() -> None:
         ({"sampler": "grid"}, "sampler must be 'random' or 'tpe', got 'grid'"),
         ({"sampler": "tpe", "batched": True}, "sampler must be 'random' for a batched search, got 'tpe'"),
         ({"storage": "sqlite:///nowhere.db"}, "a storage needs a folder"),
-        ({"default": {**DEFAULT, "lr": 1.0}}, "default must have rate in 0.001 ... 0.03, got 1.0"),
+        ({"default": {**DEFAULT, "lr": 1.0}}, "default must have lr in 0.001 ... 0.03, got 1.0"),
         ({"default": {**DEFAULT, "width": 8.5}}, "default must have an integer width in 4 ... 16, got 8.5"),
         ({"default": {"lr": 1e-2}}, "default must have weight_decay in .*, got None"),
-        ({"space": {"lr": (1e-2, 1e-3)}}, "space must go from low to high, got rate"),
+        ({"space": {"lr": (1e-2, 1e-3)}}, "space must go from low to high, got lr"),
     ],
 )
 def test_search_refuses(changes: dict[str, Any], message: str) -> None:

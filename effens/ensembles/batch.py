@@ -11,7 +11,7 @@ activation, so the layers fold when ``activations >= 4 * weights`` for each memb
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,12 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effens.ensembles.base import (
-    MakeNet,
+from effens.ensembles.base import MakeNet, made
+from effens.ensembles.layers import (
     MemberLayer,
     RowEnsemble,
     filled,
-    made,
     member_conv2d,
     member_linear,
     refusal,
@@ -85,26 +84,17 @@ class BatchEnsemble(RowEnsemble):
         self.split = split
         self.fast_lr = fast_lr
 
-    @property
-    def shared_batch(self) -> bool:
-        """Whether all members see the same batch: yes if tiled, no if split."""
-        return not self.split
-
-    def order(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """One shuffle: tiled ``(members, n)``, the same row for every member; split ``(members, n // members)``."""
-        index = torch.randperm(n, generator=generator)
+    def batches(self, n: int, batch_size: int, generator: torch.Generator | None = None) -> Iterable[Tensor]:
+        """One shuffle: tiled, all members see each batch ``(batch,)``; split, each its part ``(members, batch)``."""
+        shuffle = torch.randperm(n, generator=generator)
         if not self.split:
-            return index.expand(self.members, n)
-        return index[: n // self.members * self.members].view(-1, self.members).T  # neighbors go to different members
-
-    def examples(self, batch_size: int) -> int:
-        """Return how many examples each member sees in a step: all if tiled, ``batch_size // members`` if split."""
-        if not self.split:
-            return batch_size
-        if batch_size < self.members:
-            rule = "split needs one example or more for each member, in the data and in a batch"
-            raise ValueError(f"{rule}, got {batch_size} for {self.members} members")
-        return batch_size // self.members
+            yield from shuffle.split(batch_size)
+        elif n >= self.members:
+            if batch_size < self.members:
+                rule = "split needs one example or more for each member, in the data and in a batch"
+                raise ValueError(f"{rule}, got {batch_size} for {self.members} members")
+            parts = shuffle[: n // self.members * self.members].view(-1, self.members).T  # neighbors part
+            yield from parts.split(batch_size // self.members, dim=1)
 
     def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Return two groups: shared weights and biases; and r and s, with their own rate and no decay."""
@@ -117,6 +107,10 @@ class BatchEnsemble(RowEnsemble):
             {"params": fast, "lr": lr * self.fast_lr, "weight_decay": 0.0},
         ]
         return [group for group in groups if group["params"]]
+
+    def extra_repr(self) -> str:
+        """Show the settings."""
+        return f"members={self.members}, split={self.split}, fast_lr={self.fast_lr}"
 
     def reduce(self, losses: Tensor) -> Tensor:
         """Reduce losses ``(members, batch)`` to their mean over both.

@@ -17,17 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from effens.ensembles.base import (
+from effens.ensembles.base import Ensemble, MakeNet, made
+from effens.ensembles.layers import (
     Apart,
-    Ensemble,
-    MakeNet,
     MemberLayer,
     RowEnsemble,
     filled,
     has_hooks,
     is_rowwise,
     joined,
-    made,
     member_conv2d,
     member_linear,
     row_parts,

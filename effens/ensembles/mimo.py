@@ -8,7 +8,7 @@ Fort et al. (2021), "Training independent subnetworks for robust prediction", ar
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -21,17 +21,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from effens.ensembles.base import (
-    MakeNet,
-    MemberLayer,
-    RowEnsemble,
-    chain,
-    has_hooks,
-    made,
-    refusal,
-    replace_layers,
-    split_rows,
-)
+from effens.ensembles.base import MakeNet, made
+from effens.ensembles.layers import MemberLayer, RowEnsemble, chain, has_hooks, refusal, replace_layers, split_rows
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 WIDENED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -81,8 +72,6 @@ class MIMO(RowEnsemble):
         >>> ensemble(torch.randn(10, 3)).shape
         torch.Size([3, 10, 2])
     """
-
-    order_within_batch = True
 
     def __init__(
         self,
@@ -148,20 +137,17 @@ class MIMO(RowEnsemble):
                 for module, mode in modes:
                     module.training = mode
 
-    def order(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """Say which of a batch's ``n`` examples each slot sees: ``(members, n * repeats)``.
+    def batches(self, n: int, batch_size: int, generator: torch.Generator | None = None) -> Iterable[Tensor]:
+        """Give each slot the examples of each batch in an order of its own: ``(members, batch * repeats)``.
 
-        The batch is repeated and shuffled; then each slot shuffles the first ``1 - share`` of it once more.
+        A batch is repeated and shuffled; then each slot shuffles the first ``1 - share`` of it once more.
         """
-        index = torch.arange(n).repeat(self.repeats)
-        index = index[torch.randperm(len(index), generator=generator)]
-        own = int(len(index) * (1 - self.share) + 1e-9)  # 10 * (1 - 0.9) is 1, whatever floating point says
-        rows = [index[:own][torch.randperm(own, generator=generator)] for _ in range(self.members)]
-        return torch.stack([torch.cat([row, index[own:]]) for row in rows])
-
-    def examples(self, batch_size: int) -> int:
-        """Return how many examples each slot sees in a step: the batch, ``repeats`` times."""
-        return batch_size * self.repeats
+        for batch in torch.randperm(n, generator=generator).split(batch_size):
+            index = batch.repeat(self.repeats)
+            index = index[torch.randperm(len(index), generator=generator)]
+            own = int(len(index) * (1 - self.share) + 1e-9)  # 10 * (1 - 0.9) is 1, rounded or not
+            slots = [index[:own][torch.randperm(own, generator=generator)] for _ in range(self.members)]
+            yield torch.stack([torch.cat([slot, index[own:]]) for slot in slots])
 
     def extra_repr(self) -> str:
         """Show the settings."""

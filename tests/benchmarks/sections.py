@@ -152,7 +152,7 @@ def steps(network: str, members: int) -> dict[str, Call]:
     make_net, shape, classes = NETWORKS[network]
     x, y = torch.randn(BATCH, *shape), torch.randint(classes, (BATCH,))
     ensemble = effens.DeepEnsemble(make_net, members)
-    order = ensemble.order(BATCH)
+    (order,) = ensemble.batches(BATCH, BATCH)
     xs, ys = x[order], y[order]
     calls: dict[str, Call] = {
         "effens": training_step(ensemble, x, y, effens.Categorical()),
@@ -258,7 +258,7 @@ def mimo(seconds: float) -> Iterator[Row]:
         x, y = torch.randn(BATCH, *shape), torch.randint(2, (BATCH,))
 
         def ours(x: Tensor = x, y: Tensor = y) -> tuple[Tensor, Tensor]:
-            order = ensemble.order(BATCH)
+            (order,) = ensemble.batches(BATCH, BATCH)
             return picked(x, order), y[order]  # as `fit` does
 
         shuffles: dict[str, Call] = {"effens": ours}

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -233,8 +233,9 @@ def one_order(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed
     """Members that see the same batches: only their starts differ."""
 
     class OneOrder(DeepEnsemble):
-        def order(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-            return torch.randperm(n, generator=generator).expand(self.members, n)
+        def batches(self, n: int, batch_size: int, generator: torch.Generator | None = None) -> Iterable[Tensor]:
+            shuffle = torch.randperm(n, generator=generator)
+            yield from shuffle.expand(self.members, n).split(batch_size, dim=1)
 
     return task.fit(OneOrder(task.make_net, task.members), train, settings, seed)
 
@@ -244,9 +245,9 @@ def bagged(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: i
     """Members that each see their own resample of the data, drawn with replacement once."""
 
     class Bagged(DeepEnsemble):
-        def order(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        def batches(self, n: int, batch_size: int, generator: torch.Generator | None = None) -> Iterable[Tensor]:
             resample = torch.randint(n, (self.members, n), generator=torch.Generator().manual_seed(seed))
-            return resample.gather(1, super().order(n, generator=generator))
+            return [resample.gather(1, index) for index in super().batches(n, batch_size, generator)]
 
     return task.fit(Bagged(task.make_net, task.members), train, settings, seed)
 

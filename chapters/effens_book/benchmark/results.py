@@ -104,6 +104,7 @@ class Benchmark:
         self.folder = RESULTS if results is None else Path(results)
         self.rows: dict[tuple[str, str], Row] = {}
         self.scores: dict[tuple[str, str, int, str], dict[str, float]] = {}
+        self.aurocs: dict[tuple[str, str, str], Tensor] = {}
 
     def path(self, task: str, name: str) -> Path:
         """Return where a method's row of a task is kept."""
@@ -127,7 +128,8 @@ class Benchmark:
     def forget(self, task: str, name: str) -> None:
         """Read a method's row again when it is asked for: its file was written."""
         self.rows.pop((task, name), None)
-        self.scores = {key: found for key, found in self.scores.items() if key[:2] != (task, name)}
+        self.scores.clear()
+        self.aurocs.clear()
 
     def predictions(self, task: str, name: str, seed: int, split: str = "test") -> Any:
         """Return every member's prediction: probabilities (members, n, classes), or a distribution (members, n).
@@ -204,11 +206,13 @@ class Benchmark:
 
     def auroc(self, task: str, name: str, outside: str) -> Tensor:
         """Return how well total entropy tells ``outside`` from the test set, of every seed, (seeds,), in percent."""
-        result = []
-        for seed in range(TASKS[task].seeds):
-            found = [self.predictions(task, name, seed, split) for split in ("test", outside)]
-            result.append(100 * scores.auroc(*(scores.total_entropy(probs) for probs in found)))
-        return torch.stack(result)
+        if (task, name, outside) not in self.aurocs:
+            result = []
+            for seed in range(TASKS[task].seeds):
+                found = [self.predictions(task, name, seed, split) for split in ("test", outside)]
+                result.append(100 * scores.auroc(*(scores.total_entropy(probs) for probs in found)))
+            self.aurocs[task, name, outside] = torch.stack(result)
+        return self.aurocs[task, name, outside]
 
     def compare(
         self, task: str, a: str, b: str, metric: str = PRIMARY, split: str = "test", margin: float = MARGIN
