@@ -25,11 +25,12 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 from tqdm import tqdm
 
-from effens.ensembles.base import Ensemble
+from effens.batches import Data, as_pair
+from effens.ensembles.base import Ensemble, check_positive
 from effens.ensembles.deep import DeepEnsemble
 from effens.identity import described, digest
 from effens.storage import load, save
-from effens.training import Data, as_pair, check_positive, fit
+from effens.training import fit
 from effens.tuning import OF_FIT, Settings, build
 
 Source = Data | Callable[[], Data]

@@ -185,7 +185,7 @@ def temperature(probs: Tensor, y: Tensor) -> float:
 
     Fit it on held-out data, and after averaging the members. (Guo et al., 2017, arXiv:1706.04599)
 
-    The loss is convex in 1/T, so its slope is bisected, between T = 0.01 and T = 100. Where every temperature is as
+    The loss is convex in 1/T: T is where its slope is 0, between T = 0.01 and T = 100. Where every temperature is as
     good, for all classes are equally probable, the answer is 1.
 
     Args:
@@ -202,16 +202,19 @@ def temperature(probs: Tensor, y: Tensor) -> float:
     logs = floored(exact(probs).mean(0)).log()
     if bool((logs == logs[:, :1]).all()):
         return 1.0
+    from scipy.optimize import brentq  # here, so that `import effens` loads no scipy
+
     at_label = logs.gather(1, y.long().to(logs.device)[:, None]).squeeze(1)
-    low, high = 0.01, 100.0  # of the inverse temperature
-    for _ in range(60):
-        middle = math.sqrt(low * high)
-        expected = ((middle * logs).softmax(1) * logs).sum(1)
-        if (expected - at_label).mean() > 0:  # the slope of the loss
-            high = middle
-        else:
-            low = middle
-    return 1 / math.sqrt(low * high)
+
+    def slope(log_inverse: float) -> float:
+        """Of the loss, in the inverse temperature."""
+        expected = ((math.exp(log_inverse) * logs).softmax(1) * logs).sum(1)
+        return float((expected - at_label).mean())
+
+    low, high = math.log(0.01), math.log(100)
+    if slope(low) > 0 or slope(high) < 0:
+        return math.exp(-low if slope(low) > 0 else -high)
+    return math.exp(-brentq(slope, low, high, xtol=1e-14))
 
 
 def temper(probs: Tensor, temperature: float) -> Tensor:

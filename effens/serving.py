@@ -36,7 +36,7 @@ from torch.distributions import StudentT as StudentTDistribution
 from torch.nn import functional as F
 
 from effens.baselines import MCDropout
-from effens.ensembles.base import Ensemble
+from effens.ensembles.base import Ensemble, check_positive
 from effens.ensembles.batch import BatchEnsemble, BatchEnsembleConv2d, BatchEnsembleLinear, across
 from effens.ensembles.deep import Mixture, StackedConv2d, StackedLinear
 from effens.ensembles.hyper import HyperEnsemble
@@ -46,7 +46,7 @@ from effens.ensembles.snapshot import SnapshotEnsemble
 from effens.ensembles.swag import SWAG
 from effens.likelihoods import Categorical, Likelihood
 from effens.storage import check_folder, write_whole
-from effens.training import check_positive, predict
+from effens.training import predict
 
 FORMAT = "effens served 1"
 BACKENDS = ("aoti", "onnx")

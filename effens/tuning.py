@@ -15,13 +15,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from effens.ensembles.base import made
+from effens.batches import Data
+from effens.checkpoint import seeded
+from effens.ensembles.base import check_positive, made
 from effens.ensembles.deep import DeepEnsemble
 from effens.ensembles.hyper import log_likelihoods
 from effens.identity import described, digest
-from effens.likelihoods import Categorical, Likelihood
+from effens.joint import Lenient, OwnOrders, PerMember
+from effens.likelihoods import Categorical
 from effens.storage import load, save
-from effens.training import Data, check_positive, fit, place_of, predict, seeded
+from effens.training import fit, place_of, predict
 
 if TYPE_CHECKING:
     import optuna
@@ -31,6 +34,7 @@ Space = Mapping[str, tuple[float, float]]
 Pair = tuple[Settings, int]  # and the seed of start and shuffles
 SPACE: Space = {"lr": (3e-4, 3e-2), "weight_decay": (1e-4, 1.0), "dropout": (0.0, 0.5), "width": (16, 256)}
 OF_FIT = ("lr", "weight_decay")  # settings that `effens.fit` gets; all others are `make_net`'s
+DEFAULTS = (("lr", 1e-3), ("weight_decay", 0.0))  # of `effens.fit`
 FAILURES = (FloatingPointError, torch.OutOfMemoryError)  # what a poor choice of settings can raise
 TOGETHER = 64  # networks that are trained as one batched computation, at most
 
@@ -321,12 +325,15 @@ def train_together(
     does not suffice for all of them, it may for each.
     """
     began = time.perf_counter()
-    lrs: dict[str, Any] = {key: [each[key] for each, _ in pairs] for key in OF_FIT if key in pairs[0][0]}
+    lrs, decays = ([settings.get(key, options.get(key, default)) for settings, _ in pairs] for key, default in DEFAULTS)
+    rule = options.get("optimizer", torch.optim.AdamW)
     likelihood = Lenient(options.get("likelihood") or Categorical())
     try:
         networks = [build(make_net, settings, seed, options) for settings, seed in pairs]
         ensemble = OwnOrders(networks, [seed for _, seed in pairs])
-        fit(ensemble, data, seed=pairs[0][1], progress=False, **lrs, **{**options, "likelihood": likelihood})
+        how = {**options, "likelihood": likelihood, "lr": 1.0, "weight_decay": 0.0}
+        how["optimizer"] = lambda groups, **_: PerMember(ensemble, rule, lrs, decays)
+        fit(ensemble, data, seed=pairs[0][1], progress=False, **how)
     except FAILURES:
         return None
     share = (time.perf_counter() - began) / len(pairs)
@@ -340,44 +347,6 @@ def train_together(
         except FAILURES as error:
             ended.append(Training(None, math.nan, str(error), share))
     return ended
-
-
-class OwnOrders(DeepEnsemble):
-    """Networks that are trained together, each with the shuffles that it would have alone: those of its seed."""
-
-    def __init__(self, networks: Sequence[nn.Module], seeds: Sequence[int]) -> None:
-        super().__init__(partial(next, iter(networks)), len(networks))
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def batches(self, n: int, batch_size: int, generator: torch.Generator | None = None) -> Iterable[Tensor]:
-        """Return the batches of one shuffle a network, each ``(members, batch)``."""
-        shuffles = torch.stack([torch.randperm(n, generator=own) for own in self.generators])
-        yield from shuffles.split(batch_size, dim=1)
-
-
-class Lenient(Likelihood):
-    """A likelihood under which a network that diverges has no loss any more, so that the others are trained on.
-
-    Each network's gradients depend on its own loss alone: what is not finite stays with the network that made it.
-
-    Attributes:
-        diverged: whether each network's outputs or loss were once not finite, ``(streams,)``.
-    """
-
-    def __init__(self, likelihood: Likelihood) -> None:
-        self.likelihood = likelihood
-        self.diverged = torch.tensor(False)
-
-    def nll(self, outputs: Tensor, y: Tensor) -> Tensor:
-        """Return the negative log likelihood of each example, ``(streams, batch)``; 0 for those that diverged."""
-        self.diverged = self.diverged.to(outputs.device) | ~outputs.detach().isfinite().flatten(1).all(1)
-        losses = self.likelihood.nll(outputs.masked_fill(self.diverged[:, None, None], 0.0), y)
-        self.diverged = self.diverged | ~losses.detach().mean(1).isfinite()
-        return losses.masked_fill(self.diverged[:, None], 0.0)
-
-    def check(self, outputs: Tensor, y: Tensor) -> None:
-        """Raise `ValueError` unless these targets can be read with these outputs."""
-        self.likelihood.check(outputs, y)
 
 
 def validation_loss(network: nn.Module, validation: tuple[Tensor, Tensor], options: dict[str, Any]) -> float:

@@ -150,12 +150,6 @@ def test_every_optimizer(optimizer: Any, tmp_path: Path, monkeypatch: pytest.Mon
     resumes(make, images, tmp_path / "run", monkeypatch, every=3, optimizer=optimizer)
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9)])
-def test_rates_of_the_members_own(optimizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own: dict[str, Any] = {"lr": [1e-3, 1e-2], "weight_decay": [0.1, 0.0], "optimizer": optimizer}
-    resumes(lambda: effens.DeepEnsemble(mlp, 2), vectors, tmp_path / "run", monkeypatch, every=2, **own)
-
-
 def seeded_loader() -> DataLoader[Any]:
     return DataLoader(Noisy(*vectors()), batch_size=8, shuffle=True, generator=generator(5))
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from scenarios import (
     cnn,
+    fit_own,
     generator,
     images,
     indices,
@@ -31,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 import effens
 import effens_book.nets
 from effens import training
-from effens.training import seeded
+from effens.checkpoint import seeded
 
 
 class Recorder(effens.DeepEnsemble):
@@ -246,7 +247,7 @@ class TestRatesOfTheMembersOwn:
         make, plain = remembered(make_net, 3)
         ensemble, (x, y) = effens.DeepEnsemble(make, 3), data(22)
         options: dict[str, Any] = {"epochs": 15, "batch_size": 8, "optimizer": optimizer, "device": "cpu"}
-        effens.fit(ensemble, (x, y), lr=RATES, weight_decay=DECAYS, **options)
+        fit_own(ensemble, (x, y), RATES, DECAYS, **options)
         steps = indices(ensemble, 22, 8, 15)
         assert len(steps) == 45
         for m, network in enumerate(plain):
@@ -259,7 +260,7 @@ class TestRatesOfTheMembersOwn:
         ensemble, (x, y) = effens.DeepEnsemble(make, 3), vectors(22)
         x = x.float()
         options: dict[str, Any] = {"epochs": 15, "batch_size": 8, "optimizer": optimizer, "device": "cpu"}
-        effens.fit(ensemble, (x, y), lr=RATES, weight_decay=DECAYS, **options)
+        fit_own(ensemble, (x, y), RATES, DECAYS, **options)
         for m, network in enumerate(plain):
             batches = [index[m] for index in indices(ensemble, 22, 8, 15)]
             plain_loop(network, x, y, batches, lr=RATES[m], weight_decay=DECAYS[m], optimizer=optimizer)
@@ -268,14 +269,10 @@ class TestRatesOfTheMembersOwn:
     def test_equal_one_for_all_where_they_are_equal(self, optimizer: Any) -> None:
         x, y = vectors(22)
         options: dict[str, Any] = {"epochs": 5, "batch_size": 8, "optimizer": optimizer, "device": "cpu"}
-        answers = []
-        for lr, decay in ((0.02, 0.3), ([0.02] * 3, 0.3), (0.02, (0.3, 0.3, 0.3)), ([0.02] * 3, [0.3] * 3)):
-            torch.manual_seed(0)
-            ensemble = effens.DeepEnsemble(mlp, 3)
-            effens.fit(ensemble, (x, y), lr=lr, weight_decay=decay, **options)
-            answers.append(ensemble(x))
-        for answer in answers[1:]:
-            assert relative(answer, answers[0]) < 1e-12
+        one, each = (effens.DeepEnsemble(remembered(mlp, 3)[0], 3) for _ in "12")
+        effens.fit(one, (x, y), lr=0.02, weight_decay=0.3, **options)
+        fit_own(each, (x, y), [0.02] * 3, [0.3] * 3, **options)
+        assert relative(each(x), one(x)) < 1e-12
 
     def test_networks_that_differ(self, optimizer: Any) -> None:
         """Of `DeepEnsemble.of`, with one weight frozen, one without a gradient, and weights tied within a network."""
@@ -298,7 +295,7 @@ class TestRatesOfTheMembersOwn:
         plain, (x, y) = copy.deepcopy(networks), vectors(22)
         ensemble = effens.DeepEnsemble.of(networks)
         options: dict[str, Any] = {"epochs": 5, "batch_size": 8, "optimizer": optimizer, "device": "cpu"}
-        effens.fit(ensemble, (x, y), lr=RATES, weight_decay=DECAYS, **options)
+        fit_own(ensemble, (x, y), RATES, DECAYS, **options)
         for m, network in enumerate(plain):
             batches = [index[m] for index in indices(ensemble, 22, 8, 5)]
             plain_loop(network, x, y, batches, lr=RATES[m], weight_decay=DECAYS[m], optimizer=optimizer)
@@ -312,7 +309,7 @@ def test_weights_decay_also_where_a_loss_is_maximized(rule: Any) -> None:
     make, plain = remembered(mlp, 3)
     ensemble, (x, y) = effens.DeepEnsemble(make, 3), vectors(22)
     options: dict[str, Any] = {"epochs": 3, "batch_size": 8, "optimizer": optimizer, "device": "cpu"}
-    effens.fit(ensemble, (x, y), lr=RATES, weight_decay=DECAYS, **options)
+    fit_own(ensemble, (x, y), RATES, DECAYS, **options)
     for m, network in enumerate(plain):
         batches = [index[m] for index in indices(ensemble, 22, 8, 3)]
         plain_loop(network, x, y, batches, lr=RATES[m], weight_decay=DECAYS[m], optimizer=optimizer)
@@ -322,14 +319,14 @@ def test_weights_decay_also_where_a_loss_is_maximized(rule: Any) -> None:
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_it_trains_also_where_gradients_are_off(mode: Any) -> None:
     x, y = vectors()
-    options: dict[str, Any] = {"epochs": 2, "batch_size": 8, "device": "cpu", "lr": [0.1, 0.01]}
+    options: dict[str, Any] = {"epochs": 2, "batch_size": 8, "device": "cpu", "lr": 0.1}
     answers = []
     for context in (mode, nullcontext):
         torch.manual_seed(0)
         ensemble = effens.DeepEnsemble(mlp, 2)
         with context():
             effens.fit(ensemble, (x, y), **options)
-            effens.fit(ensemble, (x.clone(), y.clone()), **{**options, "lr": 0.1})
+            effens.fit(ensemble, (x.clone(), y.clone()), **options)
         answers.append(ensemble(x))
     assert torch.equal(*answers)
 
@@ -358,15 +355,6 @@ def test_a_last_batch_too_small_to_be_split_is_no_step_of_the_schedule(n: int, s
     history = effens.fit(ensemble, loader, epochs=3, lr=1.0, device="cpu", progress=False)
     assert history.steps == 3 * steps
     assert history.lrs.tolist() == pytest.approx([ensemble.schedule(step, 3 * steps) for step in range(3 * steps)])
-
-
-def test_history_has_a_rate_for_each_member() -> None:
-    history = effens.fit(effens.DeepEnsemble(mlp, 3), vectors(22), epochs=2, lr=RATES, batch_size=8, device="cpu")
-    cosine = torch.tensor([0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6)])
-    assert torch.allclose(history.lrs, cosine[:, None] * torch.tensor(RATES))
-    assert (history.steps, history.lrs.shape) == (6, history.losses.shape)
-    decays = effens.fit(effens.DeepEnsemble(mlp, 3), vectors(22), epochs=2, weight_decay=DECAYS, device="cpu")
-    assert decays.lrs.shape == (2,)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -535,14 +523,14 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"lr": [0.1]}, "lr must hold one value for each of 2 members, got 1"),
-            ({"lr": []}, "lr must hold one value for each of 2 members, got 0"),
-            ({"weight_decay": (0.1, 0.1, 0.1)}, "weight_decay must hold one value for each of 2 members, got 3"),
-            ({"lr": [0.1, 0.0]}, "lr must be > 0 and finite, got 0.0"),
-            ({"lr": [-0.1, 0.1]}, "lr must be > 0 and finite, got -0.1"),
-            ({"lr": [0.1, math.nan]}, "lr must be > 0 and finite, got nan"),
-            ({"weight_decay": [0.0, -0.1]}, "weight_decay must be >= 0 and finite, got -0.1"),
-            ({"weight_decay": [0.0, math.inf]}, "weight_decay must be >= 0 and finite, got inf"),
+            ({"lrs": [0.1]}, "lr must hold one value for each of 2 members, got 1"),
+            ({"lrs": []}, "lr must hold one value for each of 2 members, got 0"),
+            ({"decays": (0.1, 0.1, 0.1)}, "weight_decay must hold one value for each of 2 members, got 3"),
+            ({"lrs": [0.1, 0.0]}, "lr must be > 0 and finite, got 0.0"),
+            ({"lrs": [-0.1, 0.1]}, "lr must be > 0 and finite, got -0.1"),
+            ({"lrs": [0.1, math.nan]}, "lr must be > 0 and finite, got nan"),
+            ({"decays": [0.0, -0.1]}, "weight_decay must be >= 0 and finite, got -0.1"),
+            ({"decays": [0.0, math.inf]}, "weight_decay must be >= 0 and finite, got inf"),
             ({"optimizer": torch.optim.Adam}, "optimizer must be AdamW or SGD .*, got Adam$"),
             ({"optimizer": partial(torch.optim.RMSprop, alpha=0.9)}, "optimizer must be AdamW or SGD .*, got RMSprop"),
             ({"optimizer": lambda p, **options: torch.optim.SGD(p, **options)}, "got <lambda>"),
@@ -552,21 +540,13 @@ class TestMistakes:
         ensemble = effens.DeepEnsemble(mlp, 2)
         before = copy.deepcopy(ensemble.state_dict())
         with pytest.raises(ValueError, match=message):
-            effens.fit(ensemble, vectors(), device="cpu", **{"lr": [0.1, 0.1], **options})
+            fit_own(ensemble, vectors(), device="cpu", **{"lrs": [0.1, 0.1], "decays": [0.0, 0.0], **options})
         assert all(torch.equal(tensor, before[name]) for name, tensor in ensemble.state_dict().items())
-
-    @pytest.mark.parametrize("method", ["BatchEnsemble", "SnapshotEnsemble", "SWAG", "MIMO"])
-    def test_rates_of_members_that_share_weights(self, method: str) -> None:
-        message = f"only members of a DeepEnsemble can have rates or decays of their own, got a {method}"
-        for name in ("lr", "weight_decay"):
-            options: dict[str, Any] = {name: [0.1, 0.2]}
-            with pytest.raises(ValueError, match=message):
-                effens.fit(getattr(effens, method)(mlp, 2), vectors(), device="cpu", **options)
 
     def test_rates_of_networks_that_share_weights(self) -> None:
         network = mlp()
         with pytest.raises(ValueError, match="members with rates or decays of their own must share no weights"):
-            effens.fit(effens.DeepEnsemble.of([network, network]), vectors(), device="cpu", lr=[0.1, 0.2])
+            fit_own(effens.DeepEnsemble.of([network, network]), vectors(), [0.1, 0.2], [0.0, 0.0], device="cpu")
 
     def test_a_plain_network(self) -> None:
         network: Any = mlp()

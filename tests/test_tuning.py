@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import effens
 import effens_book.nets
-from effens import tuning
+from effens import joint, tuning
 
 DEFAULT = {"lr": 1e-2, "weight_decay": 1e-2, "dropout": 0.0, "width": 8}
 SMALL: tuning.Space = {"lr": (1e-3, 3e-2), "weight_decay": (1e-4, 1.0), "dropout": (0.0, 0.5), "width": (4, 16)}
@@ -580,7 +580,7 @@ def test_high_rates_fail_and_the_others_do_not(likelihood: Any, dtype: torch.dty
 def test_what_diverged_once_has_failed(likelihood: effens.Likelihood, bad: float) -> None:
     """As alone: a loss that was not finite for a step counts, though the next one is."""
     inner = likelihood
-    lenient = tuning.Lenient(inner)
+    lenient = joint.Lenient(inner)
     outputs, y = torch.randn(3, 5, 3)[..., : inner.outputs].requires_grad_(), torch.zeros(3, 5, dtype=torch.int64)
     assert torch.equal(lenient.nll(outputs, y), inner.nll(outputs, y))
     with torch.no_grad():

@@ -18,14 +18,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from arch.bootstrap import MCS
 from numpy.typing import NDArray
+from scipy.optimize import elementwise
 from scipy.special import ndtr, ndtri, poch, stdtr, stdtrit
 from scipy.stats import binom
 from scipy.stats import t as student
+from statsmodels.regression.linear_model import OLS
 from torch import Tensor
 from torch.distributions import Distribution, Normal, StudentT
 
-from effens.scores import TINY, as_given, check_scales, exact
+from effens.scores import as_given, check_scales, exact
 
 __all__ = [
     "Comparison",
@@ -368,11 +371,9 @@ def diebold_mariano(a: Tensor, b: Tensor, *, horizon: int = 1, lags: int | None 
     centered = d - mean
     if not bool(centered.abs().max() > 1e-12 * torch.stack([a, b]).abs().max()):
         raise ValueError(f"losses must be finite and their difference vary, got {mean.item():.4g} on all {n} days")
-    long_run = centered.square().sum() / n
-    for lag in range(1, lags + 1):
-        long_run = long_run + 2 * (1 - lag / (lags + 1)) * (centered[lag:] * centered[:-lag]).sum() / n
+    plain = OLS(d.numpy(), np.ones(n)).fit(cov_type="HAC", cov_kwds={"maxlags": lags, "use_correction": False})
     correction = (n + 1 - 2 * horizon + horizon * (horizon - 1) / n) / n
-    error = float((long_run / n / correction).sqrt())
+    error = float(plain.bse[0]) / math.sqrt(correction)
     statistic = float(mean) / error
     return Comparison(float(mean), error, statistic, float(2 * student.sf(abs(statistic), n - 1)))
 
@@ -430,21 +431,12 @@ def model_confidence_set(losses: Tensor, *, block: float | None = None, draws: i
     if not bool(x.isfinite().all()):
         raise ValueError(f"losses must be finite, got {int((~x.isfinite()).sum())} that are not")
     n = x.shape[1]
-    rows = stationary_bootstrap(n, block=math.sqrt(n) if block is None else block, draws=draws, seed=seed)
-    mean = x.mean(1)
-    shift = torch.stack([x @ row.bincount(minlength=n).to(x) for row in rows]) / n - mean  # (draws, models)
-    p_value = torch.ones_like(mean)
-    left, largest = list(range(len(x))), 0.0
-    while len(left) > 1:
-        d = mean[left] - mean[left].mean()
-        noise = shift[:, left] - shift[:, left].mean(1, keepdim=True)
-        error = noise.square().mean(0).sqrt().clamp_min(1e-9 * x[left].abs().max() + TINY)
-        statistic = d / error
-        beyond = (noise / error).max(1).values >= statistic.max() - 1e-5  # equal models differ by rounding errors
-        largest = max(largest, float(beyond.double().mean()))
-        worst = left.pop(int(statistic.argmax()))
-        p_value[worst] = largest
-    return p_value
+    blocks = math.sqrt(n) if block is None else block
+    test = MCS(
+        x.T.numpy(), size=0.1, reps=draws, block_size=round(blocks), method="max", bootstrap="stationary", seed=seed
+    )
+    test.compute()
+    return torch.from_numpy(test.pvalues["Pvalue"].sort_index().to_numpy(np.float64).copy())
 
 
 # A safety net
@@ -539,26 +531,23 @@ def _density(df: Array | None, z: Array) -> Array:
 
 
 def _quantile(df: Array | None, location: Array, scale: Array, p: Array) -> Array:
-    """Return what `quantile` does. Every step makes the bracket smaller, so no step can go in circles."""
+    """Return what `quantile` does: it lies between the smallest and the largest of the members' quantiles."""
     of_members = location + scale * (ndtri(p) if df is None else stdtrit(df, p))
     if not np.isfinite(of_members).all():
         raise ValueError(f"probability must give finite quantiles, got {p.min():.3g} ... {p.max():.3g}")
     low, high = of_members.min(0), of_members.max(0)
-    x = (low + high) / 2
-    left = np.arange(len(x))  # days that are not there yet: most are after a few steps
-    while len(left):
-        d = None if df is None else df[:, left]
-        mu, sigma, at = location[:, left], scale[:, left], x[left]
-        z = (at - mu) / sigma
-        excess = _cdf(d, z).mean(0) - p[left]
-        low[left], high[left] = np.where(excess < 0, at, low[left]), np.where(excess < 0, high[left], at)
-        density = (_density(d, z) / sigma).mean(0)
-        newton = at - np.divide(excess, density, out=np.full_like(at, np.inf), where=density > 1e-200)
-        inside = (low[left] < newton) & (newton < high[left])
-        step = np.where(inside, newton, (low[left] + high[left]) / 2) - at
-        x[left] = at + step
-        left = left[np.abs(step) > 1e-10 * sigma.min(0) + 1e-15 * np.abs(at)]
-    result: Array = x
+
+    def excess(x: Array, day: Array) -> Array:
+        d = None if df is None else df[:, day]
+        values: Array = _cdf(d, (x - location[:, day]) / scale[:, day]).mean(0) - p[day]
+        return values
+
+    room = 1e-6 * scale.max(0)  # so that rounding leaves the quantile between the two
+    tolerances = {"xatol": 1e-12, "xrtol": 1e-15, "fatol": 0, "frtol": 0}
+    found = elementwise.find_root(
+        excess, (low - room, high + room), args=(np.arange(len(p)),), tolerances=tolerances, maxiter=200
+    )
+    result: Array = found.x
     return result
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import rankdata
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -332,9 +333,7 @@ def panel_forecasts(
 
 def ranks_of(x: Tensor) -> Tensor:
     """Return ranks over the last dimension, centered, equals sharing their mean: (days, assets)."""
-    x = x.contiguous()
-    ordered = x.sort(-1).values
-    ranks = (torch.searchsorted(ordered, x) + torch.searchsorted(ordered, x, right=True)).double() / 2
+    ranks = torch.from_numpy(rankdata(x.numpy(), axis=-1))
     return ranks - ranks.mean(-1, keepdim=True)
 
 

@@ -131,3 +131,10 @@ def made(make_net: MakeNet) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise TypeError(f"make_net must return an nn.Module, got {type(network).__name__}")
     return network
+
+
+def check_positive(**values: int) -> None:
+    """Raise `ValueError` unless every value is at least 1."""
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")

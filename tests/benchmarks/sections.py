@@ -19,10 +19,10 @@ from torch.nn import functional as F
 import effens
 from benchmarks.contestants import LoopConv2d, LoopLinear, found, tabular, uncertainty
 from benchmarks.timing import brief, compared, rounds
+from effens.batches import picked
 from effens.costs import kept_bytes, training_step
 from effens.ensembles.base import MakeNet
 from effens.serving import BACKENDS
-from effens.training import picked
 from effens_book import nets, roofline
 
 Row = dict[str, Any]

@@ -1,0 +1,130 @@
+"""Data as batches: who sees what in each step of an epoch."""
+
+from collections.abc import Iterator, Sized
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from effens.ensembles.base import Ensemble
+
+Batch = tuple[bool, Tensor, Tensor, Tensor | None]
+Data = tuple[Tensor, Tensor] | Dataset[Any] | DataLoader[Any]
+
+
+class Batches:
+    """The batches of an epoch: ``(shared, xs, ys, unchecked)``.
+
+    ``xs`` is ``(streams, batch, ...)``; or ``(batch, ...)`` where ``shared``: all streams see the same. ``unchecked``
+    are targets nobody has looked at yet, or None.
+    """
+
+    def __init__(
+        self, ensemble: Ensemble, data: Data, batch_size: int, place: torch.device, generator: torch.Generator
+    ) -> None:
+        self.ensemble, self.batch_size, self.place, self.generator = ensemble, batch_size, place, generator
+        self.data = data
+        self.skipped = 0
+        self.tensors: tuple[Tensor, Tensor] | None = None
+        if isinstance(data, tuple | list):
+            x, y = as_pair(data)
+            if len(x) != len(y):
+                raise ValueError(f"x and y must have the same length, got {len(x)} and {len(y)}")
+            self.tensors = x.to(place), y.to(place)
+        elif isinstance(data, DataLoader):
+            self.skipped = skipped(data, ensemble)
+        elif not isinstance(data, Sized):
+            raise ValueError(f"data must have a length, got {type(data).__name__} without one")
+        self.looked = False
+        self.begun, self.taken = generator.get_state(), 0  # this epoch's random state, and how many batches it gave
+        self.epoch: list[Tensor] | None = None  # the indices of this epoch's batches
+        self.steps = len(data) - self.skipped if isinstance(data, DataLoader) else len(self.indices())
+        if self.steps == 0:
+            raise ValueError("data must hold at least one example for each member, got none")
+
+    def __len__(self) -> int:
+        """Return how many steps an epoch has."""
+        return self.steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches of this epoch that were not taken yet."""
+        loaded = isinstance(self.data, DataLoader)
+        for batch in self.loaded() if loaded else map(self.fetch, self.indices()[self.taken :]):
+            self.taken += 1
+            yield batch
+        self.begun, self.taken, self.epoch = self.generator.get_state(), 0, None
+
+    def loaded(self) -> Iterator[Batch]:
+        """Yield what a `DataLoader` gives."""
+        self.generator.set_state(self.begun)
+        for batch in cast(DataLoader[Any], self.data):
+            x, y = as_pair(batch)
+            for index in parts_of(self.ensemble, len(x), self.generator):
+                index = moved(index, self.place)
+                yield index.dim() == 1, picked(moved(x, self.place), index), moved(y, self.place)[index], y
+
+    def indices(self) -> list[Tensor]:
+        """Return this epoch's indices into the data, a step each, as `Ensemble.batches` has them."""
+        if self.epoch is None:
+            self.generator.set_state(self.begun)
+            n = len(self.tensors[0]) if self.tensors else len(cast(Sized, self.data))
+            self.epoch = [index for index in self.ensemble.batches(n, self.batch_size, self.generator) if index.numel()]
+        return self.epoch
+
+    def fetch(self, index: Tensor) -> Batch:
+        """Return inputs and targets at ``index``."""
+        if self.tensors:
+            unchecked = None if self.looked else self.tensors[1]
+            self.looked = True
+            index = moved(index, self.place)
+            return index.dim() == 1, picked(self.tensors[0], index), self.tensors[1][index], unchecked
+        dataset = cast(Dataset[Any], self.data)
+        x, y = as_pair(default_collate([dataset[i] for i in index.flatten().tolist()]))
+        xs, ys = (moved(part, self.place).unflatten(0, index.shape) for part in (x, y))
+        return index.dim() == 1, xs, ys, y
+
+    def inputs(self) -> Iterator[Tensor]:
+        """Yield a copy of every training input once, in batches, for `Ensemble.finish`, which may change it."""
+        if self.tensors:
+            yield from (part.clone() for part in self.tensors[0].split(self.batch_size))
+        elif isinstance(self.data, DataLoader):
+            for batch in self.data:
+                yield moved(as_pair(batch)[0], self.place).clone()
+        else:
+            for part in torch.arange(len(cast(Sized, self.data))).split(self.batch_size):
+                yield self.fetch(part)[1]
+
+
+def skipped(loader: DataLoader[Any], ensemble: Ensemble) -> int:
+    """Return how many batches of a loader's epoch are too small to be split among members: the last one, or none."""
+    if not loader.batch_size or loader.drop_last or not isinstance(loader.sampler, Sized):
+        return 0
+    last = len(loader.sampler) % loader.batch_size
+    return int(last > 0 and not parts_of(ensemble, last, torch.Generator()))
+
+
+def parts_of(ensemble: Ensemble, n: int, generator: torch.Generator) -> list[Tensor]:
+    """Return who sees what of a loader's batch of ``n`` examples; nothing where it is too small to be split."""
+    return [index for index in ensemble.batches(n, n, generator) if index.numel()]
+
+
+def as_pair(batch: Any) -> tuple[Tensor, Tensor]:
+    """Return a batch as ``(x, y)``; raise `ValueError` if it is anything else."""
+    parts = batch if isinstance(batch, tuple | list) else [batch]
+    if len(parts) != 2 or not all(isinstance(part, Tensor) for part in parts):
+        raise ValueError(f"data must give pairs of tensors (x, y), got {[type(part).__name__ for part in parts]}")
+    return parts[0], parts[1]
+
+
+def moved(tensor: Tensor, place: torch.device) -> Tensor:
+    """Return a tensor on this device; on its way to a GPU from memory that stays put, so that nobody waits for it."""
+    if place.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(place, non_blocking=True)
+    return tensor.to(place)
+
+
+def picked(tensor: Tensor, index: Tensor) -> Tensor:
+    """Return ``tensor[index]``, whole rows copied at a time: of images five times sooner than number by number."""
+    rows = tensor.index_select(0, index.flatten())
+    return rows.view(*index.shape, *rows.shape[1:])
