@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effens.ensembles.base import MakeNet, OneNetwork, made
+from effens.ensembles.base import Ensemble, MakeNet, OneNetwork, made
 from effens.likelihoods import Categorical, Gaussian, Likelihood, StudentT
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
@@ -52,6 +52,10 @@ class MCDropout(OneNetwork):
             for layer, mode in modes:
                 layer.train(mode)
         return torch.unflatten(rows, 0, (self.members, len(x)))
+
+    def answering(self) -> tuple[Ensemble, list[float]]:
+        """Raise: there is nothing that answers alike twice."""
+        raise ValueError("members must be the same at each call, got those of MCDropout, which are drawn anew")
 
     def member(self, m: int) -> nn.Module:
         """Raise `NotImplementedError`: there is no member ``m`` that would answer the same again."""

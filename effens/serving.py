@@ -23,7 +23,6 @@ import json
 import logging
 import os
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,17 +32,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.distributions import StudentT as StudentTDistribution
-from torch.nn import functional as F
 
-from effens.baselines import MCDropout
 from effens.ensembles.base import Ensemble, check_positive
-from effens.ensembles.batch import BatchEnsemble, BatchEnsembleConv2d, BatchEnsembleLinear, across
-from effens.ensembles.deep import Mixture, StackedConv2d, StackedLinear
-from effens.ensembles.hyper import HyperEnsemble
-from effens.ensembles.layers import MemberLayer, RowEnsemble, chain, split_rows
-from effens.ensembles.mimo import MIMO, FirstLayer, may_write
-from effens.ensembles.snapshot import SnapshotEnsemble
-from effens.ensembles.swag import SWAG
+from effens.ensembles.batch import BatchEnsembleLinear, Together
+from effens.ensembles.deep import Mixture, StackedLinear
+from effens.ensembles.layers import MemberLayer, RowEnsemble, chain
+from effens.ensembles.mimo import Heads
 from effens.likelihoods import Categorical, Likelihood
 from effens.storage import check_folder, write_whole
 from effens.training import predict
@@ -248,12 +242,12 @@ class Summary(nn.Module):
 
     def __init__(self, ensemble: Ensemble, likelihood: Likelihood, batch: int) -> None:
         super().__init__()
-        self.ensemble = folded(ensemble, batch)
+        answering, weights = ensemble.answering()
+        self.ensemble = fold(answering, batch)
         self.likelihood = likelihood
-        counts = repeats(ensemble)
-        even = len(set(counts)) == 1
+        even = len(set(weights)) == 1
         dtype = next((p.dtype for p in self.ensemble.parameters() if p.is_floating_point()), torch.float32)
-        self.register_buffer("weights", None if even else torch.tensor(counts, dtype=dtype) / sum(counts))
+        self.register_buffer("weights", None if even else torch.tensor(weights, dtype=dtype) / sum(weights))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map ``(batch, ...)`` to the mean and the spread."""
@@ -283,106 +277,27 @@ def moments(prediction: Tensor | Distribution, weights: Tensor | None) -> tuple[
     return mean, average(variance + away * away).sqrt()
 
 
-def parts(mixture: Mixture) -> list[Ensemble]:
-    """Return the ensembles that stand side by side."""
-    return [part for part in mixture.ensembles if isinstance(part, Ensemble)]
-
-
-def repeats(ensemble: Ensemble) -> list[int]:
-    """Return how many of an ensemble's members each row that `folded` computes stands for."""
-    if isinstance(ensemble, HyperEnsemble):
-        counts = Counter(ensemble.rows)
-        return [counts[row] for row in range(ensemble.chosen.members)]
+def fold(ensemble: Ensemble, batch: int) -> Ensemble:
+    """Return a copy of what answers, with all done that does not depend on the input."""
     if isinstance(ensemble, Mixture):
-        return [count for part in parts(ensemble) for count in repeats(part)]
-    return [1] * ensemble.members
-
-
-def folded(ensemble: Ensemble, batch: int) -> Ensemble:
-    """Return a copy of what an ensemble needs to answer, with all done that does not depend on the input.
-
-    Raises:
-        RuntimeError: there are no members yet.
-        ValueError: the members are others at each call.
-    """
-    if isinstance(ensemble, MCDropout):
-        raise ValueError("members must be the same at each call, got those of MCDropout, which are drawn anew")
-    if isinstance(ensemble, SnapshotEnsemble):
-        ensemble.check_collected()
-        return folded(ensemble.snapshots, batch)
-    if isinstance(ensemble, SWAG):
-        ensemble.check_there(ensemble.ready)
-        return folded(ensemble.samples, batch)
-    if isinstance(ensemble, HyperEnsemble):
-        return folded(ensemble.chosen, batch)
-    if isinstance(ensemble, Mixture):
-        return Mixture([folded(part, batch) for part in parts(ensemble)])
+        return Mixture([fold(part, batch) for part in ensemble.parts()])
     if not isinstance(ensemble, RowEnsemble):
         return copy.deepcopy(ensemble)
     if ensemble.members == 1:
         return Heads(ensemble.member(0), 1)
+    links = chain(ensemble.network)
+    first = next((link for link in links if type(link) not in (nn.Flatten, nn.Identity)), None)
     instead: dict[int, Any] = {}
-    reads_x = next((link for link in chain(ensemble.network) if type(link) not in (nn.Flatten, nn.Identity)), None)
     for layer in ensemble.network.modules():
-        if isinstance(layer, FirstLayer):
-            instead[id(layer)] = layer.member(0)
-        elif isinstance(layer, BatchEnsembleConv2d) and layer is reads_x:
-            instead[id(layer)] = StackedConv2d([layer.member(m) for m in range(layer.members)])
-        elif isinstance(layer, BatchEnsembleLinear | BatchEnsembleConv2d):
-            instead[id(layer)] = Scaled(copy.deepcopy(layer))
+        if isinstance(layer, MemberLayer) and (new := layer.exported(layer is first)) is not None:
+            instead[id(layer)] = new
     network = copy.deepcopy(ensemble.network, instead)
     for layer in network.modules():
         if isinstance(layer, nn.Linear | StackedLinear | BatchEnsembleLinear) and (
             batch > 1 or isinstance(layer, BatchEnsembleLinear)
         ):
             layer.weight.data = layer.weight.mT.contiguous().mT  # products of several rows read along the outputs
-    if isinstance(ensemble, MIMO):
-        return Heads(network, ensemble.members)
-    return (Together if isinstance(ensemble, BatchEnsemble) else RowEnsemble)(network, ensemble.members)
-
-
-class Heads(RowEnsemble):
-    """A plain network that answers with all members' rows: MIMO with its first layer summed, or a single member."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Answer with every head: ``(batch, ...)`` to ``(members, batch, outputs)``."""
-        return self._answers(self.network(x.clone() if may_write(self.network) else x), len(x))
-
-
-class Together(RowEnsemble):
-    """BatchEnsemble, compiled: all members' rows pass every layer together, however many they are."""
-
-    def runs_apart(self, x: Tensor) -> bool:
-        """Never."""
-        return False
-
-
-class Scaled(MemberLayer):
-    """A BatchEnsemble layer that always scales its rows by r and s, and never builds a member's weights."""
-
-    def __init__(self, layer: BatchEnsembleLinear | BatchEnsembleConv2d) -> None:
-        super().__init__()
-        self.members = layer.members
-        self.layer = layer
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """Map ``(members * batch, ...)`` to ``(members * batch, ...)``."""
-        return self.scale(split_rows(rows, self.members))
-
-    def forward_shared(self, x: Tensor) -> Tensor:
-        """Map ``(batch, ...)``, the same for all members, to ``(members * batch, ...)``."""
-        return self.scale(x[None])
-
-    def scale(self, x: Tensor) -> Tensor:
-        """Map ``(members or 1, batch, ...)`` to ``(members * batch, ...)``."""
-        layer = self.layer
-        if isinstance(layer, BatchEnsembleConv2d):
-            rows = (x * across(layer.r, x, -3)).flatten(0, 1)
-            y, axis = split_rows(F.conv2d(rows, layer.weight, **layer.geometry), self.members), -3
-        else:
-            y, axis = F.linear(x * across(layer.r, x), layer.weight), -1
-        y = y * across(layer.s, y, axis)
-        return (y if layer.bias is None else y + across(layer.bias, y, axis)).flatten(0, 1)
+    return ensemble.exported(network)
 
 
 def require(backend: str) -> None:

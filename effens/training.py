@@ -141,10 +141,8 @@ def fit(
     descent = make_optimizer(optimizer, groups, lr, weight_decay, sparse=has_sparse(ensemble))
     highest = [group["lr"] for group in descent.param_groups]
     steps = epochs * len(batches)
-    forwards = {
-        shared: asker(forward, ensemble, place, precision, compile)
-        for shared, forward in ((True, ensemble), (False, ensemble.forward_members))
-    }
+    check_precision(precision)
+    forwards: dict[bool, Callable[[Tensor], Tensor]] = {}  # by whether all streams see the same
     run = Run(ensemble, descent, batches)
     if checkpoint is not None:
         settings = dict(epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed)
@@ -163,6 +161,9 @@ def fit(
                 for group, top in zip(descent.param_groups, highest, strict=True):
                     group["lr"] = top * multiplier
                 descent.zero_grad()
+                if shared not in forwards:
+                    forward = ensemble if shared else ensemble.forward_members
+                    forwards[shared] = asker(forward, ensemble, place, precision, compile)
                 outputs = forwards[shared](xs)
                 if unchecked is not None:
                     likelihood.check(outputs, unchecked)
@@ -244,8 +245,7 @@ def asker(
 
     The outputs of a CUDA graph are overwritten when it runs again.
     """
-    if precision not in ("float32", "bfloat16"):
-        raise ValueError(f"precision must be 'float32' or 'bfloat16', got {precision!r}")
+    check_precision(precision)
     if compile:
         small = sum(parameter.numel() for parameter in ensemble.parameters()) <= GRAPHS
         ask = torch.compile(ask, mode="reduce-overhead" if place.type == "cuda" and small else "default")
@@ -260,6 +260,12 @@ def asker(
         return outputs.float() if outputs.dtype == torch.bfloat16 else outputs
 
     return call
+
+
+def check_precision(precision: str) -> None:
+    """Raise `ValueError` unless the precision is known."""
+    if precision not in ("float32", "bfloat16"):
+        raise ValueError(f"precision must be 'float32' or 'bfloat16', got {precision!r}")
 
 
 def losses_of(likelihood: Likelihood, outputs: Tensor, ys: Tensor) -> Tensor:

@@ -196,6 +196,7 @@ def contents(folder: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(benchmark: Benchmark, tmp_path: Path) -> None:
     command = ["--no-costs", "--tasks", "line", "--methods", "single", "hyper", "deep, bagged"]
     run.main(["--results", str(benchmark.folder), *command])
@@ -874,6 +875,7 @@ def test_every_row_holds_every_member_of_every_set_at_the_settings_of_its_best_t
     assert distances.min() > 0, "two seeds gave the same network"
 
 
+@pytest.mark.slow
 def test_the_tables_of_the_book_can_be_made() -> None:
     for task in TASKS:
         assert list(shipped().table(task).cells) == list(shipped().cost_table(task).cells) == names()

@@ -199,6 +199,7 @@ def test_at_most_one_cell_in_five_is_exempt(chapter: Path, request: pytest.Fixtu
     assert len(compared(cells)) >= 0.8 * len(cells)
 
 
+@pytest.mark.slow
 def test_any_number_changed_in_a_stored_output_is_noticed(chapter: Path, request: pytest.FixtureRequest) -> None:
     printed = 0
     for cell in compared(cells_of(chapter, request.session)):

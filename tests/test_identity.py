@@ -178,6 +178,7 @@ def test_what_cannot_be_described_is_refused(value: Any) -> None:
         digest(value)
 
 
+@pytest.mark.slow
 def test_every_process_says_the_same() -> None:
     code = "import json, test_identity as t; print(json.dumps({n: t.digest(make(0)) for n, make in t.MAKES.items()}))"
     folders = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])

@@ -130,10 +130,12 @@ def test_every_slider_changes_the_picture_in_time(reader: Reader) -> None:
         assert time.process_time() - start < SECONDS
 
 
+@pytest.mark.slow
 def test_the_same_values_give_the_same_picture(reader: Reader) -> None:
     assert reader.see() == reader.see()
 
 
+@pytest.mark.slow
 def test_a_reader_s_own_points_are_drawn(name: str) -> None:
     with plt.rc_context(), plt.ioff():
         Reader(name, own=True).see()

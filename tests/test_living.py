@@ -28,6 +28,7 @@ in_browser = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(NODE is None, reason="needs node on PATH")
 def test_its_networks_in_node() -> None:
     done = subprocess.run([str(NODE), "--test", str(ROOT / "tests/living.test.js")], capture_output=True, text=True)

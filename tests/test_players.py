@@ -124,6 +124,7 @@ def test_same_input_gives_the_same_bytes_and_a_stable_repr(made: HTML) -> None:
     assert "0x" not in repr(made)
 
 
+@pytest.mark.slow
 def test_same_bytes_in_another_process(made: HTML) -> None:
     code = """
 import sys, numpy as np

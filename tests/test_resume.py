@@ -244,7 +244,7 @@ def test_a_finished_run_returns_at_once_with_the_same(tmp_path: Path, monkeypatc
 
 def test_the_time_of_all_parts_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(1000))
-    monkeypatch.setattr("effens.training.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("effens.checkpoint.time.perf_counter", lambda: next(clock))
     path, make = tmp_path / "run", partial(effens.DeepEnsemble, mlp, 2)
     killed_at(5, monkeypatch, make(), vectors(), checkpoint=path, every=1, **FIT)
     assert next(clock) == 6  # it began at 0, and looked when it wrote five times
@@ -601,6 +601,7 @@ def finished(path: Path) -> bool:
     return ["finished", True] in json.loads(metadata["content"])["state"]["dict"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_runs_killed_at_random_end_as_if_they_had_never_stopped(kills: int, tmp_path: Path) -> None:
     here = Path(__file__).parent

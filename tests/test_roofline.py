@@ -37,6 +37,7 @@ def test_sizes_are_nearest_on_a_log_scale() -> None:
     assert MACHINE.bandwidth(200) == 2
 
 
+@pytest.mark.slow
 def test_a_machine_is_measured() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

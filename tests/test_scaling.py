@@ -143,6 +143,7 @@ def test_data_of_every_kind(data: Any, tmp_path: Path) -> None:
 # Over executors
 
 
+@pytest.mark.slow
 def test_over_processes_they_are_those_of_one_by_one(tmp_path: Path) -> None:
     make, seeds = partial(dropping, width=6), range(5)
     one_by_one = effens.fit_each(make, vectors(), seeds, folder=tmp_path / "here", **QUICK)

@@ -33,6 +33,11 @@ FIT: dict[str, Any] = {"epochs": 1, "batch_size": 8, "lr": 0.1, "device": "cpu",
 LIKELIHOODS = {"classes": effens.Categorical(), "gaussian": effens.Gaussian(), "student": effens.StudentT()}
 
 
+def folded(ensemble: effens.Ensemble, batch: int) -> effens.Ensemble:
+    """What is exported of an ensemble."""
+    return serving.fold(ensemble.answering()[0], batch)
+
+
 class Location(effens.Likelihood):
     """The members' own answers, whose spread is how far they disagree."""
 
@@ -96,7 +101,7 @@ def trained(method: str, net: Any = mlp, outputs: int = 3) -> effens.Ensemble:
     """An ensemble with members, whose weights and batch-norm statistics are not those of a fresh one."""
     torch.manual_seed(0)
     ensemble = METHODS[method]((lambda: net(outputs)) if net is not Residual else Residual)
-    for part in serving.parts(ensemble) if isinstance(ensemble, Mixture) else [ensemble]:
+    for part in ensemble.parts() if isinstance(ensemble, Mixture) else [ensemble]:
         if not isinstance(part, effens.HyperEnsemble):
             x = inputs(net, 32)
             effens.fit(part, (x, torch.randint(0, 2, (32,))), likelihood=None if outputs == 3 else REGRESSION, **FIT)
@@ -139,6 +144,7 @@ def batch(tmp_path_factory: pytest.TempPathFactory) -> tuple[serving.Served, Pat
     return serving.export(trained("batch"), inputs(mlp, 2), path), path
 
 
+@pytest.mark.slow
 def test_a_compiled_file_answers_as_the_ensemble(batch: tuple[serving.Served, Path]) -> None:
     for seed in range(5):
         assert far(batch[0], trained("batch"), inputs(mlp, 2, seed), effens.Categorical()) < 1e-6
@@ -225,6 +231,7 @@ def answers_elsewhere(path: Path, x: Tensor) -> list[list[Any]]:
     return answer
 
 
+@pytest.mark.slow
 def test_a_new_process_gets_the_same_answers(batch: tuple[serving.Served, Path]) -> None:
     x = inputs(mlp, 2)
     assert answers_elsewhere(batch[1], x) == [answer.tolist() for answer in batch[0](x)]
@@ -290,6 +297,7 @@ def test_repeats_in_double_precision(backend: str, tmp_path: Path) -> None:
     assert far(serving.export(ensemble, x, tmp_path / "served", backend), ensemble, x, effens.Categorical()) < 1e-14
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_more_of_a_compiled_and_an_interpreted_file(backend: str, tmp_path: Path) -> None:
     ensemble, x, path = trained("deep", cnn), inputs(cnn, 2), tmp_path / "served"
@@ -331,7 +339,7 @@ def test_a_repeated_network_is_exported_once() -> None:
 
 
 def test_no_first_layer_of_mimo_is_left() -> None:
-    layers = [layer for layer in serving.folded(trained("mimo"), 2).modules() if isinstance(layer, MemberLayer)]
+    layers = [layer for layer in folded(trained("mimo"), 2).modules() if isinstance(layer, MemberLayer)]
     assert [type(layer).__name__ for layer in layers] == ["LastLayer"]
 
 
@@ -340,19 +348,17 @@ def test_a_served_network_that_changes_its_input_leaves_the_reader_s_alone(membe
     make = lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))  # noqa: E731
     x = torch.randn(22, 4)
     before = x.clone()
-    serving.folded(effens.MIMO(make, members), 2)(x)
+    folded(effens.MIMO(make, members), 2)(x)
     assert torch.equal(x, before)
 
 
 def test_a_network_without_layers_is_folded() -> None:
     x = torch.randn(2, 4)
-    assert torch.equal(
-        serving.folded(effens.DeepEnsemble(lambda: nn.Sequential(nn.Flatten()), 2), 2)(x), torch.stack([x, x])
-    )
+    assert torch.equal(folded(effens.DeepEnsemble(lambda: nn.Sequential(nn.Flatten()), 2), 2)(x), torch.stack([x, x]))
 
 
 def test_kernels_that_read_the_input_are_folded() -> None:
-    served = serving.folded(trained("batch", cnn), 2)
+    served = folded(trained("batch", cnn), 2)
     names = [type(layer).__name__ for layer in served.modules() if isinstance(layer, MemberLayer)]
     assert names[0] == "StackedConv2d"
     assert not [name for name, _ in served.named_parameters() if name.startswith("network.0.") and name[-2:] in ".r.s"]

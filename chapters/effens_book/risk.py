@@ -18,13 +18,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from arch.bootstrap import MCS
 from numpy.typing import NDArray
 from scipy.optimize import elementwise
 from scipy.special import ndtr, ndtri, poch, stdtr, stdtrit
 from scipy.stats import binom
 from scipy.stats import t as student
-from statsmodels.regression.linear_model import OLS
 from torch import Tensor
 from torch.distributions import Distribution, Normal, StudentT
 
@@ -361,6 +359,8 @@ def diebold_mariano(a: Tensor, b: Tensor, *, horizon: int = 1, lags: int | None 
     Raises:
         ValueError: the shapes do not agree, a number is not finite, or the difference is constant.
     """
+    from statsmodels.regression.linear_model import OLS  # here: it takes a second to load
+
     _check_shapes(a=a, b=b)
     d = exact(a) - exact(b)
     n = len(d)
@@ -425,6 +425,8 @@ def model_confidence_set(losses: Tensor, *, block: float | None = None, draws: i
     Raises:
         ValueError: the shape is another, or a loss is not finite.
     """
+    from arch.bootstrap import MCS  # here: it takes a second to load
+
     if losses.dim() != 2 or losses.shape[0] < 2 or losses.shape[1] < 2:
         raise ValueError(f"losses must be (models, n), both > 1, got shape {tuple(losses.shape)}")
     x = exact(losses)

@@ -81,6 +81,13 @@ class Ensemble(nn.Module):
     def finish(self, batches: Iterable[Tensor]) -> None:
         """Do, once, what is to be done at the end of training with the training inputs. By default: nothing."""
 
+    def answering(self) -> tuple["Ensemble", list[float]]:
+        """Return what computes the answers, and how much each of its members counts. By default: itself, all alike.
+
+        It is what `effens.export` writes, so it holds what the answers need and nothing else.
+        """
+        return self, [1.0] * self.members
+
     def check_member(self, m: int) -> int:
         """Return ``m`` if there is such a member; raise `IndexError` if not."""
         if not 0 <= m < self.members:

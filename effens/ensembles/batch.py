@@ -10,6 +10,7 @@ rows by r, makes one plain product, and multiplies by s. Folding touches M weigh
 activation, so the layers fold when ``activations >= 4 * weights`` for each member, the rule that was measured fastest.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effens.ensembles.base import MakeNet, made
+from effens.ensembles.base import Ensemble, MakeNet, made
+from effens.ensembles.deep import StackedConv2d
 from effens.ensembles.layers import (
     MemberLayer,
     RowEnsemble,
@@ -108,6 +110,10 @@ class BatchEnsemble(RowEnsemble):
         ]
         return [group for group in groups if group["params"]]
 
+    def exported(self, network: nn.Module) -> Ensemble:
+        """Return what passes all members' rows through this network together."""
+        return Together(network, self.members)
+
     def extra_repr(self) -> str:
         """Show the settings."""
         return f"members={self.members}, split={self.split}, fast_lr={self.fast_lr}"
@@ -127,6 +133,10 @@ class RankOneLayer(MemberLayer):
     bias: nn.Parameter | None
     size: int  # how many weights
     touched: int  # how many numbers a row, or a pixel, reads and writes
+
+    def exported(self, first: bool) -> nn.Module:
+        """Return a layer that scales its rows and never builds a member's weights."""
+        return Scaled(copy.deepcopy(self))
 
     def _set(self, weight: Tensor, bias: Tensor | None, inputs: int, members: int, init: str) -> None:
         """Take over a plain layer's weight, the same object, and copy its bias for each member."""
@@ -288,6 +298,12 @@ class BatchEnsembleConv2d(RankOneLayer):
         layer._take(plain, members, init)
         return layer.train(plain.training)
 
+    def exported(self, first: bool) -> nn.Module:
+        """Return a layer of all members' kernels where it reads the input; else one that scales its rows."""
+        if first:
+            return StackedConv2d([self.member(m) for m in range(self.members)])
+        return super().exported(first)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(members * batch, in, height, width)`` to ``(members * batch, out, height', width')``."""
         batch = x.shape[0] // self.members
@@ -388,3 +404,39 @@ def convert(network: nn.Module, members: int, skip: str | Sequence[str], init: s
     if not any(isinstance(module, RankOneLayer) for module in network.modules()):
         raise ValueError(f"the network must have an nn.Linear or nn.Conv2d to convert, got {network}")
     return network
+
+
+class Together(RowEnsemble):
+    """BatchEnsemble, compiled: all members' rows pass every layer together, however many they are."""
+
+    def runs_apart(self, x: Tensor) -> bool:
+        """Never."""
+        return False
+
+
+class Scaled(MemberLayer):
+    """A BatchEnsemble layer that always scales its rows by r and s, and never builds a member's weights."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.members = layer.members
+        self.layer = layer
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Map ``(members * batch, ...)`` to ``(members * batch, ...)``."""
+        return self.scale(split_rows(rows, self.members))
+
+    def forward_shared(self, x: Tensor) -> Tensor:
+        """Map ``(batch, ...)``, the same for all members, to ``(members * batch, ...)``."""
+        return self.scale(x[None])
+
+    def scale(self, x: Tensor) -> Tensor:
+        """Map ``(members or 1, batch, ...)`` to ``(members * batch, ...)``."""
+        layer = self.layer
+        if isinstance(layer, BatchEnsembleConv2d):
+            rows = (x * across(layer.r, x, -3)).flatten(0, 1)
+            y, axis = split_rows(F.conv2d(rows, layer.weight, **layer.geometry), self.members), -3
+        else:
+            y, axis = F.linear(x * across(layer.r, x), layer.weight), -1
+        y = y * across(layer.s, y, axis)
+        return (y if layer.bias is None else y + across(layer.bias, y, axis)).flatten(0, 1)

@@ -132,6 +132,15 @@ class Mixture(Ensemble):
         """Refuse: ensembles are trained one by one, before they are put side by side."""
         raise RuntimeError("ensembles side by side are not trained together: call effens.fit on each of them first")
 
+    def parts(self) -> list[Ensemble]:
+        """Return the ensembles."""
+        return [part for part in self.ensembles if isinstance(part, Ensemble)]
+
+    def answering(self) -> tuple[Ensemble, list[float]]:
+        """Return what answers in each of them, side by side."""
+        ensembles, weights = zip(*(part.answering() for part in self.parts()), strict=True)
+        return Mixture(ensembles), [weight for each in weights for weight in each]
+
     def member(self, m: int) -> nn.Module:
         """Return a copy of member ``m`` as a plain network, equal to ``ensemble(x)[m]``."""
         m = self.check_member(m)

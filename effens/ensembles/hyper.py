@@ -18,6 +18,7 @@ Judge it on data that the selection never saw.
 
 import math
 import operator
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -94,6 +95,11 @@ class HyperEnsemble(Ensemble):
         """Raise `ValueError` unless the state is of the same index."""
         if state.tolist() != self.index:
             raise ValueError(f"state must be of index {self.index}, got one of {state.tolist()}")
+
+    def answering(self) -> tuple[Ensemble, list[float]]:
+        """Return the networks that were chosen, each once, and how often each was."""
+        counts = Counter(self.rows)
+        return self.chosen, [float(counts[row]) for row in range(self.chosen.members)]
 
     def extra_repr(self) -> str:
         """Show the index."""

@@ -31,6 +31,13 @@ class MemberLayer(nn.Module):
         """Map ``(batch, ...)``, the same for all members, to ``(members * batch, ...)``."""
         raise NotImplementedError(f"a member layer must override forward_shared, got none in {type(self).__name__}")
 
+    def exported(self, first: bool) -> nn.Module | None:
+        """Return a layer that does the same where nothing is trained any more; None: this one is best.
+
+        ``first``: whether it reads the input, which is then the same for all members.
+        """
+        return None
+
     def member(self, m: int) -> nn.Module:
         """Return a copy of member ``m``'s layer as a plain one."""
         raise NotImplementedError(f"a member layer must override member, got none in {type(self).__name__}")
@@ -95,6 +102,10 @@ class RowEnsemble(Ensemble):
             rule = f"the network must return one row of outputs per example, ({self.members * batch}, outputs)"
             raise ValueError(f"{rule}, got {got}")
         return rows.view(self.members, batch, *rows.shape[1:])
+
+    def exported(self, network: nn.Module) -> Ensemble:
+        """Return an ensemble that answers with this network, whose layers are those of `MemberLayer.exported`."""
+        return RowEnsemble(network, self.members)
 
     def member(self, m: int) -> nn.Module:
         """Return a copy of member ``m`` as a plain network, equal to ``ensemble(x)[m]``."""

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from effens.ensembles.base import MakeNet, made
+from effens.ensembles.base import Ensemble, MakeNet, made
 from effens.ensembles.layers import MemberLayer, RowEnsemble, chain, has_hooks, refusal, replace_layers, split_rows
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -149,9 +149,21 @@ class MIMO(RowEnsemble):
             slots = [index[:own][torch.randperm(own, generator=generator)] for _ in range(self.members)]
             yield torch.stack([torch.cat([slot, index[own:]]) for slot in slots])
 
+    def exported(self, network: nn.Module) -> Ensemble:
+        """Return what asks a plain network, whose first layer was summed."""
+        return Heads(network, self.members)
+
     def extra_repr(self) -> str:
         """Show the settings."""
         return f"members={self.members}, share={self.share}, repeats={self.repeats}"
+
+
+class Heads(RowEnsemble):
+    """A plain network that answers with all members' rows: MIMO with its first layer summed, or a single member."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Answer with every head: ``(batch, ...)`` to ``(members, batch, outputs)``."""
+        return self._answers(self.network(x.clone() if may_write(self.network) else x), len(x))
 
 
 class FirstLayer(MemberLayer):
@@ -181,6 +193,10 @@ class FirstLayer(MemberLayer):
     def summed(self) -> Tensor:
         """Return the weight that meets an input which is in every slot."""
         return torch.unflatten(self.layer.weight, 1, (self.members, -1)).sum(1)
+
+    def exported(self, first: bool) -> nn.Module:
+        """Return the layer with the weights of all slots summed: each reads the same."""
+        return self.member(0)
 
     def member(self, m: int) -> nn.Module:
         """Return a plain copy, the same for every member, that reads one input for all slots."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effens.ensembles.base import MakeNet, OneNetwork, made
+from effens.ensembles.base import Ensemble, MakeNet, OneNetwork, made
 from effens.ensembles.deep import DeepEnsemble
 
 
@@ -117,6 +117,11 @@ class SnapshotEnsemble(OneNetwork):
         if step in (ends := self.collected_after(steps)):
             self.snapshots.put(ends.index(step), self.network)
             self.set_count(ends.index(step) + 1)
+
+    def answering(self) -> tuple[Ensemble, list[float]]:
+        """Return the snapshots."""
+        self.check_collected()
+        return self.snapshots.answering()
 
     def extra_repr(self) -> str:
         """Show the settings."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from effens.ensembles.base import MakeNet, OneNetwork, made
+from effens.ensembles.base import Ensemble, MakeNet, OneNetwork, made
 from effens.ensembles.deep import DeepEnsemble
 
 
@@ -231,6 +231,11 @@ class SWAG(OneNetwork):
             self.samples.put(m, self.at(self.sample(generator=generator)))
         update_batch_norm(self.samples, batches)
         self.set_drawn(True)
+
+    def answering(self) -> tuple[Ensemble, list[float]]:
+        """Return the members that were drawn."""
+        self.check_there(self.ready)
+        return self.samples.answering()
 
     def extra_repr(self) -> str:
         """Show the settings."""

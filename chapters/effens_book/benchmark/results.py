@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 from torch import Tensor
 from torch.distributions import Normal
 from torch.distributions import StudentT as StudentTDistribution
@@ -247,6 +246,8 @@ class Benchmark:
         Returns:
             Adjusted p-values by method, the smallest first; 1 where a method is the reference in every seed.
         """
+        from statsmodels.stats.multitest import multipletests  # here: it takes a second to load
+
         others = [name for name in (names() if rows is None else rows) if name != reference]
         base = self.values(task, reference, metric, split).double().numpy()
         found = {}
