@@ -1,7 +1,7 @@
 // The networks of the living figure without a page: gradients, BatchEnsemble's members, what the figure claims.
 const assert = require("node:assert");
 const test = require("node:test");
-const { Ensemble, evaluate, samplePoints, truth, NOISE, MORE, LR } = require("../chapters/effens_book/living.js");
+const { Ensemble, evaluate, samplePoints, truth, NOISE, MORE, LR } = require("../chapters/effens_book/players/living.js");
 
 const METHODS = ["single", "deep", "batch", "snapshot"], DEPTHS = [1, 2];
 const arrays = (points) => ["x", "y"].map((key) => Float64Array.from(points, (point) => point[key]));

@@ -20,7 +20,7 @@ NODE = shutil.which("node")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-SCRIPT = ROOT / "chapters/effens_book/living.js"
+SCRIPT = ROOT / "chapters/effens_book/players/living.js"
 
 in_browser = [
     pytest.mark.slow,

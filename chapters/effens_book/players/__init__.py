@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from string import Template
 from typing import Any
 from unittest.mock import patch
 
@@ -23,6 +24,16 @@ from matplotlib.transforms import Bbox
 from PIL import Image
 
 from effens_book.choose import BUDGETS, GOALS, alike, choose, ranks, score_of
+
+
+def _read(name: str) -> str:
+    """A script or a style that stands beside this file."""
+    return (Path(__file__).parent / name).read_text("utf-8")
+
+
+def _filled(name: str, **values: Any) -> str:
+    """The same, with values in the places of ``$name``."""
+    return Template(_read(name)).substitute(values)
 
 
 def player(
@@ -74,7 +85,7 @@ def player(
     pictures = _pictures(draw, values, axes, figsize, dpi, colors)
     width, height = (round(inches * mpl.rcParams["figure.dpi"]) for inches in figsize or mpl.rcParams["figure.figsize"])
     frames = list(zip(pictures, alts, said, strict=True))
-    page = _page(pictures[0], width, height, alts[0], label, frames, _STYLE, _SCRIPT, interval, max_kb)
+    page = _page(pictures[0], width, height, alts[0], label, frames, interval, max_kb)
     return HTML(page)
 
 
@@ -133,11 +144,7 @@ def reveal(
     picture, empty = _encoded([whole, _rendered(figure)], colors)
     width, height = (round(inches * mpl.rcParams["figure.dpi"]) for inches in figsize or mpl.rcParams["figure.figsize"])
     frames = [[share, f"{alt}: {text}", text] for share, text in zip(covered, words, strict=True)]
-    script = _SCRIPT.replace("image.src = frames[i][0]", 'image.style.clipPath = "inset(0 " + frames[i][0] + "% 0 0)"')
-    paper = "@media print { .effens-player img { clip-path: none !important; } }\n</style>"
-    style = _STYLE.replace("</style>", paper)
-    page = _page(picture, width, height, alt, label, frames, style, script, interval, max_kb, behind=empty)
-    return HTML(page.replace("effens-player", "effens-reveal"))
+    return HTML(_page(picture, width, height, alt, label, frames, interval, max_kb, behind=empty))
 
 
 def bet(question: str, replies: Mapping[str, str], *, answer: str) -> HTML:
@@ -163,7 +170,8 @@ def bet(question: str, replies: Mapping[str, str], *, answer: str) -> HTML:
     )
     content = json.dumps({"right": right, "said": said}).replace("<", "\\u003c")
     return HTML(f"""<div class="effens-bet" data-lm-suppress-shortcuts="true">
-{_BET_STYLE}
+<style>
+{_read("dark.css")}{_read("bet.css")}</style>
 <p class="question">{html.escape(question)}</p>
 <div role="group" aria-label="Your choice">
 {buttons}
@@ -172,7 +180,8 @@ def bet(question: str, replies: Mapping[str, str], *, answer: str) -> HTML:
 <details><summary>Show the answer without a bet</summary>
 <p><strong>{html.escape(answer)}.</strong> {html.escape(replies[answer])}</p></details>
 <script type="application/json">{content}</script>
-{_BET_SCRIPT}
+<script>
+{_read("bet.js")}</script>
 </div>""")
 
 
@@ -214,45 +223,12 @@ def chooser() -> HTML:
     heads = "".join(f"<th scope='col'>{word}</th>" for word in titles)
     return HTML(f"""<div class="effens-chooser">
 <style>
-.effens-chooser {{ overflow-x: auto; color: inherit; }}
-.effens-chooser form {{ display: flex; flex-wrap: wrap; gap: 0.5rem 1rem; margin-bottom: 0.75rem; }}
-.effens-chooser select {{ font: inherit; min-height: 2.2em; max-width: 100%; background: Canvas; color: CanvasText; }}
-.effens-chooser table {{ border-collapse: collapse; }}
-.effens-chooser td, .effens-chooser th {{ padding: 0.2rem 0.7rem; text-align: right; font-weight: normal; }}
-.effens-chooser thead th {{ border-bottom: 1px solid currentColor; font-weight: bold; vertical-align: bottom; }}
-.effens-chooser th[scope=row] {{ text-align: left; }}
-.effens-chooser tr.out {{ opacity: 0.45; text-decoration: line-through; }}
-</style>
+{_read("chooser.css")}</style>
 <form onsubmit="return false">{budgets}<label>what matters <select>{options}</select></label></form>
 <p aria-live="polite"></p>
 <table><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>
 <script>
-(function () {{
-  const box = document.currentScript.closest(".effens-chooser"), less = {less};
-  const selects = [...box.querySelectorAll("select")], body = box.querySelector("tbody");
-  const rows = [...body.rows].map((row, i) => ({{row, i, name: row.cells[0].textContent,
-    ...Object.fromEntries(["costs", "scores", "same"].map(key => [key, JSON.parse(row.dataset[key])]))}}));
-  function show() {{
-    const limits = selects.slice(0, 4).map(s => s.value === "any" ? Infinity : +s.value), goal = +selects[4].value;
-    for (const r of rows) r.out = r.costs.some((cost, i) => cost > limits[i]);
-    rows.sort((a, b) => a.out - b.out || (less[goal] ? 1 : -1) * (a.scores[goal] - b.scores[goal]));
-    for (const r of rows) {{
-      r.row.classList.toggle("out", r.out);
-      r.row.lastElementChild.textContent = r.scores[goal].toFixed(3);
-      body.append(r.row);
-    }}
-    const fit = rows.filter(r => !r.out), best = fit[0];
-    const same = fit.slice(1).filter(r => best.same[goal].includes(r.i)).map(r => r.name);
-    box.querySelector("p").textContent = fit.length ?
-      fit.length + " of " + rows.length + " methods are within your limits. On digits " + best.name +
-      " has the best mean. " + (same.length ? "Not distinguishable from it: " + same.join("; ") :
-      "All others are distinguishable from it") + "." :
-      "No method is within your limits: a single network is the cheapest there is.";
-  }}
-  selects.forEach(s => s.addEventListener("change", show));
-  show();
-}})();
-</script></div>""")
+{_filled("chooser.js", less=less)}</script></div>""")
 
 
 def planner(trainings: int, seconds: float, start: float) -> HTML:
@@ -287,40 +263,12 @@ def planner(trainings: int, seconds: float, start: float) -> HTML:
     heads += "<th scope='col' hidden='hidden'>price</th>"
     return HTML(f"""<div class="effens-planner" data-lm-suppress-shortcuts="true">
 <style>
-{_DARK.replace("div.effens-player", "div.effens-planner")}
-.effens-planner {{ overflow-x: auto; color: inherit; }}
-.effens-planner form {{ display: flex; flex-wrap: wrap; gap: 0.5rem 1rem; margin-bottom: 0.75rem; }}
-.effens-planner input {{ font: inherit; width: 6em; min-height: 2.2em; color: CanvasText; background: Canvas; }}
-.effens-planner table {{ border-collapse: collapse; }}
-.effens-planner [hidden] {{ display: none !important; }}
-.effens-planner p:empty {{ display: none; }}
-.effens-planner td, .effens-planner th {{ padding: 0.2rem min(0.7rem, 1vw); text-align: right; font-weight: normal; }}
-.effens-planner td {{ white-space: nowrap; }}
-</style>
+{_read("dark.css").replace("div.effens-player", "div.effens-planner")}{_read("planner.css")}</style>
 <form onsubmit="return false">{fields}</form>
 <p aria-live="polite"></p>
 <table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>
 <script>
-document.querySelectorAll(".effens-planner").forEach(box => {{
-  const fields = [...box.querySelectorAll("input")], rows = [...box.querySelector("tbody").rows];
-  const words = s => s < 60 ? s.toFixed(0) + " s" :
-    s < 3600 ? (s / 60).toFixed(1) + " min" : (s / 3600).toFixed(1) + " h";
-  function show() {{
-    const [n, t, start, price] = fields.map(field => field.valueAsNumber), free = fields[3].value === "";
-    const fine = [n > 0 && Number.isInteger(n), t > 0, start >= 0, price >= 0 || free && !fields[3].validity.badInput];
-    fields.forEach((field, i) => field.setAttribute("aria-invalid", !fine[i]));
-    box.querySelector("p").textContent = fields.filter((_, i) => !fine[i]).map(field => field.dataset.rule).join("; ");
-    for (const part of box.querySelectorAll("tr > :nth-child(6)")) part.hidden = !(price > 0);
-    for (const row of rows) {{
-      const count = +row.cells[0].textContent, took = start + t * Math.ceil(n / count), hours = count * took / 3600;
-      const busy = 100 * n * t / (count * took), faster = (start + t * n) / took;
-      [words(took), faster.toFixed(1) + "x", busy.toFixed(0) + "%", hours.toFixed(2), (hours * price).toFixed(2)]
-        .forEach((text, i) => {{ row.cells[i + 1].textContent = fine.includes(false) ? "" : text; }});
-    }}
-  }}
-  fields.forEach(field => {{ field.oninput = show; }});
-}});
-</script></div>""")
+{_read("planner.js")}</script></div>""")
 
 
 def living(method: str = "deep", members: int = 8, width: int = 32, seed: int = 1) -> HTML:
@@ -409,7 +357,7 @@ def stills(function: Callable[..., object], *, alt: str, max_kb: float = 300, **
     said = [f"{label} {value}" for value in values]
     pictures = _encoded([_rendered(figure) for figure in figures], 64)
     frames = [(picture, f"{alt}: {words}", words) for picture, words in zip(pictures, said, strict=True)]
-    return HTML(_page(pictures[0], width, height, frames[0][1], label, frames, _STYLE, _SCRIPT, 600, max_kb))
+    return HTML(_page(pictures[0], width, height, frames[0][1], label, frames, 600, max_kb))
 
 
 def _page(
@@ -419,24 +367,36 @@ def _page(
     alt: str,
     label: str,
     frames: Sequence[Sequence[str]],
-    style: str,
-    script: str,
     interval: int,
     max_kb: float,
     behind: str = "",
 ) -> str:
-    """A picture, perhaps before another, and controls for its frames if it has more than one; raise if too large."""
+    """A picture, perhaps before another that it covers, and controls for its frames, if it has more than one.
+
+    Raises:
+        ValueError: it is too large.
+    """
+    kind, show = (
+        ("reveal", 'image.style.clipPath = "inset(0 " + frames[i][0] + "% 0 0)"')
+        if behind
+        else ("player", "image.src = frames[i][0]")
+    )
+    kind = f"effens-{kind}"
+    paper = f"@media print {{ .{kind} img {{ clip-path: none !important; }} }}\n" if behind else ""
+    style = _read("dark.css").replace("effens-player", kind) + _filled("player.css", kind=kind) + paper
+    script = _filled("player.js", kind=kind, show=show, interval=int(interval))
     first, last = frames[0][2], len(frames) - 1
     # One frame a line, "<" never: text in it cannot end the script.
     content = json.dumps(frames, indent=0).replace("<", "\\u003c")
     controls = _CONTROLS.format(label=html.escape(label), last=last, words=html.escape(first))
-    content = f'<script type="application/json">{content}</script>\n{script.replace("INTERVAL", str(int(interval)))}'
+    content = f'<script type="application/json">{content}</script>\n<script>\n{script}</script>'
     lines = math.ceil(max(len(said) for _, _, said in frames) / 40)  # on a phone, so that longer words move nothing
     shown = f'<img src="{picture}" alt="{html.escape(alt)}" width="{width}" height="{height}">'
     if behind:
         shown = f'<div style="background: url({behind}) 0 0 / 100% 100% no-repeat">{shown}</div>'
-    page = f"""<div class="effens-player" data-lm-suppress-shortcuts="true" style="max-width: {width}px">
-{style}
+    page = f"""<div class="{kind}" data-lm-suppress-shortcuts="true" style="max-width: {width}px">
+<style>
+{style}</style>
 {shown}
 {controls if last else ""}
 <output aria-live="polite" style="min-height: {1.5 * lines}em">{html.escape(first)}</output>
@@ -531,112 +491,9 @@ def _rendered(figure: Figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
-# Colors are the page's own, so that light and dark pages both stay legible. The book's theme would put a light panel
-# behind any HTML output of a dark page.
-_DARK = """html[data-theme="dark"] .bd-content div.cell_output .text_html:has(div.effens-player, div.effens-bet) {
-  padding: 0; color: inherit; background: none; }
-html[data-theme="dark"] .bd-content div.cell_output .effens-player img { padding: 0; }"""
-
-_STYLE = f"""<style>
-{_DARK}
-.effens-player {{ margin: 0 0 1rem; color: inherit; }}
-.effens-player img {{ display: block; width: 100%; height: auto; }}
-.effens-player [hidden] {{ display: none !important; }}
-.effens-player .controls {{ display: flex; align-items: center; gap: 0.75rem; margin-top: 0.5rem; }}
-.effens-player button {{ min-width: 5em; min-height: 2.4em; padding: 0 0.75em; font: inherit; color: inherit;
-  background: transparent; border: 1px solid currentColor; border-radius: 0.3em; cursor: pointer; }}
-.effens-player label {{ display: flex; flex: 1; align-items: center; gap: 0.5rem; min-width: 0; margin: 0; }}
-.effens-player input {{ flex: 1; min-width: 0; height: 2.4em; margin: 0; accent-color: #0072b2; cursor: pointer; }}
-.effens-player :is(button, input):focus-visible {{ outline: 2px solid currentColor; outline-offset: 2px; }}
-.effens-player output {{ display: block; line-height: 1.5; }}
-@media print {{ .effens-player .controls {{ display: none; }} }}
-</style>"""
-
 # hidden="hidden": JupyterLab drops attributes without a value from notebooks that it does not trust.
 _CONTROLS = """<div class="controls" hidden="hidden">
 <button type="button">Play</button>
 <label>{label}
 <input type="range" min="0" max="{last}" step="1" value="0" aria-valuetext="{words}" autocomplete="off"></label>
 </div>"""
-
-# No ids: a script starts every player that has not been started, wherever a notebook's front end puts the script.
-_SCRIPT = """<script>
-document.querySelectorAll(".effens-player").forEach(function (root) {
-  var controls = root.querySelector(".controls");
-  if (!controls || root.effensStarted) return;
-  root.effensStarted = true;
-  var image = root.querySelector("img"), slider = root.querySelector("input"), button = root.querySelector("button");
-  var output = root.querySelector("output"), frames = JSON.parse(root.querySelector("script").textContent);
-  var calm = matchMedia("(prefers-reduced-motion: reduce)"), timer = 0, last = frames.length - 1;
-  function show(i) {
-    slider.value = i;
-    image.src = frames[i][0];
-    image.alt = frames[i][1];
-    output.textContent = frames[i][2];
-    slider.setAttribute("aria-valuetext", frames[i][2]);
-  }
-  function pause() {
-    clearInterval(timer);
-    timer = 0;
-    button.textContent = calm.matches ? "Next" : "Play";
-    output.setAttribute("aria-live", "polite");
-  }
-  function step() {
-    show(Math.min(+slider.value + 1, last));
-    if (+slider.value === last || !root.isConnected) pause();
-  }
-  button.addEventListener("click", function () {
-    if (timer) return pause();
-    var again = +slider.value === last;
-    if (calm.matches) return show(again ? 0 : +slider.value + 1);
-    if (again) show(0);
-    output.setAttribute("aria-live", "off");
-    button.textContent = "Pause";
-    timer = setInterval(step, INTERVAL);
-  });
-  slider.addEventListener("input", function () { pause(); show(+slider.value); });
-  calm.addEventListener("change", pause);
-  // Notebooks bind the arrow keys to their own commands.
-  root.addEventListener("keydown", function (event) { event.stopPropagation(); });
-  show(0);
-  pause();
-  controls.hidden = false;
-});
-</script>"""
-
-_BET_STYLE = f"""<style>
-{_DARK}
-.effens-bet {{ margin: 0 0 1rem; padding: 0.75rem 1rem; border: 1px solid currentColor; border-radius: 0.3em;
-  color: inherit; }}
-.effens-bet p {{ margin: 0 0 0.5rem; }}
-.effens-bet .question {{ font-weight: bold; }}
-.effens-bet .reply:empty {{ margin: 0; }}
-.effens-bet div {{ display: flex; flex-wrap: wrap; gap: 0.5rem; margin-bottom: 0.5rem; }}
-.effens-bet button {{ min-height: 2.4em; padding: 0 0.9em; font: inherit; color: inherit; background: transparent;
-  border: 1px solid currentColor; border-radius: 0.3em; cursor: pointer; }}
-.effens-bet button[aria-pressed=true] {{ box-shadow: inset 0 0 0 1px currentColor; font-weight: bold; }}
-.effens-bet button:focus-visible {{ outline: 2px solid currentColor; outline-offset: 2px; }}
-.effens-bet summary {{ cursor: pointer; font-size: 0.85em; }}
-</style>"""
-
-# What is folded below a bet lies between its cell and the next heading: on the book's pages these are neighbors.
-_BET_SCRIPT = """<script>
-document.querySelectorAll(".effens-bet").forEach(function (root) {
-  if (root.effensStarted) return;
-  root.effensStarted = true;
-  var buttons = root.querySelectorAll("button"), facts = JSON.parse(root.querySelector("script").textContent);
-  buttons.forEach(function (button, i) {
-    button.addEventListener("click", function () {
-      buttons.forEach(function (each) { each.setAttribute("aria-pressed", each === button); });
-      if (!buttons[facts.right].textContent.startsWith("✓")) buttons[facts.right].prepend("✓ ");
-      root.querySelector(".reply").textContent = facts.said[i];
-      root.querySelector("details").hidden = true;
-      var part = root.closest(".cell");
-      while (part && (part = part.nextElementSibling) && !part.matches("section, h1, h2, h3, h4"))
-        [part, ...part.querySelectorAll("details")].forEach(function (fold) {
-          if (fold.matches("details.answer, details.below-input")) fold.open = true;
-        });
-    });
-  });
-});
-</script>"""
