@@ -376,12 +376,9 @@ def _page(
     Raises:
         ValueError: it is too large.
     """
-    kind, show = (
-        ("reveal", 'image.style.clipPath = "inset(0 " + frames[i][0] + "% 0 0)"')
-        if behind
-        else ("player", "image.src = frames[i][0]")
-    )
-    kind = f"effens-{kind}"
+    kind = "effens-reveal" if behind else "effens-player"
+    cover = 'image.style.clipPath = "inset(0 " + frames[i][0] + "% 0 0)"'
+    show = cover if behind else "image.src = frames[i][0]"
     paper = f"@media print {{ .{kind} img {{ clip-path: none !important; }} }}\n" if behind else ""
     style = _read("dark.css").replace("effens-player", kind) + _filled("player.css", kind=kind) + paper
     script = _filled("player.js", kind=kind, show=show, interval=int(interval))
