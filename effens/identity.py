@@ -1,12 +1,11 @@
 """What tells a call from others: its arguments, by what they hold, the same in every process."""
 
-import dis
 import json
 from collections.abc import Iterator
 from functools import partial
 from hashlib import sha256
-from types import CodeType, FunctionType, ModuleType
-from typing import Any
+from types import FunctionType, ModuleType
+from typing import Any, NoReturn
 
 import torch
 from safetensors.torch import save as to_bytes
@@ -14,17 +13,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 PLAIN = (bool, int, float, complex, str, type(None))
-GENERATED = ("_abc_impl", "__dict__", "__firstlineno__", "__weakref__")  # of classes, and no part of what they do
 
 
 def digest(value: Any) -> str:
     """Return 12 characters for what a value holds.
 
     Raises:
-        ValueError: it holds something that cannot be described: an open file, a lock, a running generator.
+        ValueError: it holds something that cannot be described: a lambda, an open file, a lock, a running generator.
 
     Example:
-        >>> digest(lambda x: 2 * x) == digest(lambda x: 2 * x), digest(lambda x: 2 * x) == digest(lambda x: 3 * x)
+        >>> digest([1, torch.ones(2)]) == digest([1, torch.ones(2)]), digest([1]) == digest([2])
         (True, False)
     """
     return sha256(json.dumps(described(value), sort_keys=True).encode()).hexdigest()[:12]
@@ -34,7 +32,7 @@ def described(value: Any, inside: tuple[int, ...] = ()) -> Any:
     """Return what tells a value from others, the same in every process, as something JSON can hold.
 
     Functions and classes are their names in a module. Those that have none, lambdas and what was made inside a
-    function, are their code, of one version of Python, and whatever it reads: defaults, closures, globals.
+    function, are refused: what they do depends on more than can be seen.
 
     Args:
         value: anything.
@@ -76,25 +74,9 @@ def parts(value: Any) -> Any:
             return ["generator", value.initial_seed()]  # its state moves on
         case DataLoader():
             return [type(value), {key: part for key, part in vars(value).items() if key != "_iterator"}]  # its workers
-        case FunctionType():
-            cells = [cell.cell_contents for cell in value.__closure__ or ()]
-            read = {key: value.__globals__[key] for key in reads(value.__code__) if key in value.__globals__}
-            return [value.__code__, value.__defaults__, value.__kwdefaults__, cells, read]
-        case CodeType():
-            return [value.co_code, value.co_consts, value.co_names]
-        case type():
-            return [value.__bases__, {key: part for key, part in vars(value).items() if key not in GENERATED}]
-        case property():
-            return [value.fget, value.fset, value.fdel]
-    return [value.__wrapped__] if hasattr(value, "__wrapped__") else reduced(value)
-
-
-def reads(code: CodeType) -> Iterator[str]:
-    """Yield the names of the globals that a function reads, or the functions inside it."""
-    yield from (each.argval for each in dis.get_instructions(code) if each.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
-    for inner in code.co_consts:
-        if isinstance(inner, CodeType):
-            yield from reads(inner)
+        case FunctionType() | type():
+            refuse(value)
+    return reduced(value)
 
 
 def reduced(value: Any) -> Any:
@@ -102,8 +84,13 @@ def reduced(value: Any) -> Any:
     try:
         found = value.__reduce_ex__(4)
     except Exception as error:
-        rule = "what a result depends on must say what it holds (take a function that stands in a module)"
-        raise ValueError(f"{rule}, got {value!r}, which cannot be described") from error
+        refuse(value, error)
     if isinstance(found, str):
         return f"{type(value).__qualname__}.{found}"
     return [list(part) if isinstance(part, Iterator) else part for part in found]
+
+
+def refuse(value: Any, error: Exception | None = None) -> NoReturn:
+    """Raise `ValueError`: the value cannot be described."""
+    rule = "what a result depends on must be described: by a function that stands in a module, or by name="
+    raise ValueError(f"{rule}, got {value!r}") from error

@@ -49,6 +49,7 @@ def fit_each(
     threads: int = 1,
     checkpoints: bool = False,
     progress: bool = True,
+    name: str | None = None,
     **options: Any,
 ) -> list[nn.Module]:
     """Train a network from each seed, wherever an executor runs it: on the cores of a machine, or on many machines.
@@ -57,8 +58,8 @@ def fit_each(
     last bit on processors of one kind. Each is kept in the folder, in a file of its own, by the worker that trained it.
     A second call trains what is missing: after a kill, or with more seeds. A file is found again by the seed, the
     settings, the options, the data and ``make_net``. A function that stands in a module is known by its name: where its
-    code changes, take another folder. A lambda, or a function made inside another, is known by its code and all that it
-    reads; where that changes, a counter say, so does the file.
+    code changes, take another folder. For a lambda, or a function made inside another, give a ``name`` that says what
+    it makes.
 
     Workers that are processes import ``make_net`` by its name, so it must stand in a module: not in a notebook, no
     lambda; `functools.partial` of one that does, ``partial(nn.Linear, 196, 10)``, will do. (Dask sends functions
@@ -78,6 +79,7 @@ def fit_each(
         checkpoints: whether each training keeps a checkpoint in the folder as long as it lasts, so that one that was
             killed goes on from there, on the same worker or on another.
         progress: whether to show a progress bar when it takes longer than two seconds.
+        name: what ``make_net``, and ``data`` if that is a function, are known by; needed where they stand in no module.
         options: of `effens.fit`: ``epochs``, ``batch_size``, ``lr``, ``weight_decay``, ``optimizer``,
             ``likelihood``, ``device``, ``precision``, ``compile``, and ``every``, with checkpoints.
 
@@ -107,7 +109,8 @@ def fit_each(
     if isinstance(executor, ProcessPoolExecutor):
         check_importable(make_net=make_net, data=data if callable(data) else None, options=options)
     sent = wrapped(data)
-    facts = described([make_net, sent, {key: value for key, value in options.items() if key not in ANYWHERE}])
+    known = (name or make_net, name if name and callable(data) else sent)
+    facts = described([*known, {key: value for key, value in options.items() if key not in ANYWHERE}])
     paths = [Path(folder).resolve() / name_of(seed, [facts, own]) for seed, own in zip(seeds, each, strict=True)]
     if len(set(paths)) < len(paths):
         raise ValueError(f"trainings must differ in seed or settings, got {len(paths) - len(set(paths))} twice")

@@ -207,32 +207,20 @@ def test_other_trainings_have_other_files(changes: dict[str, Any], tmp_path: Pat
     assert len(files(tmp_path)) == 2
 
 
-def test_another_lambda_is_not_given_the_first_one_s_networks(tmp_path: Path) -> None:
-    def call(make: Any, data: Any) -> nn.Module:
-        (network,) = effens.fit_each(make, data, [0], folder=tmp_path, **QUICK)
+def test_a_lambda_is_known_by_the_name_it_is_given(tmp_path: Path) -> None:
+    def call(make: Any, **options: Any) -> nn.Module:
+        (network,) = effens.fit_each(make, vectors(seed=1), [0], folder=tmp_path, **QUICK, **options)
         return network
 
-    first, other, wide = (
-        call(make, data)
-        for make, data in (
-            (lambda: mlp(), lambda: vectors(seed=1)),
-            (lambda: mlp(), lambda: vectors(seed=2)),
-            (lambda: effens_book.nets.mlp(4, 3, width=9).double(), lambda: vectors(seed=2)),
-        )
-    )
-    assert same([first], [call(mlp, vectors(seed=1))])
-    assert same([other], [call(mlp, vectors(seed=2))])
-    assert [next(network.parameters()).shape[0] for network in (first, other, wide)] == [8, 8, 9]
+    with pytest.raises(ValueError, match="by a function that stands in a module, or by name=, got <function"):
+        call(lambda: mlp())
+    first, wide = call(lambda: mlp(), name="plain"), call(lambda: dropping(7), name="of width 7")
+    assert same([first], [call(mlp)])
+    assert next(wide.parameters()).shape[0] == 7
     before = files(tmp_path)
-    assert len(before) == 5
-    assert same([first], [call(lambda: mlp(), lambda: vectors(seed=1))])  # found again
+    assert len(before) == 3
+    assert same([first], [call(lambda: mlp(), name="plain")])  # found again
     assert files(tmp_path) == before
-
-
-def test_a_lambda_whose_surroundings_differ_is_another_one(tmp_path: Path) -> None:
-    for width in (6, 7):
-        (network,) = effens.fit_each(lambda: dropping(width), vectors(), [0], folder=tmp_path, **QUICK)  # noqa: B023
-        assert next(network.parameters()).shape[0] == width
 
 
 def test_what_cannot_be_told_from_others_is_refused(tmp_path: Path) -> None:
@@ -242,7 +230,7 @@ def test_what_cannot_be_told_from_others_is_refused(tmp_path: Path) -> None:
         with lock:
             return vectors()
 
-    with pytest.raises(ValueError, match="what a result depends on must say what it holds"):
+    with pytest.raises(ValueError, match="what a result depends on must be described"):
         effens.fit_each(mlp, guarded, [0], folder=tmp_path, **QUICK)
     assert files(tmp_path) == {}
 
