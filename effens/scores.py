@@ -199,7 +199,7 @@ def temperature(probs: Tensor, y: Tensor) -> float:
         True
     """
     check(probs, y)
-    logs = floored(exact(probs).mean(0)).log()
+    logs = floored(exact(probs.detach()).mean(0)).log()
     if bool((logs == logs[:, :1]).all()):
         return 1.0
     from scipy.optimize import brentq  # here, so that `import effens` loads no scipy
