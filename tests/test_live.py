@@ -122,8 +122,9 @@ def test_sliders_start_within_their_values(reader: Reader) -> None:
 @pytest.mark.slow
 def test_every_slider_changes_the_picture_in_time(reader: Reader) -> None:
     for slider, values in reader.sliders.items():
-        pictures = {reader.see(**{slider: values[i]})[0] for i in (0, len(values) // 2, -1)}
-        assert len(pictures) == 3, f"{slider} leaves the picture as it was"
+        some = {values[i] for i in (0, len(values) // 2, -1)}
+        pictures = {reader.see(**{slider: value})[0] for value in some}
+        assert len(pictures) == len(some), f"{slider} leaves the picture as it was"
     for corner in (0, -1):
         start = time.process_time()
         reader.see(**{slider: values[corner] for slider, values in reader.sliders.items()})
