@@ -916,11 +916,10 @@ def test_a_bet_opens_what_is_folded_below_it_up_to_the_next_heading(browser: "Br
     page.goto((site / "chapters/deep_ensembles.html").as_uri())
     count = "parts => parts.flatMap(p => [p, ...p.querySelectorAll('details')])"
     count += ".filter(p => p.matches('details.answer, details.below-input'))"
-    for bet in page.locator(".effens-bet").all():  # the first that has something folded below it
-        folded = bet.locator("xpath=ancestor::div[contains(@class,'cell')][1]/following-sibling::*")
-        closed = folded.evaluate_all(f"parts => ({count})(parts).map(fold => fold.open)")
-        if closed:
-            break
+    bet = page.locator(".effens-bet").first
+    cell = "ancestor::div[contains(concat(' ', @class, ' '), ' cell ')][1]"
+    folded = bet.locator(f"xpath={cell}/following-sibling::*")
+    closed = folded.evaluate_all(f"parts => ({count})(parts).map(fold => fold.open)")
     assert closed
     assert not any(closed)
     bet.get_by_role("button").first.click()
