@@ -69,7 +69,10 @@ class Batches:
         if self.epoch is None:
             self.generator.set_state(self.begun)
             n = len(self.tensors[0]) if self.tensors else len(cast(Sized, self.data))
-            self.epoch = [index for index in self.ensemble.batches(n, self.batch_size, self.generator) if index.numel()]
+            epoch = [index for index in self.ensemble.batches(n, self.batch_size, self.generator) if index.numel()]
+            if self.tensors and epoch:  # to a GPU once an epoch, not at every step
+                epoch = list(torch.cat(epoch, -1).to(self.place).split([index.shape[-1] for index in epoch], -1))
+            self.epoch = epoch
         return self.epoch
 
     def fetch(self, index: Tensor) -> Batch:
@@ -77,7 +80,6 @@ class Batches:
         if self.tensors:
             unchecked = None if self.looked else self.tensors[1]
             self.looked = True
-            index = moved(index, self.place)
             return index.dim() == 1, picked(self.tensors[0], index), self.tensors[1][index], unchecked
         dataset = cast(Dataset[Any], self.data)
         x, y = as_pair(default_collate([dataset[i] for i in index.flatten().tolist()]))

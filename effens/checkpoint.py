@@ -40,7 +40,7 @@ class Run:
         self.ensemble, self.optimizer, self.batches = ensemble, optimizer, batches
         self.epoch, self.finished = 0, False
         self.losses: list[Tensor] = []
-        self.lrs: list[Any] = []
+        self.lrs: list[float] = []
         self.began = time.perf_counter()
         self.checkpoint: Checkpoint | None = None
         self.every: int | None = None

@@ -117,8 +117,8 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).detach().abs().max() / b.detach().abs().max().clamp_min(1e-300))
 
 
-def fit_own(ensemble: effens.DeepEnsemble, data: Any, lrs: Any, decays: Any, **options: Any) -> Any:
+def fit_own(ensemble: Any, data: Any, lrs: Any, decays: Any, **options: Any) -> Any:
     """Train members each with a learning rate and a decay of its own, as a search does."""
     rule = options.pop("optimizer", torch.optim.AdamW)
-    make = lambda groups, **_: PerMember(ensemble, rule, lrs, decays)  # noqa: E731
+    make: Any = lambda groups, **_: PerMember(ensemble, rule, lrs, decays)  # noqa: E731
     return effens.fit(ensemble, data, lr=1.0, weight_decay=0.0, optimizer=make, **options)

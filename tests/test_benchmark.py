@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -111,22 +112,20 @@ WALK = replace(SPOTS, name="walk", likelihood=effens.StudentT(), make=make_walk_
 WALK = replace(WALK, refits=refits_of_walk, controls=("deep, as single",))
 
 
-def set_up() -> None:
-    """Put the tiny tasks and two trials in place of the book's; a killed process calls this, too."""
+def set_up(trials: int = 2) -> None:
+    """Put the tiny tasks and a few trials in place of the book's; a killed process calls this, too."""
     TASKS.clear()
     TASKS.update(line=LINE, spots=SPOTS, walk=WALK)
-    trained.TRIALS = run.TRIALS = 2
+    vars(trained)["TRIALS"] = trials
 
 
 @pytest.fixture
 def benchmark(tmp_path: Path) -> Iterator[Benchmark]:
-    before, methods, trials, threads = dict(TASKS), dict(METHODS), trained.TRIALS, torch.get_num_threads()
-    set_up()
-    yield Benchmark(tmp_path / "results")
-    for registry, kept in ((TASKS, before), (METHODS, methods)):
-        registry.clear()
-        registry.update(kept)
-    trained.TRIALS = run.TRIALS = trials
+    trials, threads = tasks.TRIALS, torch.get_num_threads()
+    with patch.dict(TASKS), patch.dict(METHODS):
+        set_up()
+        yield Benchmark(tmp_path / "results")
+    vars(trained)["TRIALS"] = trials
     torch.set_num_threads(threads)  # the command sets them
     CHANGED.clear()
     for cached in (trained.searched, trained.equal_flops_width, trained.equal_weights_width, tasks.digest_of):
@@ -140,7 +139,8 @@ def keep(benchmark: Benchmark, task: str, name: str, seeds: Sequence[dict[str, A
     files = [folder / f"{seed}.npz" for seed in range(len(seeds))]
     for seed, (file, sets) in enumerate(zip(files, seeds, strict=True)):
         facts = json.dumps({"task": task, "method": name, "seed": seed, "settings": {}})
-        np.savez(file, facts=np.array(facts), **{key: predictions.to_half(each) for key, each in sets.items()})
+        arrays: dict[str, Any] = {key: predictions.to_half(each) for key, each in sets.items()}
+        np.savez(file, facts=np.array(facts), **arrays)
     packing.write_row(
         benchmark.path(task, name), files, of.digest, lambda seed, key: of.load(seed)[key][1], of.likelihood
     )
@@ -271,10 +271,8 @@ def test_variants_take_the_settings_of_what_they_are_like(benchmark: Benchmark) 
     mixed = run.tune(benchmark, LINE, "BatchEnsemble, as single")
     assert mixed == {**benchmark.settings("line", "BatchEnsemble"), **benchmark.settings("line", "single")}
     assert mixed.keys() == {"lr", "weight_decay", "fast_lr"}
-    first, second = (
-        trial_settings("MIMO")[i] for i in run.tune(benchmark, LINE, "MIMO") and benchmark.ranked_trials("line", "MIMO")
-    )
-    assert (benchmark.settings("line", "MIMO"), run.tune(benchmark, LINE, "MIMO, second trial")) == (first, second)
+    chosen, runner_up = run.tune(benchmark, LINE, "MIMO"), run.tune(benchmark, LINE, "MIMO, second trial")
+    assert [chosen, runner_up] == [trial_settings("MIMO")[i] for i in benchmark.ranked_trials("line", "MIMO")]
     assert json.loads((benchmark.folder / "line/tuning.json").read_text()).keys() == {
         *("deep ensemble", "single", "BatchEnsemble", "MIMO"),
     }
@@ -293,12 +291,16 @@ class Guarded(dict[str, Any]):
     values = items
 
 
+def guarded(task: Task) -> Task:
+    return replace(task, load=lambda seed: Guarded(task.load(seed)))
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_tuning_looks_at_training_and_validation_data_only(name: str, benchmark: Benchmark) -> None:
-    guarded = TASKS["line"] = replace(LINE, load=lambda seed: Guarded(load_line(seed)))
-    run.tune(benchmark, guarded, name)
+    task = TASKS["line"] = guarded(LINE)
+    run.tune(benchmark, task, name)
     with pytest.raises(AssertionError, match="tuning looked at"):
-        run.run_row(benchmark, guarded, name)  # the guard would have noticed
+        run.run_row(benchmark, task, name)  # the guard would have noticed
 
 
 def test_trials_that_diverge_are_infinitely_bad(benchmark: Benchmark) -> None:
@@ -391,7 +393,7 @@ def test_wide_and_narrow_networks_cost_what_they_are_to_cost() -> None:
 
 
 def test_what_was_chosen_twice_is_kept_once_and_read_twice(benchmark: Benchmark) -> None:
-    trained.TRIALS = 5
+    set_up(trials=5)
     for task in (LINE, SPOTS):
         run.run_row(benchmark, task, "hyper")
         row = benchmark.row(task.name, "hyper")
@@ -407,7 +409,7 @@ def test_what_was_chosen_twice_is_kept_once_and_read_twice(benchmark: Benchmark)
 
 
 def test_a_candidate_that_diverges_is_none(benchmark: Benchmark, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained.TRIALS = 4
+    set_up(trials=4)
     settings = trial_settings("hyper", 0)
     monkeypatch.setattr(trained, "trial_settings", lambda *_: [{**settings[0], "lr": 1e30}, *settings[1:]])
     assert all(p.isfinite().all() for p in trained.train_one(LINE, "hyper", {}, 0)[0].parameters())
@@ -432,13 +434,11 @@ def test_parameters_and_right_probabilities_are_kept_exactly_and_others_in_8_bit
             assert (read - half).abs().max() <= 0.004
             if split == "test":
                 assert torch.equal(predictions.log_likelihoods(read, y), predictions.log_likelihoods(half, y))
-    for likelihood, before in {
-        "line": normals(3),
-        "walk": StudentT(2 + torch.rand(3, 30), torch.randn(3, 30), torch.rand(3, 30) + 0.1),
-    }.items():
-        keep(benchmark, likelihood, "BatchEnsemble", [{"test": before}, {"test": before}])
-        read = benchmark.predictions(likelihood, "BatchEnsemble", 1)
-        pairs = zip(predictions.parameters(read), predictions.parameters(before), strict=True)
+    students = StudentT(2 + torch.rand(3, 30), torch.randn(3, 30), torch.rand(3, 30) + 0.1)
+    for task, kept in (("line", normals(3)), ("walk", students)):
+        keep(benchmark, task, "BatchEnsemble", [{"test": kept}, {"test": kept}])
+        read = benchmark.predictions(task, "BatchEnsemble", 1)
+        pairs = zip(predictions.parameters(read), predictions.parameters(kept), strict=True)
         assert all(torch.equal(a, b.half().float()) for a, b in pairs)
 
 
@@ -544,9 +544,7 @@ def test_temperature_is_fitted_on_validation_data(benchmark: Benchmark) -> None:
     keep(benchmark, "line", "single", [{"val": normals(1, 12, std=0.1), "test": normals(1, seed=9)}] * 2)
     keep(benchmark, "spots", "single", [{"val": probs(1, scale=5), "test": probs(1, seed=9)}] * 2)
     rows = [benchmark.row(task.name, "single") for task in (LINE, SPOTS)]
-    TASKS.update(
-        {task.name: replace(task, load=lambda seed, task=task: Guarded(task.load(seed))) for task in (LINE, SPOTS)}
-    )
+    TASKS.update({task.name: guarded(task) for task in (LINE, SPOTS)})
     for task, row in zip((LINE, SPOTS), rows, strict=True):
         y = answers(task, "val")
         val = row.predictions["val", 0]

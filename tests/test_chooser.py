@@ -13,7 +13,7 @@ def test_all_methods_are_there_and_sorted(goal: str) -> None:
     assert sorted(choice.method for choice in found) == sorted(names())
     assert all(choice.qualifies for choice in found)
     metric, split, less = GOALS[goal]
-    scores = [choice.score for choice in found]
+    scores = [round(choice.score, 4) for choice in found]  # as `choose` counts them
     assert scores == sorted(scores, reverse=not less)
     for choice in found:
         assert choice.score == pytest.approx(shipped().values("digits", choice.method, metric, split).mean().item())

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import effens
 import effens_book.nets
-from effens import training
+from effens import batches, training
 
 DEVICE = "fakeacc"
 
@@ -451,7 +451,7 @@ def test_bfloat16_compiles_on_a_gpu(compiler: torch.device) -> None:
 
 def test_on_a_cpu_nothing_is_moved() -> None:
     x, cpu = torch.randn(5, 3), torch.device("cpu")
-    assert training.moved(x, cpu) is x
+    assert batches.moved(x, cpu) is x
     assert torch.equal(training.returned(x, cpu), x)
     assert training.returned(x, cpu).data_ptr() != x.data_ptr()  # what a CUDA graph returned will be overwritten
 

@@ -74,7 +74,7 @@ MAKES: dict[str, Callable[[int], Any]] = {
     "arrays": lambda i: np.arange(3000) == i + 1500,  # which its repr leaves out
     "sets": lambda i: {"a", "b", f"c{i}"},
     "keys": lambda i: {(1, i): 2},
-    "partials": lambda i: partial(mlp, i),
+    "partials": lambda i: partial(mlp, depth=i),
     "methods": lambda i: Source(i).load,
     "methods of builtins": lambda i: [i].pop,
     "objects": Thing,

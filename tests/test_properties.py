@@ -440,10 +440,10 @@ def test_backtests_are_ratios_of_likelihoods_also_with_no_hits_or_only_hits(days
     hits = torch.tensor(days)
 
     def log_likelihood(pairs: list[tuple[bool, float]]) -> float:
-        return float(stats.bernoulli.logpmf([hit for hit, _ in pairs], [lr for _, lr in pairs]).sum())
+        return float(stats.bernoulli.logpmf([hit for hit, _ in pairs], [rate for _, rate in pairs]).sum())
 
-    lr = sum(days) / len(days)
-    expected = log_likelihood([(hit, lr) for hit in days]) - log_likelihood([(hit, 1 - level) for hit in days])
+    rate = sum(days) / len(days)
+    expected = log_likelihood([(hit, rate) for hit in days]) - log_likelihood([(hit, 1 - level) for hit in days])
     kupiec = risk.kupiec(hits, level)
     close(kupiec.statistic, 2 * expected, atol=1e-9)
     close(kupiec.p_value, stats.chi2.sf(2 * max(expected, 0), 1), atol=1e-6)
@@ -465,11 +465,11 @@ def test_backtests_are_ratios_of_likelihoods_also_with_no_hits_or_only_hits(days
 
 
 @given(st.integers(1, 30), st.sampled_from([0.9, 0.99]), st.floats(0.001, 0.9), st.floats(0.01, 0.5))
-def test_the_power_of_a_backtest_is_the_sum_over_counts(n: int, level: float, lr: float, size: float) -> None:
+def test_the_power_of_a_backtest_is_the_sum_over_counts(n: int, level: float, rate: float, size: float) -> None:
     rejects = [
-        bool(risk.kupiec(torch.arange(n) < k, level).p_value < size) * stats.binom.pmf(k, n, lr) for k in range(n + 1)
+        bool(risk.kupiec(torch.arange(n) < k, level).p_value < size) * stats.binom.pmf(k, n, rate) for k in range(n + 1)
     ]
-    close(risk.kupiec_power(n, level, lr, size=size), sum(rejects))
+    close(risk.kupiec_power(n, level, rate, size=size), sum(rejects))
 
 
 def test_limits_of_risk_are_where_the_rules_say() -> None:
@@ -509,13 +509,13 @@ def test_lags_are_chosen_by_the_number_of_days() -> None:
 
 
 @given(st.integers(1, 50), st.floats(0.01, 0.4), st.floats(0.0, 0.9), seeds)
-def test_drawn_hits_are_booleans_of_their_rate(n: int, lr: float, again: float, seed: int) -> None:
-    hits = risk.draw_hits(n, lr, again=again, draws=400, seed=seed)
+def test_drawn_hits_are_booleans_of_their_rate(n: int, rate: float, again: float, seed: int) -> None:
+    hits = risk.draw_hits(n, rate, again=again, draws=400, seed=seed)
     assert hits.shape == (400, n)
     assert hits.dtype == torch.bool
     share = hits[:, 0].double().mean().item()
-    assert abs(share - lr) < 6 * math.sqrt(lr * (1 - lr) / 400)
-    assert torch.equal(hits, risk.draw_hits(n, lr, again=again, draws=400, seed=seed))
+    assert abs(share - rate) < 6 * math.sqrt(rate * (1 - rate) / 400)
+    assert torch.equal(hits, risk.draw_hits(n, rate, again=again, draws=400, seed=seed))
 
 
 @given(st.integers(5, 60), seeds, st.sampled_from([1e-20, 1e-3, 1.0, 1e20]))
@@ -530,6 +530,8 @@ def test_comparisons_of_losses_do_not_change_with_the_unit(n: int, seed: int, un
     assert torch.equal(found, risk.model_confidence_set(losses, draws=60, seed=seed))
     assert found.max() == 1
     assert bool(((found >= 0) & (found <= 1)).all())
+    same = risk.model_confidence_set(losses[:1].expand(3, n) * unit, draws=60)
+    assert bool((same == 1).all())
     with pytest.raises(ValueError, match="difference vary"):
         risk.diebold_mariano(losses[0] * unit, losses[0] * unit)
 
@@ -545,10 +547,10 @@ def test_the_bootstrap_draws_days_in_blocks(n: int, block: float, seed: int) -> 
 
 
 @given(st.lists(st.sampled_from([-1e30, -1.0, 0.0, 1.0, 1e30]), min_size=1, max_size=60), st.sampled_from([0.05, 1.0]))
-def test_adaptive_intervals_keep_their_coverage_whatever_comes(values: list[float], lr: float) -> None:
-    found = risk.adaptive_conformal(torch.tensor(values, dtype=torch.float64), 0.8, rate=lr)
+def test_adaptive_intervals_keep_their_coverage_whatever_comes(values: list[float], rate: float) -> None:
+    found = risk.adaptive_conformal(torch.tensor(values, dtype=torch.float64), 0.8, rate=rate)
     misses = torch.tensor(values, dtype=torch.float64) > found.threshold
-    assert abs(misses.double().mean().item() - 0.2) <= (0.8 + lr) / (len(values) * lr) + 1e-9
+    assert abs(misses.double().mean().item() - 0.2) <= (0.8 + rate) / (len(values) * rate) + 1e-9
     for i, threshold in enumerate(found.threshold.tolist()):
         assert threshold in (math.inf, -math.inf, *values[:i])
 

@@ -367,7 +367,11 @@ def test_the_confidence_set_keeps_the_best_and_drops_the_bad() -> None:
     assert 2 < size < 3
 
 
-def test_the_confidence_set_of_ordered_models() -> None:
+def test_the_confidence_set_of_equal_and_of_ordered_models() -> None:
+    same = noise(200).expand(3, -1)
+    assert risk.model_confidence_set(same).tolist() == [1, 1, 1]
+    twice = risk.model_confidence_set(noise(3, 200, seed=2)[[0, 1, 2, 1]])
+    assert twice[1] == twice[3]
     losses = noise(200) + 0.01 * noise(3, 200, seed=1) + torch.tensor([2.0, 0, 1]).double()[:, None]
     assert risk.model_confidence_set(losses).tolist() == [0, 1, 0]
     order = torch.tensor([2, 0, 1])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import effens
 from effens_book import studies
-from effens_book.benchmark import TASKS, tasks
+from effens_book.benchmark import TASKS, run, tasks
 from effens_book.benchmark import methods as trained_methods
 from effens_book.studies import Row
 
@@ -69,7 +69,7 @@ def test_every_point_is_asked_once_with_every_seed(asked: list[tuple[int, int]])
 
 
 def test_a_killed_study_goes_on_where_it_was(asked: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    write = studies.write_json
+    write = run.write_json
 
     def killed(path: Path, content: dict[str, Any]) -> None:
         if len(asked) == 3:
@@ -92,7 +92,7 @@ def test_scores_are_rounded_and_settings_are_not() -> None:
 
 def test_values_are_in_the_order_of_the_seeds(bank: Path) -> None:
     rows = [{"seed": seed, "nll": float(seed)} for seed in (2, 0, 1)]
-    studies.write_json(studies.path_of("mine"), {"rows": rows})
+    run.write_json(studies.path_of("mine"), {"rows": rows})
     assert studies.values("mine", "nll").tolist() == [0, 1, 2]
 
 

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import effens
 import effens_book.nets
-from effens import training
+from effens import checkpoint, training
 from effens.checkpoint import seeded
 
 
@@ -632,7 +632,7 @@ def test_the_bar_is_shown_where_it_is_wanted() -> None:
 def test_losses_that_are_not_finite_are_told_to_four_digits() -> None:
     losses = [torch.tensor([0.123456, 1.0]), torch.tensor([0.123456, math.inf])]
     with pytest.raises(FloatingPointError, match=r"got \[0.1235, inf\] at step 1: lower the learning rate"):
-        training.check_finite(losses, 2)
+        checkpoint.check_finite(losses, 2)
 
 
 def test_the_bar_moves_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,8 +50,9 @@ def choose(
 ) -> list[Choice]:
     """Rank the benchmark's methods on digits for a budget: those within it first, the best for the goal first.
 
-    Costs count to two decimals. Two methods whose paired interval includes 0 are not distinguishable on this task: the
-    reason says so, and the cheaper one is the better choice. On another task the ranking may be another: see `ranks`.
+    Costs count to two decimals, scores to four; of equal scores, the lower NLL comes first. Two methods whose paired
+    interval includes 0 are not distinguishable on this task: the reason says so, and the cheaper one is the better
+    choice. On another task the ranking may be another: see `ranks`.
 
     Args:
         train: training time, at most this many times the single network's; None for any.
@@ -88,7 +89,8 @@ def choose(
             if (cost := round(costs[BUDGETS[key]], 2)) > value
         ]
         found.append((name, costs, score_of(name, goal), over))
-    found.sort(key=lambda item: (bool(item[3]), item[2] if less else -item[2]))
+    loss = {name: round(score_of(name, "nll"), 4) for name in names()}
+    found.sort(key=lambda item: (bool(item[3]), round(item[2] if less else -item[2], 4), loss[item[0]]))
     best = found[0][0]
     return [
         Choice(name, not over, score, costs, "; ".join(over) or standing(name, best, goal))

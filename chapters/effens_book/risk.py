@@ -432,13 +432,14 @@ def model_confidence_set(losses: Tensor, *, block: float | None = None, draws: i
     x = exact(losses)
     if not bool(x.isfinite().all()):
         raise ValueError(f"losses must be finite, got {int((~x.isfinite()).sum())} that are not")
-    n = x.shape[1]
-    blocks = math.sqrt(n) if block is None else block
-    test = MCS(
-        x.T.numpy(), size=0.1, reps=draws, block_size=round(blocks), method="max", bootstrap="stationary", seed=seed
-    )
-    test.compute()
-    return torch.from_numpy(test.pvalues["Pvalue"].sort_index().to_numpy(np.float64).copy())
+    models, of = np.unique(x.numpy(), axis=0, return_inverse=True)  # equal models are one
+    p_value = np.ones(len(models))
+    if len(models) > 1:
+        size = round(math.sqrt(x.shape[1]) if block is None else block)
+        test = MCS(models.T, 0.1, reps=draws, block_size=size, method="max", bootstrap="stationary", seed=seed)
+        test.compute()
+        p_value = test.pvalues["Pvalue"].sort_index().to_numpy(np.float64)
+    return torch.from_numpy(p_value[of])
 
 
 # A safety net

@@ -36,7 +36,7 @@ from effens_book.benchmark.methods import METHODS, candidate, train_one, trial_s
 from effens_book.benchmark.packing import write_row
 from effens_book.benchmark.predictions import daily_crps, from_half, log_likelihoods, log_mean, to_half
 from effens_book.benchmark.results import Benchmark
-from effens_book.benchmark.tasks import PRIMARY, TASKS, TRIALS, TUNING_SEEDS, Sets, Settings, Task
+from effens_book.benchmark.tasks import PRIMARY, TASKS, TUNING_SEEDS, Sets, Settings, Task
 
 UNFINISHED = "unfinished"  # the folder, beside the rows, of what is not packed yet
 
@@ -85,8 +85,9 @@ def run_trials(benchmark: Benchmark, task: Task, name: str) -> None:
     kept = json.loads(path.read_text("utf-8")) if path.exists() else {}
     if name in kept:
         return
-    files = [folder(benchmark, task, name) / f"trial-{i}.json" for i in range(TRIALS)]
-    for file, settings in zip(files, trial_settings(name), strict=True):
+    points = trial_settings(name)
+    files = [folder(benchmark, task, name) / f"trial-{i}.json" for i in range(len(points))]
+    for file, settings in zip(files, points, strict=True):
         if not file.exists():
             values = [validation_score(task, name, settings, seed) for seed in TUNING_SEEDS]
             finite = [value if math.isfinite(value) else None for value in values]
@@ -162,7 +163,7 @@ def estimate(benchmark: Benchmark, task: Task, name: str) -> str:
     """Say how many trainings a row still needs, and about how long they take: from one short training."""
     trials, runs = 0, task.seeds * (1 if task.refits is None else 1 + len(task.refits()))
     if METHODS[name].tuned and not METHODS[name].like:
-        trials = TRIALS * len(TUNING_SEEDS)
+        trials = len(trial_settings(name)) * len(TUNING_SEEDS)
     brief = replace(task, epochs=task.members)
     start = time.perf_counter()
     train_one(brief, name, trial_settings(name)[0], TUNING_SEEDS[0])

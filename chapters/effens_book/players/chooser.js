@@ -6,7 +6,7 @@
   function show() {
     const limits = selects.slice(0, 4).map(s => s.value === "any" ? Infinity : +s.value), goal = +selects[4].value;
     for (const r of rows) r.out = r.costs.some((cost, i) => cost > limits[i]);
-    rows.sort((a, b) => a.out - b.out || (less[goal] ? 1 : -1) * (a.scores[goal] - b.scores[goal]));
+    rows.sort((a, b) => a.out - b.out || (less[goal] ? 1 : -1) * (a.scores[goal] - b.scores[goal]) || a.i - b.i);
     for (const r of rows) {
       r.row.classList.toggle("out", r.out);
       r.row.lastElementChild.textContent = r.scores[goal].toFixed(3);
