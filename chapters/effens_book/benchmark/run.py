@@ -159,8 +159,8 @@ def ask(task: Task, ensemble: Ensemble, x: Tensor, seed: int) -> Any:
         return predict(ensemble, x, likelihood=task.likelihood)
 
 
-def estimate(benchmark: Benchmark, task: Task, name: str) -> str:
-    """Say how many trainings a row still needs, and about how long they take: from one short training."""
+def estimate(task: Task, name: str) -> str:
+    """Say how many trainings a row takes, and about how long they last: from one short training."""
     trials, runs = 0, task.seeds * (1 if task.refits is None else 1 + len(task.refits()))
     if METHODS[name].tuned and not METHODS[name].like:
         trials = len(trial_settings(name)) * len(TUNING_SEEDS)
@@ -321,7 +321,7 @@ def main(arguments: list[str] | None = None) -> None:
     pairs = [(TASKS[task], name) for task in chosen.tasks for name in chosen.methods if name in methods_of(TASKS[task])]
     pairs = [(task, name) for task, name in pairs if not benchmark.path(task.name, name).exists()]
     for task, name in pairs:
-        print(estimate(benchmark, task, name))
+        print(estimate(task, name))
     for task, name in tqdm(pairs, desc="benchmark", unit="row", disable=not pairs):
         run_row(benchmark, task, name)
     if not chosen.no_costs:
