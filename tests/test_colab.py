@@ -17,8 +17,8 @@ CHAPTERS = chapters()
 
 
 def outside() -> dict[str, str]:
-    """The environment of a reader: nothing of this checkout."""
-    return {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "EFFENS"))}
+    """The environment of a reader: nothing of this checkout, nor of an activated environment, which IPython adds."""
+    return {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "EFFENS", "VIRTUAL_ENV"))}
 
 
 @pytest.fixture(scope="module")
