@@ -109,8 +109,6 @@ class LastLayerLaplace(OneNetwork):
         self.network = network
         last = network[-1]
         self.register_buffer("samples", last.weight.new_zeros(members, last.out_features, last.in_features + 1))
-        self.ready = False
-        self.register_load_state_dict_post_hook(reconsider)
 
     def forward(self, x: Tensor) -> Tensor:
         """Answer with every sample: ``(batch, ...)`` to ``(members, batch, outputs)``."""
@@ -127,6 +125,11 @@ class LastLayerLaplace(OneNetwork):
         last.weight.data.copy_(weights[:, :-1])
         last.bias.data.copy_(weights[:, -1])
         return network
+
+    def answering(self) -> tuple[Ensemble, list[float]]:
+        """Return the network with all samples of its last layer."""
+        self.check_ready()
+        return self, [1.0] * self.members
 
     def features(self, x: Tensor) -> Tensor:
         """Return what the last layer reads, and 1: ``(batch, features + 1)``."""
@@ -160,16 +163,6 @@ class LastLayerLaplace(OneNetwork):
         shift = torch.linalg.solve_triangular(factor.mT, noise.to(mean), upper=True)  # of covariance information^-1
         self.samples.copy_(mean + shift.mT.reshape(self.members, *mean.shape))
         self.ready = True
-
-    def check_ready(self) -> None:
-        """Raise `RuntimeError` unless the members were drawn."""
-        if not self.ready:
-            raise RuntimeError("no members yet: call effens.fit")
-
-
-def reconsider(ensemble: LastLayerLaplace, _: Any) -> None:
-    """See whether a loaded ensemble has members: samples that are not all 0."""
-    ensemble.ready = bool(ensemble.samples.any())
 
 
 def changed(settings: dict[str, Any], usual: dict[str, Any]) -> str:

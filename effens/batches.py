@@ -21,9 +21,9 @@ class Batches:
     """
 
     def __init__(
-        self, ensemble: Ensemble, data: Data, batch_size: int, place: torch.device, generator: torch.Generator
+        self, ensemble: Ensemble, data: Data, batch_size: int, device: torch.device, generator: torch.Generator
     ) -> None:
-        self.ensemble, self.batch_size, self.place, self.generator = ensemble, batch_size, place, generator
+        self.ensemble, self.batch_size, self.device, self.generator = ensemble, batch_size, device, generator
         self.data = data
         self.skipped = 0
         self.tensors: tuple[Tensor, Tensor] | None = None
@@ -31,14 +31,13 @@ class Batches:
             x, y = as_pair(data)
             if len(x) != len(y):
                 raise ValueError(f"x and y must have the same length, got {len(x)} and {len(y)}")
-            self.tensors = x.to(place), y.to(place)
+            self.tensors = x.to(device), y.to(device)
         elif isinstance(data, DataLoader):
-            self.skipped = skipped(data, ensemble)
+            self.skipped = count_skipped(data, ensemble)
         elif not isinstance(data, Sized):
             raise ValueError(f"data must have a length, got {type(data).__name__} without one")
         self.looked = False
-        self.begun, self.taken = generator.get_state(), 0  # this epoch's random state, and how many batches it gave
-        self.epoch: list[Tensor] | None = None  # the indices of this epoch's batches
+        self.epoch: list[Tensor] | None = None  # the indices of the next epoch's batches, if they were drawn
         self.steps = len(data) - self.skipped if isinstance(data, DataLoader) else len(self.indices())
         if self.steps == 0:
             raise ValueError("data must hold at least one example for each member, got none")
@@ -48,30 +47,29 @@ class Batches:
         return self.steps
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield the batches of this epoch that were not taken yet."""
-        loaded = isinstance(self.data, DataLoader)
-        for batch in self.loaded() if loaded else map(self.fetch, self.indices()[self.taken :]):
-            self.taken += 1
-            yield batch
-        self.begun, self.taken, self.epoch = self.generator.get_state(), 0, None
+        """Yield the batches of an epoch."""
+        if isinstance(self.data, DataLoader):
+            yield from self.from_loader(self.data)
+        else:
+            yield from map(self.fetch, self.indices())
+            self.epoch = None
 
-    def loaded(self) -> Iterator[Batch]:
+    def from_loader(self, loader: DataLoader[Any]) -> Iterator[Batch]:
         """Yield what a `DataLoader` gives."""
-        self.generator.set_state(self.begun)
-        for batch in cast(DataLoader[Any], self.data):
+        for batch in loader:
             x, y = as_pair(batch)
             for index in parts_of(self.ensemble, len(x), self.generator):
-                index = moved(index, self.place)
-                yield index.dim() == 1, picked(moved(x, self.place), index), moved(y, self.place)[index], y
+                index = to_device(index, self.device)
+                xs = take_rows(to_device(x, self.device), index)
+                yield index.dim() == 1, xs, to_device(y, self.device)[index], y
 
     def indices(self) -> list[Tensor]:
-        """Return this epoch's indices into the data, a step each, as `Ensemble.batches` has them."""
+        """Return the next epoch's indices into the data, a step each, as `Ensemble.batches` has them."""
         if self.epoch is None:
-            self.generator.set_state(self.begun)
             n = len(self.tensors[0]) if self.tensors else len(cast(Sized, self.data))
             epoch = [index for index in self.ensemble.batches(n, self.batch_size, self.generator) if index.numel()]
             if self.tensors and epoch:  # to a GPU once an epoch, not at every step
-                epoch = list(torch.cat(epoch, -1).to(self.place).split([index.shape[-1] for index in epoch], -1))
+                epoch = list(torch.cat(epoch, -1).to(self.device).split([index.shape[-1] for index in epoch], -1))
             self.epoch = epoch
         return self.epoch
 
@@ -80,10 +78,10 @@ class Batches:
         if self.tensors:
             unchecked = None if self.looked else self.tensors[1]
             self.looked = True
-            return index.dim() == 1, picked(self.tensors[0], index), self.tensors[1][index], unchecked
+            return index.dim() == 1, take_rows(self.tensors[0], index), self.tensors[1][index], unchecked
         dataset = cast(Dataset[Any], self.data)
         x, y = as_pair(default_collate([dataset[i] for i in index.flatten().tolist()]))
-        xs, ys = (moved(part, self.place).unflatten(0, index.shape) for part in (x, y))
+        xs, ys = (to_device(part, self.device).unflatten(0, index.shape) for part in (x, y))
         return index.dim() == 1, xs, ys, y
 
     def inputs(self) -> Iterator[Tensor]:
@@ -92,13 +90,13 @@ class Batches:
             yield from (part.clone() for part in self.tensors[0].split(self.batch_size))
         elif isinstance(self.data, DataLoader):
             for batch in self.data:
-                yield moved(as_pair(batch)[0], self.place).clone()
+                yield to_device(as_pair(batch)[0], self.device).clone()
         else:
             for part in torch.arange(len(cast(Sized, self.data))).split(self.batch_size):
                 yield self.fetch(part)[1]
 
 
-def skipped(loader: DataLoader[Any], ensemble: Ensemble) -> int:
+def count_skipped(loader: DataLoader[Any], ensemble: Ensemble) -> int:
     """Return how many batches of a loader's epoch are too small to be split among members: the last one, or none."""
     if not loader.batch_size or loader.drop_last or not isinstance(loader.sampler, Sized):
         return 0
@@ -119,14 +117,14 @@ def as_pair(batch: Any) -> tuple[Tensor, Tensor]:
     return parts[0], parts[1]
 
 
-def moved(tensor: Tensor, place: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a tensor on this device; on its way to a GPU from memory that stays put, so that nobody waits for it."""
-    if place.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(place, non_blocking=True)
-    return tensor.to(place)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
-def picked(tensor: Tensor, index: Tensor) -> Tensor:
+def take_rows(tensor: Tensor, index: Tensor) -> Tensor:
     """Return ``tensor[index]``, whole rows copied at a time: of images five times sooner than number by number."""
     rows = tensor.index_select(0, index.flatten())
     return rows.view(*index.shape, *rows.shape[1:])

@@ -12,17 +12,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from effens.batches import Batches
-from effens.ensembles.base import Ensemble, check_positive
+from effens.ensembles.base import Ensemble
 from effens.storage import Checkpoint
-
-KEPT = (
-    *("epoch", "finished", "losses", "lrs", "seconds", "begun", "taken"),
-    *("tensors", "optimizer", "groups", "random", "loader"),
-)  # what a checkpoint holds
 
 
 class Run:
-    """Where a training run is, and the checkpoint, if any, in which it is kept.
+    """Where a training run is, and the checkpoint, if any, to which it is written.
 
     Args:
         ensemble: that is trained.
@@ -30,8 +25,8 @@ class Run:
         batches: on which it is trained.
 
     Attributes:
-        epoch: how many epochs were finished when it was resumed.
-        finished: whether there was nothing left to do.
+        epoch: how many epochs are finished.
+        finished: whether nothing is left to do.
         losses: of every step, each ``(streams,)``.
         lrs: of every step.
     """
@@ -43,25 +38,19 @@ class Run:
         self.lrs: list[float] = []
         self.began = time.perf_counter()
         self.checkpoint: Checkpoint | None = None
-        self.every: int | None = None
 
     @property
     def seconds(self) -> float:
         """How long it has taken so far."""
         return time.perf_counter() - self.began
 
-    def keep_in(self, path: str | os.PathLike[str], every: int | None, settings: dict[str, Any]) -> None:
-        """Keep it in this file, every so many steps; the settings, and all else that decides it, must stay the same."""
-        if every is not None:
-            check_positive(every=every)
-            if isinstance(self.batches.data, DataLoader):
-                raise ValueError(f"every must be None with a DataLoader, which is kept between epochs, got {every}")
+    def write_to(self, path: str | os.PathLike[str], settings: dict[str, Any]) -> None:
+        """Write the run to this file. The settings, and all else that decides it, must stay the same."""
         if others := [name for name, value in self.tensors().items() if not isinstance(value, Tensor)]:
             raise TypeError(f"the state must hold nothing but tensors, got {others}")
-        self.every = every
         call = {
             "torch": torch.__version__,
-            "device": self.batches.place.type,
+            "device": self.batches.device.type,
             **settings,
             "data": fingerprint(self.batches),
             "modules": {name: f"{type(m).__name__}({m.extra_repr()})" for name, m in self.ensemble.named_modules()},
@@ -75,63 +64,42 @@ class Run:
 
     def resume(self) -> None:
         """Go on where the checkpoint was written, if there is one."""
-        kept = self.checkpoint.read() if self.checkpoint else None
-        if kept is None:
+        state = self.checkpoint.read() if self.checkpoint else None
+        if state is None:
             return
-        if missing := [name for name in KEPT if name not in kept]:
-            raise ValueError(f"checkpoint must hold a whole state, got one without {missing}")
-        self.epoch, self.finished = kept["epoch"], kept["finished"]
-        self.losses, self.lrs = list(kept["losses"].to(self.batches.place)), kept["lrs"].tolist()
-        self.began -= kept["seconds"]
-        self.batches.begun, self.batches.taken, self.batches.epoch = kept["begun"], kept["taken"], None
-        self.ensemble.load_state_dict({name: kept["tensors"][name] for name in self.ensemble.state_dict()})
+        self.epoch, self.finished = state["epoch"], state["finished"]
+        self.losses, self.lrs = list(state["losses"].to(self.batches.device)), state["lrs"].tolist()
+        self.began -= state["seconds"]
+        self.batches.epoch = None  # the next epoch is drawn again
+        self.ensemble.load_state_dict({name: state["tensors"][name] for name in self.ensemble.state_dict()})
         for name, buffer in self.ensemble.named_buffers():
-            buffer.copy_(kept["tensors"][name])
+            buffer.copy_(state["tensors"][name])
         self.ensemble.eval()
-        for group, values in zip(self.optimizer.param_groups, kept["groups"], strict=True):
+        for group, values in zip(self.optimizer.param_groups, state["groups"], strict=True):
             group.update(values)
-        for parameter, values in zip(self.parameters(), kept["optimizer"], strict=True):
+        for parameter, values in zip(self.parameters(), state["optimizer"], strict=True):
             if values:
-                self.optimizer.state[parameter] = {name: beside(parameter, value) for name, value in values.items()}
-        for source, state in zip(self.sources(), kept["random"], strict=True):
-            source.set_rng_state(state)
-        for generator, state in zip(self.generators(), kept["loader"], strict=True):
-            generator.set_state(state)
-
-    def after_step(self) -> None:
-        """Keep it, if it is time to."""
-        if self.checkpoint and self.every and len(self.lrs) % self.every == 0:
-            check_finite(self.losses, self.every)
-            self.write()
-
-    def after_epoch(self) -> None:
-        """Keep it, unless it is kept every so many steps."""
-        self.epoch += 1
-        if self.checkpoint and not self.every:
-            self.write()
-
-    def finish(self) -> None:
-        """Keep what came out."""
-        self.finished = True
-        if self.checkpoint:
-            self.write()
+                self.optimizer.state[parameter] = {name: laid_out_as(parameter, each) for name, each in values.items()}
+        for source, numbers in zip(random_sources(self.batches.device), state["random"], strict=True):
+            source.set_rng_state(numbers)
+        for generator, numbers in zip(self.generators(), state["generators"], strict=True):
+            generator.set_state(numbers)
 
     def write(self) -> None:
-        """Write the checkpoint."""
-        assert self.checkpoint
+        """Write the checkpoint, if there is one to be written."""
+        if not self.checkpoint:
+            return
         state = {
             "epoch": self.epoch,
             "finished": self.finished,
             "losses": torch.stack(self.losses),
             "lrs": torch.tensor(self.lrs, dtype=torch.float64),
             "seconds": self.seconds,
-            "begun": self.batches.begun,
-            "taken": self.batches.taken,
             "tensors": self.tensors(),
             "optimizer": [self.optimizer.state.get(parameter, {}) for parameter in self.parameters()],
             "groups": [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups],
-            "random": [source.get_rng_state() for source in self.sources()],
-            "loader": [generator.get_state() for generator in self.generators()],
+            "random": [source.get_rng_state() for source in random_sources(self.batches.device)],
+            "generators": [generator.get_state() for generator in self.generators()],
         }
         self.checkpoint.write(state)
 
@@ -143,20 +111,15 @@ class Run:
         """Return what the optimizer moves."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
-    def sources(self) -> list[Any]:
-        """Return where the CPU and the device get random numbers from."""
-        return random_sources(self.batches.place)
-
     def generators(self) -> list[torch.Generator]:
-        """Return the generators of a `DataLoader`."""
+        """Return the generators that shuffle: that of the batches, and those of a `DataLoader`."""
         data = self.batches.data
-        if not isinstance(data, DataLoader):
-            return []
-        found = [data.generator, getattr(data.sampler, "generator", None)]
-        for holder in (data.batch_sampler, getattr(data.batch_sampler, "sampler", None)):
-            if (generator := getattr(holder, "generator", None)) not in found:
-                found.append(generator)
-        return [generator for generator in found if generator is not None]
+        found = [self.batches.generator]
+        if isinstance(data, DataLoader):
+            holders = (data, data.sampler, data.batch_sampler, getattr(data.batch_sampler, "sampler", None))
+            others = [getattr(holder, "generator", None) for holder in holders]
+            found += list(dict.fromkeys(generator for generator in others if generator is not None))
+        return found
 
 
 def fingerprint(batches: Batches) -> dict[str, str]:
@@ -174,7 +137,7 @@ def summary(tensor: Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)}".removeprefix("torch.")
 
 
-def beside(parameter: Tensor, value: Any) -> Any:
+def laid_out_as(parameter: Tensor, value: Any) -> Any:
     """Return what an optimizer remembered of a parameter; what has its shape, where and as it is in memory."""
     if not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value
@@ -182,24 +145,24 @@ def beside(parameter: Tensor, value: Any) -> Any:
 
 
 @contextmanager
-def seeded(seed: int, place: torch.device) -> Iterator[None]:
+def fixed_seed(seed: int, device: torch.device) -> Iterator[None]:
     """Seed the CPU's and the device's random numbers; at the end, put both back as they were."""
-    devices = random_sources(place)
-    with torch.cuda.device(place) if place.type == "cuda" else nullcontext():
-        states = [device.get_rng_state() for device in devices]
+    sources = random_sources(device)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        states = [source.get_rng_state() for source in sources]
         try:
             torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would reach every other device, too
-            for device in devices[1:]:
-                device.manual_seed(seed)
+            for source in sources[1:]:
+                source.manual_seed(seed)
             yield
         finally:
-            for device, state in zip(devices, states, strict=True):
-                device.set_rng_state(state)
+            for source, state in zip(sources, states, strict=True):
+                source.set_rng_state(state)
 
 
-def random_sources(place: torch.device) -> list[Any]:
+def random_sources(device: torch.device) -> list[Any]:
     """Return the modules that have the random state of the CPU and, if that is another, of the device."""
-    return [torch.random] if place.type == "cpu" else [torch.random, torch.get_device_module(place)]
+    return [torch.random] if device.type == "cpu" else [torch.random, torch.get_device_module(device)]
 
 
 def check_finite(losses: list[Tensor], last: int) -> None:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from effens.ensembles.base import Ensemble
 from effens.likelihoods import Categorical, Likelihood
-from effens.training import losses_of, make_optimizer
+from effens.training import example_losses, make_optimizer
 
 TRAIN_BATCH = 128
 BATCHES = (1, 256)
@@ -169,7 +169,7 @@ def loss_at_batch(
     forward = ensemble if index.dim() == 1 else ensemble.forward_members
 
     def loss() -> Tensor:
-        return ensemble.reduce(losses_of(likelihood, forward(xs), ys))
+        return ensemble.reduce(example_losses(likelihood, forward(xs), ys))
 
     return loss
 

@@ -34,7 +34,6 @@ from effens.training import fit
 from effens.tuning import OF_FIT, Settings, build
 
 Source = Data | Callable[[], Data]
-ANYWHERE = ("device", "every")  # options that a file does not depend on
 ALONE = threading.Lock()  # PyTorch's random numbers are one stream a process: workers that are threads take turns
 
 
@@ -81,7 +80,7 @@ def fit_each(
         progress: whether to show a progress bar when it takes longer than two seconds.
         name: what ``make_net``, and ``data`` if that is a function, are known by; needed where they stand in no module.
         options: of `effens.fit`: ``epochs``, ``batch_size``, ``lr``, ``weight_decay``, ``optimizer``,
-            ``likelihood``, ``device``, ``precision``, ``compile``, and ``every``, with checkpoints.
+            ``likelihood``, ``device`` and ``precision``.
 
     Returns:
         The trained networks, or ensembles, in the order of the seeds: `DeepEnsemble.of` puts them side by side.
@@ -110,7 +109,7 @@ def fit_each(
         check_importable(make_net=make_net, data=data if callable(data) else None, options=options)
     sent = wrapped(data)
     known = (name or make_net, name if name and callable(data) else sent)
-    facts = described([*known, {key: value for key, value in options.items() if key not in ANYWHERE}])
+    facts = described([*known, {key: value for key, value in options.items() if key != "device"}])
     paths = [Path(folder).resolve() / name_of(seed, [facts, own]) for seed, own in zip(seeds, each, strict=True)]
     if len(set(paths)) < len(paths):
         raise ValueError(f"trainings must differ in seed or settings, got {len(paths) - len(set(paths))} twice")

@@ -14,7 +14,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 FORMAT = "effens 1"
-CHECKPOINT = "effens checkpoint 1"  # to be raised when a step of training, or what is kept of it, changes
+CHECKPOINT = "effens checkpoint 2"  # to be raised when a step of training, or what is kept of it, changes
 
 
 def save(ensemble: nn.Module, path: str | os.PathLike[str]) -> None:

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from effens.batches import Batches, Data, moved
-from effens.checkpoint import Run, check_finite, seeded
+from effens.batches import Batches, Data, to_device
+from effens.checkpoint import Run, check_finite, fixed_seed
 from effens.ensembles.base import Ensemble, check_positive
 from effens.likelihoods import Categorical, Likelihood
 
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
 FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
-GRAPHS = 10_000_000  # weights: up to here a GPU waits for its next kernel, and a compiled network runs as a CUDA graph
 
 
 @dataclass(frozen=True)
@@ -78,15 +77,13 @@ def fit(
     seed: int = 0,
     progress: bool = True,
     precision: str = "float32",
-    compile: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
-    every: int | None = None,
 ) -> History:
     """Train an ensemble. What makes a method is in its hooks: see `Ensemble`.
 
-    With a ``checkpoint``, a run that was killed goes on where that was last written, when it is called again in the
-    same way, and ends bit by bit as if it had never stopped: weights, buffers, optimizer, schedule, every source of
-    random numbers that PyTorch has (on the same machine, with as many threads). A finished run returns at once.
+    With a ``checkpoint``, a run that was killed goes on after its last whole epoch, when it is called again in the same
+    way, and ends bit by bit as if it had never stopped: weights, buffers, optimizer, schedule, every source of random
+    numbers that PyTorch has (on the same machine, with as many threads). A finished run returns at once.
     What is no tensor, such as a counter that a network keeps in an attribute, is not kept, nor are the random states of
     NumPy and Python: a `Dataset` that draws must draw from PyTorch.
 
@@ -105,11 +102,8 @@ def fit(
         precision: ``"float32"``: every product in the weights' own precision. ``"bfloat16"``: `torch.autocast`, which
             takes the products in bfloat16 and leaves weights, losses and the optimizer as they are. Faster on a GPU
             from Ampere on, and on CPUs with instructions for it; elsewhere slower.
-        compile: whether to compile the network with `torch.compile`, which takes some seconds at the first step of each
-            shape, and on a CPU a C++ compiler. On a GPU a small network then runs as a CUDA graph.
-        checkpoint: a file, by custom ``*.safetensors``, in which the run is kept as it goes, and from which it goes on.
-            It is replaced once the new one is complete, and belongs to one run at a time.
-        every: steps from one checkpoint to the next; by default there is one after each epoch.
+        checkpoint: a file, by convention ``*.safetensors``, to which the run is written after every epoch, and from
+            which it goes on. It is replaced once the new one is complete, and belongs to one run at a time.
 
     Returns:
         The losses, the rates and the time taken.
@@ -132,25 +126,21 @@ def fit(
     check_ensemble(ensemble)
     check_positive(epochs=epochs, batch_size=batch_size)
     likelihood = Categorical() if likelihood is None else likelihood
-    place = place_of(device)
-    ensemble.to(place)
-    batches = Batches(ensemble, data, batch_size, place, torch.Generator().manual_seed(seed))
+    check_precision(precision)
+    device = resolve_device(device)
+    ensemble.to(device)
+    batches = Batches(ensemble, data, batch_size, device, torch.Generator().manual_seed(seed))
     if not any(parameter.requires_grad for parameter in ensemble.parameters()):
         raise ValueError("the ensemble must have weights to train, got none that require gradients")
     groups = ensemble.parameter_groups(lr, weight_decay)
     descent = make_optimizer(optimizer, groups, lr, weight_decay, sparse=has_sparse(ensemble))
     highest = [group["lr"] for group in descent.param_groups]
     steps = epochs * len(batches)
-    check_precision(precision)
-    forwards: dict[bool, Callable[[Tensor], Tensor]] = {}  # by whether all streams see the same
     run = Run(ensemble, descent, batches)
     if checkpoint is not None:
         settings = dict(epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed)
-        how = dict(likelihood=repr(likelihood), precision=precision, compile=compile)
-        run.keep_in(checkpoint, every, {**settings, **how})
-    elif every is not None:
-        raise ValueError(f"every must be None without a checkpoint, got {every}")
-    with seeded(seed, place), bar(steps, progress) as shown:
+        run.write_to(checkpoint, {**settings, "likelihood": repr(likelihood), "precision": precision})
+    with fixed_seed(seed, device), progress_bar(steps, progress) as shown:
         run.resume()
         shown.update(len(run.lrs))
         for _ in range(run.epoch, epochs):
@@ -161,26 +151,24 @@ def fit(
                 for group, top in zip(descent.param_groups, highest, strict=True):
                     group["lr"] = top * multiplier
                 descent.zero_grad()
-                if shared not in forwards:
-                    forward = ensemble if shared else ensemble.forward_members
-                    forwards[shared] = asker(forward, ensemble, place, precision, compile)
-                outputs = forwards[shared](xs)
+                outputs = in_precision(precision, ensemble if shared else ensemble.forward_members, xs)
                 if unchecked is not None:
                     likelihood.check(outputs, unchecked)
-                each = losses_of(likelihood, outputs, ys)  # (streams, batch)
-                ensemble.reduce(each).backward()
+                losses = example_losses(likelihood, outputs, ys)  # (streams, batch)
+                ensemble.reduce(losses).backward()
                 descent.step()
                 ensemble.collect(step, steps)
-                run.losses.append(each.detach().mean(1))
+                run.losses.append(losses.detach().mean(1))
                 run.lrs.append(lr * multiplier)
-                run.after_step()
                 shown.update()
             check_finite(run.losses, len(batches))
-            run.after_epoch()
+            run.epoch += 1
+            run.write()
         if not run.finished:
             ensemble.eval()
             ensemble.finish(batches.inputs())
-            run.finish()
+            run.finished = True
+            run.write()
     return History(torch.stack(run.losses).cpu(), torch.tensor(run.lrs), run.seconds)
 
 
@@ -192,17 +180,15 @@ def predict(
     likelihood: Likelihood | None = None,
     chunk: int = 1024,
     precision: str = "float32",
-    compile: bool = False,
 ) -> Any:
-    """Ask every member, in eval mode, without gradients, in chunks of rows.
+    """Predict with every member, in eval mode, without gradients, in chunks of rows.
 
     Args:
-        ensemble: any ensemble; it is asked on its own device, and left in the mode it was in.
+        ensemble: any ensemble; it stays on its device and in its mode.
         x: inputs ``(batch, ...)``.
         likelihood: what the outputs mean; `Categorical` by default.
         chunk: rows in a chunk.
-        precision: ``"float32"``, the weights' own, or ``"bfloat16"``, as of `fit`; outputs are never below float32.
-        compile: whether to compile the network, as of `fit`: it pays where the same shape is asked often.
+        precision: ``"float32"``, the weights' own, or ``"bfloat16"``, as in `fit`; outputs are never below float32.
 
     Returns:
         With `Categorical` probabilities ``(members, batch, classes)``; with `Gaussian` or `StudentT` a
@@ -225,41 +211,24 @@ def predict(
     check_positive(chunk=chunk)
     likelihood = Categorical() if likelihood is None else likelihood
     modes = [(module, module.training) for module in ensemble.modules()]
-    home = next(chain(ensemble.parameters(), ensemble.buffers()), x).device
-    ask = asker(ensemble, ensemble, home, precision, compile)
+    check_precision(precision)
+    device = next(chain(ensemble.parameters(), ensemble.buffers()), x).device
     ensemble.eval()
     try:
-        parts = [returned(ask(moved(part, home)), x.device) for part in x.split(chunk)]
+        outputs = [in_precision(precision, ensemble, to_device(rows, device)).to(x.device) for rows in x.split(chunk)]
     finally:
         for module, mode in modes:
             module.training = mode
-    if home.type == "cuda":
-        torch.cuda.current_stream(home).synchronize()  # the last answers may still be on their way
-    return likelihood.predict(torch.cat(parts, dim=1))
+    return likelihood.predict(torch.cat(outputs, dim=1))
 
 
-def asker(
-    ask: Callable[[Tensor], Tensor], ensemble: Ensemble, place: torch.device, precision: str, compile: bool
-) -> Callable[[Tensor], Tensor]:
-    """Return a function that asks an ensemble in this precision, compiled or not; what it returns is to be used up.
-
-    The outputs of a CUDA graph are overwritten when it runs again.
-    """
-    check_precision(precision)
-    if compile:
-        small = sum(parameter.numel() for parameter in ensemble.parameters()) <= GRAPHS
-        ask = torch.compile(ask, mode="reduce-overhead" if place.type == "cuda" and small else "default")
-
-    def call(x: Tensor) -> Tensor:
-        if compile and place.type == "cuda":
-            torch.compiler.cudagraph_mark_step_begin()
-        if precision == "float32":
-            return ask(x)
-        with torch.autocast(place.type, torch.bfloat16):
-            outputs = ask(x)
-        return outputs.float() if outputs.dtype == torch.bfloat16 else outputs
-
-    return call
+def in_precision(precision: str, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return ``forward(x)``, its products taken in this precision; outputs are never below float32."""
+    if precision == "float32":
+        return forward(x)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        outputs = forward(x)
+    return outputs.float() if outputs.dtype == torch.bfloat16 else outputs
 
 
 def check_precision(precision: str) -> None:
@@ -268,7 +237,7 @@ def check_precision(precision: str) -> None:
         raise ValueError(f"precision must be 'float32' or 'bfloat16', got {precision!r}")
 
 
-def losses_of(likelihood: Likelihood, outputs: Tensor, ys: Tensor) -> Tensor:
+def example_losses(likelihood: Likelihood, outputs: Tensor, ys: Tensor) -> Tensor:
     """Return the loss of each example, ``(streams, batch)``; raise `ValueError` if there is not one for each."""
     losses = likelihood.nll(outputs, ys)
     if losses.shape != outputs.shape[:2]:
@@ -277,14 +246,7 @@ def losses_of(likelihood: Likelihood, outputs: Tensor, ys: Tensor) -> Tensor:
     return losses
 
 
-def returned(outputs: Tensor, place: torch.device) -> Tensor:
-    """Return outputs on this device, in memory of their own; from a GPU they may still be on their way."""
-    if outputs.device == place:
-        return outputs.clone()
-    return outputs.to(place, non_blocking=outputs.device.type == "cuda")
-
-
-def place_of(name: torch.device | str | None) -> torch.device:
+def resolve_device(name: torch.device | str | None) -> torch.device:
     """Return the named device, or the best at hand."""
     return device() if name is None else torch.device(name)
 
@@ -308,7 +270,7 @@ def has_sparse(ensemble: nn.Module) -> bool:
     return any(isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse for m in ensemble.modules())
 
 
-def bar(steps: int, progress: bool) -> "tqdm[Any]":
+def progress_bar(steps: int, progress: bool) -> "tqdm[Any]":
     """Return a progress bar that shows up after two seconds."""
     return tqdm(total=steps, desc="fit", unit="step", delay=2, leave=False, disable=not progress)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from effens.batches import Data
-from effens.checkpoint import seeded
+from effens.checkpoint import fixed_seed
 from effens.ensembles.base import check_positive, made
 from effens.ensembles.deep import DeepEnsemble
 from effens.ensembles.hyper import log_likelihoods
@@ -24,7 +24,7 @@ from effens.identity import described, digest
 from effens.joint import Lenient, OwnOrders, PerMember
 from effens.likelihoods import Categorical
 from effens.storage import load, save
-from effens.training import fit, place_of, predict
+from effens.training import fit, predict, resolve_device
 
 if TYPE_CHECKING:
     import optuna
@@ -361,8 +361,8 @@ def validation_loss(network: nn.Module, validation: tuple[Tensor, Tensor], optio
 
 def build(make_net: Callable[..., nn.Module], settings: Settings, seed: int, options: dict[str, Any]) -> nn.Module:
     """Make the network of these settings, from a seed, on the device on which it is trained."""
-    place = place_of(options.get("device"))
-    with seeded(seed, place):
+    place = resolve_device(options.get("device"))
+    with fixed_seed(seed, place):
         network = made(partial(make_net, **{key: value for key, value in settings.items() if key not in OF_FIT}))
     return network.to(place)
 

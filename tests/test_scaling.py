@@ -248,14 +248,14 @@ class Dying(torch.optim.SGD):
 
 
 def test_a_checkpoint_is_gone_on_from_and_then_removed(tmp_path: Path) -> None:
-    options = {**QUICK, "epochs": 10, "optimizer": Dying, "checkpoints": True, "every": 4}
+    options = {**QUICK, "epochs": 10, "optimizer": Dying, "checkpoints": True}
     with pytest.raises(KeyboardInterrupt):
         effens.fit_each(dropping, vectors(), [0, 1], folder=tmp_path, **options)
     assert [Path(name).suffix for name in files(tmp_path)] == [".checkpoint"]
     networks = effens.fit_each(dropping, vectors(), [0, 1], folder=tmp_path, **options)
     assert Dying.steps == 14 + (30 - 12) + 30
     assert [Path(name).suffix for name in files(tmp_path)] == 2 * [".safetensors"]
-    plain = {key: value for key, value in options.items() if key not in ("checkpoints", "every")}
+    plain = {key: value for key, value in options.items() if key != "checkpoints"}
     before = files(tmp_path)
     assert same(networks, effens.fit_each(dropping, vectors(), [0, 1], folder=tmp_path, **plain))
     assert files(tmp_path) == before

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 import effens
 import effens_book.nets
 from effens import checkpoint, training
-from effens.checkpoint import seeded
+from effens.checkpoint import fixed_seed
 
 
 class Recorder(effens.DeepEnsemble):
@@ -205,7 +205,7 @@ class TestLoop:
 
     def test_training_on_a_cpu_seeds_no_other_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeded the GPUs"))
-        with seeded(3, torch.device("cpu")):
+        with fixed_seed(3, torch.device("cpu")):
             assert torch.equal(torch.rand(3), torch.rand(3, generator=generator(3)))
 
     def test_training_goes_on_where_it_stopped(self) -> None:
@@ -624,7 +624,7 @@ def test_a_history_says_its_last_loss() -> None:
 
 def test_the_bar_is_shown_where_it_is_wanted() -> None:
     for progress in (True, False):
-        with training.bar(5, progress) as shown:
+        with training.progress_bar(5, progress) as shown:
             assert shown.disable is not progress
             assert shown.total == 5
 
@@ -637,12 +637,12 @@ def test_losses_that_are_not_finite_are_told_to_four_digits() -> None:
 
 def test_the_bar_moves_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[Any] = []
-    make = training.bar
+    make = training.progress_bar
 
     def kept(steps: int, progress: bool) -> Any:
         shown.append(make(steps, progress))
         return shown[-1]
 
-    monkeypatch.setattr(training, "bar", kept)
+    monkeypatch.setattr(training, "progress_bar", kept)
     effens.fit(effens.DeepEnsemble(mlp, 2), vectors(), epochs=3, batch_size=6, device="cpu")
     assert [bar.n for bar in shown] == [12]

@@ -114,6 +114,42 @@ class OneNetwork(Ensemble):
 
     def __init__(self, members: int) -> None:
         super().__init__(members, streams=1)
+        self.ready = False  # whether there are members yet
+
+    def derived(self) -> Ensemble:
+        """Return the ensemble of the members, which `forward`, `member` and `answering` ask."""
+        raise NotImplementedError(f"an ensemble must override derived, got none in {type(self).__name__}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Answer with every member: ``(batch, ...)`` to ``(members, batch, outputs)``."""
+        self.check_ready()
+        return self.derived().forward(x)
+
+    def member(self, m: int) -> nn.Module:
+        """Return a copy of member ``m`` as a plain network, equal to ``ensemble(x)[m]``, that can be trained."""
+        self.check_ready()
+        member = self.derived().member(m)
+        for parameter, trained in zip(member.parameters(), self.network.parameters(), strict=True):
+            parameter.requires_grad_(trained.requires_grad)
+        return member
+
+    def answering(self) -> tuple[Ensemble, list[float]]:
+        """Return the members without the network that was trained."""
+        self.check_ready()
+        return self.derived().answering()
+
+    def check_ready(self) -> None:
+        """Raise `RuntimeError` unless there are members."""
+        if not self.ready:
+            raise RuntimeError("no members yet: call effens.fit")
+
+    def get_extra_state(self) -> Tensor:
+        """Return whether there are members, for the state dict."""
+        return torch.tensor(self.ready)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over whether there are members."""
+        self.ready = bool(state)
 
     def forward_members(self, xs: Tensor) -> Tensor:
         """Give the network in training its batch: ``(1, batch, ...)`` to ``(1, batch, outputs)``."""

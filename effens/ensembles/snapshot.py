@@ -12,10 +12,6 @@ of DNNs", arXiv:1802.10026.
 
 import copy
 import math
-from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 from effens.ensembles.base import Ensemble, MakeNet, OneNetwork, made
 from effens.ensembles.deep import DeepEnsemble
@@ -53,8 +49,6 @@ class SnapshotEnsemble(OneNetwork):
         torch.Size([4, 10, 2])
     """
 
-    collected: Tensor
-
     def __init__(
         self,
         make_net: MakeNet,
@@ -78,22 +72,10 @@ class SnapshotEnsemble(OneNetwork):
         self.triangular, self.pretrain, self.lrs = schedule == "triangular", pretrain, lrs
         self.network = network = made(make_net)
         self.snapshots = DeepEnsemble(lambda: copy.deepcopy(network), members).eval().requires_grad_(False)
-        self.register_buffer("collected", torch.tensor(0))
-        self.count = 0  # what `collected` holds, without asking a GPU for it
-        self.register_load_state_dict_post_hook(recount)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Answer with every snapshot: ``(batch, ...)`` to ``(members, batch, outputs)``."""
-        self.check_collected()
-        return self.snapshots.forward(x)
-
-    def member(self, m: int) -> nn.Module:
-        """Return a copy of snapshot ``m`` as a plain network, equal to ``ensemble(x)[m]``, that can be trained."""
-        self.check_collected()
-        network = self.snapshots.member(m)
-        for mine, trained in zip(network.parameters(), self.network.parameters(), strict=True):
-            mine.requires_grad_(trained.requires_grad)
-        return network
+    def derived(self) -> Ensemble:
+        """Return the snapshots."""
+        return self.snapshots
 
     def schedule(self, step: int, steps: int) -> float:
         """Return the multiplier of the learning rate at ``step`` (from 0) of ``steps``."""
@@ -112,32 +94,15 @@ class SnapshotEnsemble(OneNetwork):
 
     def collect(self, step: int, steps: int) -> None:
         """Copy the network where a cycle's rate is lowest, into the next member; at the first step, begin anew."""
-        if step == 0:
-            self.set_count(0)
-        if step in (ends := self.collected_after(steps)):
+        ends = self.collected_after(steps)
+        if step in ends:
             self.snapshots.put(ends.index(step), self.network)
-            self.set_count(ends.index(step) + 1)
-
-    def answering(self) -> tuple[Ensemble, list[float]]:
-        """Return the snapshots."""
-        self.check_collected()
-        return self.snapshots.answering()
+        self.ready = step >= ends[-1]
 
     def extra_repr(self) -> str:
         """Show the settings."""
         how = f"'triangular', pretrain={self.pretrain}, lrs={self.lrs}" if self.triangular else "'cosine'"
         return f"members={self.members}, cycles={self.cycles}, schedule={how}"
-
-    def set_count(self, count: int) -> None:
-        """Set how many members there are."""
-        self.count = count
-        self.collected.fill_(count)
-
-    def check_collected(self) -> None:
-        """Raise `RuntimeError` unless all members are there."""
-        if self.count < self.members:
-            found = f"{self.count} of {self.members} members" if self.count else "no members yet"
-            raise RuntimeError(f"{found}: call effens.fit")
 
 
 def cyclic_cosine(step: int, steps: int, cycles: int) -> float:
@@ -211,8 +176,3 @@ def check_step(step: int, steps: int, cycles: int, least: int) -> None:
         raise ValueError(f"steps must be >= {least} for {cycles} cycles, got {steps}: train for longer")
     if not 0 <= step < steps:
         raise ValueError(f"step must be in 0 ... {steps - 1}, got {step}")
-
-
-def recount(ensemble: SnapshotEnsemble, _: Any) -> None:
-    """Read how many members a loaded ensemble has."""
-    ensemble.count = int(ensemble.collected)

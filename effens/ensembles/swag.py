@@ -12,7 +12,6 @@ generalization", arXiv:1803.05407.
 import copy
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +52,6 @@ class SWAG(OneNetwork):
         deviations: (rank, parameters), the last K weights less the mean right after they entered it; the i-th weights
             (from 0) are in row i mod K. Rows not filled yet are 0.
         count: how many weights were collected.
-        drawn: whether there are members.
 
     Raises:
         ValueError: an argument is out of range; the network has no weights that require gradients, or complex ones.
@@ -75,7 +73,6 @@ class SWAG(OneNetwork):
     variance: Tensor
     deviations: Tensor
     count: Tensor
-    drawn: Tensor
 
     def __init__(
         self,
@@ -115,22 +112,10 @@ class SWAG(OneNetwork):
         self.register_buffer("variance", zeros.clone())
         self.register_buffer("deviations", zeros.repeat(rank, 1))
         self.register_buffer("count", zeros.new_zeros((), dtype=torch.int64))
-        self.register_buffer("drawn", zeros.new_zeros((), dtype=torch.bool))
-        self.ready = False  # what `drawn` holds, without asking a GPU for it
-        self.register_load_state_dict_post_hook(reconsider)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Answer with every sample: ``(batch, ...)`` to ``(members, batch, outputs)``."""
-        self.check_there(self.ready)
-        return self.samples.forward(x)
-
-    def member(self, m: int) -> nn.Module:
-        """Return a copy of sample ``m`` as a plain network, equal to ``ensemble(x)[m]``, that can be trained."""
-        self.check_there(self.ready)
-        member = self.samples.member(m)
-        for mine, its in zip(member.parameters(), self.network.parameters(), strict=True):
-            mine.requires_grad_(its.requires_grad)
-        return member
+    def derived(self) -> Ensemble:
+        """Return the samples."""
+        return self.samples
 
     def schedule(self, step: int, steps: int) -> float:
         """Return the multiplier of the learning rate: half a cosine from 1 to ``tail_lr``, then constant."""
@@ -143,7 +128,7 @@ class SWAG(OneNetwork):
         if step == 0:
             for moment in (self.mean, self.variance, self.deviations, self.count):
                 moment.zero_()
-            self.set_drawn(False)
+            self.ready = False
         length, left = self.tail_steps(steps), steps - 1 - step
         every = self.every or max(1, length // max(2 * self.rank, 40))
         if left < length and left % every == 0:
@@ -185,7 +170,8 @@ class SWAG(OneNetwork):
         Raises:
             RuntimeError: no weights were collected.
         """
-        self.check_there(bool(self.count))
+        if not self.count:
+            raise RuntimeError("no weights were collected yet: call effens.fit")
         device = self.mean.device if generator is None else generator.device
         z1, z2 = (
             torch.randn(size, generator=generator, dtype=self.mean.dtype, device=device).to(self.mean.device)
@@ -225,17 +211,12 @@ class SWAG(OneNetwork):
             RuntimeError: no weights were collected.
             ValueError: there is batch norm, and there are no batches.
         """
-        self.set_drawn(False)
+        self.ready = False
         generator = torch.Generator().manual_seed(self.seed)
         for m in range(self.members):
             self.samples.put(m, self.at(self.sample(generator=generator)))
         update_batch_norm(self.samples, batches)
-        self.set_drawn(True)
-
-    def answering(self) -> tuple[Ensemble, list[float]]:
-        """Return the members that were drawn."""
-        self.check_there(self.ready)
-        return self.samples.answering()
+        self.ready = True
 
     def extra_repr(self) -> str:
         """Show the settings."""
@@ -245,16 +226,6 @@ class SWAG(OneNetwork):
     def tail_steps(self, steps: int) -> int:
         """Return how many of ``steps`` are in the tail, at least 1."""
         return max(1, round(self.tail * steps))
-
-    def set_drawn(self, drawn: bool) -> None:
-        """Set whether there are members."""
-        self.ready = drawn
-        self.drawn.fill_(drawn)
-
-    def check_there(self, there: bool) -> None:
-        """Raise `RuntimeError` unless what is asked for is there."""
-        if not there:
-            raise RuntimeError("no members yet: call effens.fit")
 
 
 def update_batch_norm(network: nn.Module, batches: Iterable[Tensor]) -> None:
@@ -278,8 +249,3 @@ def update_batch_norm(network: nn.Module, batches: Iterable[Tensor]) -> None:
             layer.eval()
     if not seen:
         raise ValueError("batches must hold training inputs for the batch-norm statistics, got none")
-
-
-def reconsider(ensemble: SWAG, _: Any) -> None:
-    """Read whether a loaded ensemble has members."""
-    ensemble.ready = bool(ensemble.drawn)

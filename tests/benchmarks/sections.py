@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import effens
 from benchmarks.contestants import LoopConv2d, LoopLinear, found, tabular, uncertainty
 from benchmarks.timing import brief, compared, rounds
-from effens.batches import picked
+from effens.batches import take_rows
 from effens.costs import kept_bytes, training_step
 from effens.ensembles.base import MakeNet
 from effens.serving import BACKENDS
@@ -259,7 +259,7 @@ def mimo(seconds: float) -> Iterator[Row]:
 
         def ours(x: Tensor = x, y: Tensor = y) -> tuple[Tensor, Tensor]:
             (order,) = ensemble.batches(BATCH, BATCH)
-            return picked(x, order), y[order]  # as `fit` does
+            return take_rows(x, order), y[order]  # as `fit` does
 
         shuffles: dict[str, Call] = {"effens": ours}
         if found("torch_uncertainty"):
