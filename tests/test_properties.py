@@ -631,7 +631,7 @@ def filled(ensemble: Any) -> effens.Ensemble:
     if isinstance(ensemble, effens.SnapshotEnsemble):
         for m in range(ensemble.members):
             ensemble.snapshots.put(m, noisy(ensemble.network, m))
-        ensemble.set_count(ensemble.members)
+        ensemble.ready = True
     else:
         for m in range(3):
             ensemble.collect_from(noisy(ensemble.network, m))
