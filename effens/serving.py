@@ -24,7 +24,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,6 @@ from torch.distributions import Distribution
 from torch.distributions import StudentT as StudentTDistribution
 
 from effens.ensembles.base import Ensemble, check_positive
-from effens.ensembles.batch import BatchEnsembleLinear, Together
-from effens.ensembles.deep import Mixture, StackedLinear
-from effens.ensembles.layers import MemberLayer, RowEnsemble, chain
-from effens.ensembles.mimo import Heads
 from effens.likelihoods import Categorical, Likelihood
 from effens.storage import check_folder, write_whole
 from effens.training import predict
@@ -156,7 +152,7 @@ def export(
     if unknown := int((~x.isfinite()).sum()):
         raise ValueError(f"x must be finite, as answers are checked on it, got {unknown} numbers that are not")
     likelihood = Categorical() if likelihood is None else likelihood
-    network = Summary(ensemble, likelihood, len(x)).eval().requires_grad_(False)
+    network = Summary(ensemble, likelihood).eval().requires_grad_(False)
     expected = moments(predict(ensemble, x, likelihood=likelihood, chunk=len(x)), None)  # says what is wrong, if it is
     network = network.cpu() if backend == "onnx" else network
     home = next((tensor.device for tensor in network.state_dict().values()), x.device)
@@ -235,15 +231,14 @@ class Summary(nn.Module):
     Args:
         ensemble: any ensemble.
         likelihood: what its outputs mean.
-        batch: how many rows will be asked at once.
     """
 
     weights: Tensor | None
 
-    def __init__(self, ensemble: Ensemble, likelihood: Likelihood, batch: int) -> None:
+    def __init__(self, ensemble: Ensemble, likelihood: Likelihood) -> None:
         super().__init__()
         answering, weights = ensemble.answering()
-        self.ensemble = fold(answering, batch)
+        self.ensemble = copy.deepcopy(answering)
         self.likelihood = likelihood
         even = len(set(weights)) == 1
         dtype = next((p.dtype for p in self.ensemble.parameters() if p.is_floating_point()), torch.float32)
@@ -277,29 +272,6 @@ def moments(prediction: Tensor | Distribution, weights: Tensor | None) -> tuple[
     return mean, average(variance + away * away).sqrt()
 
 
-def fold(ensemble: Ensemble, batch: int) -> Ensemble:
-    """Return a copy of what answers, with all done that does not depend on the input."""
-    if isinstance(ensemble, Mixture):
-        return Mixture([fold(part, batch) for part in ensemble.parts()])
-    if not isinstance(ensemble, RowEnsemble):
-        return copy.deepcopy(ensemble)
-    if ensemble.members == 1:
-        return Heads(ensemble.member(0), 1)
-    links = chain(ensemble.network)
-    first = next((link for link in links if type(link) not in (nn.Flatten, nn.Identity)), None)
-    instead: dict[int, Any] = {}
-    for layer in ensemble.network.modules():
-        if isinstance(layer, MemberLayer) and (new := layer.exported(layer is first)) is not None:
-            instead[id(layer)] = new
-    network = copy.deepcopy(ensemble.network, instead)
-    for layer in network.modules():
-        if isinstance(layer, nn.Linear | StackedLinear | BatchEnsembleLinear) and (
-            batch > 1 or isinstance(layer, BatchEnsembleLinear)
-        ):
-            layer.weight.data = layer.weight.mT.contiguous().mT  # products of several rows read along the outputs
-    return ensemble.exported(network)
-
-
 def require(backend: str) -> None:
     """Raise unless the backend has what it needs to export."""
     if backend == "aoti":
@@ -322,28 +294,12 @@ def compiled(network: Summary, x: Tensor, facts: dict[str, Any]) -> bytes:
 
     program = torch.export.export(network, (x,))
     options: dict[str, Any] = {"aot_inductor.metadata": {"effens": json.dumps(facts)}}
-    together = isinstance(network.ensemble, Together) and len(x) == 1 and x.dtype == torch.float32
     if x.device.type == "cpu":
-        aten, way = torch.ops.aten, plain_linear if together else linear
-        program = program.run_decompositions({aten.linear.default: way, aten.baddbmm.default: baddbmm})
-    if together and x.device.type == "cpu":
-        written = {"max_autotune_gemm": True, "max_autotune_gemm_backends": "CPP"}
-        with suppress(RuntimeError):  # there may be a product that the compiler cannot write itself
-            package = io.BytesIO()
-            aoti_compile_and_package(program, package_path=package, inductor_configs=options | written)
-            return package.getvalue()
+        aten = torch.ops.aten
+        program = program.run_decompositions({aten.linear.default: linear, aten.baddbmm.default: baddbmm})
     package = io.BytesIO()
     aoti_compile_and_package(program, package_path=package, inductor_configs=options)
     return package.getvalue()
-
-
-def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Do what `torch.nn.functional.linear` does with one plain product, which the compiler can write itself.
-
-    For the few rows of BatchEnsemble at batch 1 that was measured at half the time of a library's product.
-    """
-    y = torch.mm(x.reshape(-1, x.shape[-1]), weight.mT).view(*x.shape[:-1], len(weight))
-    return y if bias is None else y + bias
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from effens.batches import Batches, Data, to_device
 from effens.checkpoint import Run, check_finite, fixed_seed
-from effens.ensembles.base import Ensemble, check_positive
+from effens.ensembles.base import Ensemble, check_positive, eval_mode
 from effens.likelihoods import Categorical, Likelihood
 
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
@@ -210,15 +210,10 @@ def predict(
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     check_positive(chunk=chunk)
     likelihood = Categorical() if likelihood is None else likelihood
-    modes = [(module, module.training) for module in ensemble.modules()]
     check_precision(precision)
     device = next(chain(ensemble.parameters(), ensemble.buffers()), x).device
-    ensemble.eval()
-    try:
+    with eval_mode(ensemble):
         outputs = [in_precision(precision, ensemble, to_device(rows, device)).to(x.device) for rows in x.split(chunk)]
-    finally:
-        for module, mode in modes:
-            module.training = mode
     return likelihood.predict(torch.cat(outputs, dim=1))
 
 

@@ -158,12 +158,12 @@ class TestEnsemble:
 
     def test_what_a_method_must_bring(self) -> None:
         ensemble, layer, likelihood, x = effens.Ensemble(3), MemberLayer(), effens.Likelihood(), torch.zeros(2, 1)
+        layer.members = 2
         asks: dict[str, Callable[[], object]] = {
             "an ensemble must override forward, got none in Ensemble": lambda: ensemble(x),
             "an ensemble must override forward_members, got none in Ensemble": lambda: ensemble.forward_members(x),
             "an ensemble must override member, got none in Ensemble": lambda: ensemble.member(0),
-            "a member layer must override apart, got none in MemberLayer": layer.apart,
-            "a member layer must override forward_shared, got none in MemberLayer": lambda: layer.forward_shared(x),
+            "a member layer must override forward_each, got none in MemberLayer": lambda: layer(x),
             "a member layer must override member, got none in MemberLayer": lambda: layer.member(0),
             "a likelihood must override nll, got none in Likelihood": lambda: likelihood.nll(x, x),
             "a likelihood must override predict, got none in Likelihood": lambda: likelihood.predict(x),

@@ -63,8 +63,8 @@ def formulas(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     noted: list[bool] = []
     folds = RankOneLayer.folds
 
-    def noting(layer: Any, activations: int) -> bool:
-        noted.append(folds(layer, activations))
+    def noting(layer: Any, x: Tensor) -> bool:
+        noted.append(folds(layer, x))
         return noted[-1]
 
     monkeypatch.setattr(RankOneLayer, "folds", noting)
@@ -76,7 +76,7 @@ def formulas(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_is_explicit_matrices(batch: int, fold: bool, bias: bool, formulas: list[bool]) -> None:
     compare(linear(bias=bias), explicit_linear, torch.randn(MEMBERS, batch, 6, dtype=torch.float64))
-    assert formulas == ([fold] if batch > 1 else [])  # of one row a member nothing is asked
+    assert formulas == [fold]
 
 
 @pytest.mark.parametrize(("batch", "fold"), [(1, False), (5, False), (6, True), (40, True)])
@@ -115,7 +115,7 @@ def test_convolution_is_explicit_kernels(
 
 def test_a_convolution_folds_from_four_numbers_a_weight_on() -> None:
     layer = convolution()  # 4 to 6 channels, 3 x 3: 216 weights; a pixel reads 4 numbers and writes 6
-    assert [layer.folds(pixels * layer.touched) for pixels in (86, 87)] == [False, True]
+    assert [layer.folds(torch.zeros(MEMBERS, 1, 4, 1, pixels)) for pixels in (86, 87)] == [False, True]
 
 
 def test_convolution_with_one_channel_per_group() -> None:
@@ -524,15 +524,12 @@ def test_members_cost_their_factors_and_biases(make_net: Callable[[], nn.Module]
         assert extra == members * factors + (members - 1) * biases
 
 
-@pytest.mark.parametrize("batch", [127, 128], ids=["together", "apart"])
-def test_images_run_together_and_apart_alike(batch: int) -> None:
-    """127 images of 8 x 8 are below the 8,192 numbers from which members run one after the other, 128 are not."""
+@pytest.mark.parametrize("batch", [1, 128], ids=["scale", "fold"])
+def test_images_have_the_gradients_of_each_member_alone(batch: int) -> None:
     torch.manual_seed(0)
     ensemble = effens.BatchEnsemble(cnn, members=3, init="normal").double()
     networks = [ensemble.member(m) for m in range(3)]
     xs = torch.randn(3, batch, 1, 8, 8, dtype=torch.float64)
-    assert ensemble.runs_apart(xs[0]) == (batch == 128)
-
     outputs = ensemble.forward_members(xs)
     torch.testing.assert_close(outputs, torch.stack([network(x) for network, x in zip(networks, xs, strict=True)]))
     torch.testing.assert_close(ensemble(xs[0]), torch.stack([network(xs[0]) for network in networks]))
@@ -550,9 +547,3 @@ def test_images_run_together_and_apart_alike(batch: int) -> None:
         torch.einsum("moikl,oikl,mi->mo", gradients, weight, r),
     ]
     torch.testing.assert_close(found, tuple(by_chain_rule))
-
-
-def test_members_that_share_a_normalization_run_together() -> None:
-    """In training its statistics are those of all members' rows."""
-    make_net = lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3))  # noqa: E731
-    assert not effens.BatchEnsemble(make_net, members=2).runs_apart(torch.randn(128, 1, 8, 8))

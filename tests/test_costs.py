@@ -78,10 +78,12 @@ def test_every_method_counts_the_same_operations_for_a_member(name: str) -> None
     assert measured(make()).flops == members * PER_EXAMPLE
 
 
-@pytest.mark.parametrize("make_net", [net, Own])
-def test_mimo_computes_one_network_with_more_heads(make_net: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize(("make_net", "slots"), [(net, 1), (Own, MEMBERS)])
+def test_mimo_computes_one_network_with_more_heads(make_net: Callable[[], nn.Module], slots: int) -> None:
+    """Of a network with a forward of its own, the first layer reads every slot."""
     found = measured(effens.MIMO(make_net, MEMBERS))
-    assert found.flops == PER_EXAMPLE + 2 * WIDTH * (MEMBERS - 1) * CLASSES  # also where it was never called before
+    more = 2 * WIDTH * (MEMBERS - 1) * CLASSES + 2 * INPUTS * WIDTH * (slots - 1)
+    assert found.flops == PER_EXAMPLE + more  # also where it was never called before
     more = (MEMBERS - 1) * (INPUTS * WIDTH + WIDTH * CLASSES + CLASSES)
     assert found.parameters == INPUTS * WIDTH + WIDTH + WIDTH * CLASSES + CLASSES + more
     assert found.stored_bytes == FLOAT * found.parameters
@@ -91,7 +93,7 @@ def test_what_snapshots_and_swag_store() -> None:
     one = INPUTS * WIDTH + WIDTH + WIDTH * CLASSES + CLASSES
     snapshot = measured(fitted(effens.SnapshotEnsemble(net, MEMBERS)))
     assert snapshot.parameters == one  # those that are trained
-    assert snapshot.stored_bytes == FLOAT * one * (MEMBERS + 1) + LONG  # and a counter
+    assert snapshot.stored_bytes == FLOAT * one * (MEMBERS + 1) + 1  # and a flag
     swag = measured(fitted(effens.SWAG(net, MEMBERS, rank=20)))
     assert swag.parameters == one
     assert swag.stored_bytes == FLOAT * one * (MEMBERS + 1 + 20 + 2) + LONG + 1  # a counter and a flag

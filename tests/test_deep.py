@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import effens
 import effens_book.nets
 from effens.ensembles.deep import LoopedLayer, StackedConv2d, StackedLinear
-from effens.ensembles.layers import member_conv2d, member_linear, shared_conv2d, shared_linear
+from effens.ensembles.layers import conv2d_each, linear_each
 
 MEMBERS = 3
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -213,15 +213,13 @@ def images_net() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 3)).double()
 
 
-@pytest.mark.parametrize("batch", [127, 128], ids=["together", "apart"])
-def test_images_run_together_and_apart_alike(batch: int) -> None:
-    """127 images of 8 x 8 are below the 8,192 numbers from which members run one after the other, 128 are not."""
+@pytest.mark.parametrize("batch", [9, 512], ids=["one convolution", "one a member"])
+def test_images_in_both_ways(batch: int) -> None:
+    """512 images of 8 x 8 times 4 channels are more than the 65,536 numbers up to which there is one convolution."""
     torch.manual_seed(0)
     ensemble = effens.DeepEnsemble(images_net, members=3)
     networks = [ensemble.member(m) for m in range(3)]
     xs = torch.randn(3, batch, 1, 8, 8, dtype=torch.float64)
-    assert ensemble.runs_apart(xs[0]) == (batch == 128)
-
     outputs = ensemble.forward_members(xs.clone())
     looped = torch.stack([network(x.clone()) for network, x in zip(networks, xs, strict=True)])
     torch.testing.assert_close(outputs, looped)
@@ -339,15 +337,15 @@ def test_linear_maps(shape: tuple[int, ...], bias: bool) -> None:
     biases = torch.randn(MEMBERS, 2, dtype=torch.float64) if bias else None
     xs = torch.randn(MEMBERS, *shape, dtype=torch.float64)
     each = [F.linear(xs[m], weight[m], None if biases is None else biases[m]) for m in range(MEMBERS)]
-    assert torch.allclose(member_linear(xs.flatten(0, 1), weight, biases), torch.cat(each), rtol=1e-12)
+    assert torch.allclose(linear_each(xs, weight, biases), torch.stack(each), rtol=1e-12)
     each = [F.linear(xs[0], weight[m], None if biases is None else biases[m]) for m in range(MEMBERS)]
-    assert torch.allclose(shared_linear(xs[0], weight, biases), torch.cat(each), rtol=1e-12)
+    assert torch.allclose(linear_each(xs[:1], weight, biases), torch.stack(each), rtol=1e-12)
 
 
 def test_linear_maps_of_rows_that_do_not_lie_in_order() -> None:
     weight = torch.randn(MEMBERS, 2, 3, dtype=torch.float64)
-    rows = torch.randn(7, 3, 2 * MEMBERS, dtype=torch.float64).permute(2, 0, 1)  # (members * batch, tokens, features)
-    assert torch.allclose(member_linear(rows, weight, None), member_linear(rows.contiguous(), weight, None))
+    x = torch.randn(7, 3, 2, MEMBERS, dtype=torch.float64).permute(3, 2, 0, 1)  # (members, batch, tokens, features)
+    assert torch.allclose(linear_each(x, weight, None), linear_each(x.contiguous(), weight, None))
 
 
 GEOMETRIES: list[dict[str, Any]] = [
@@ -376,12 +374,12 @@ def test_convolutions(geometry: dict[str, Any], bias: bool, side: int, monkeypat
         return conv2d(*args, **kwargs)
 
     monkeypatch.setattr(F, "conv2d", counted)
-    outputs = member_conv2d(xs.flatten(0, 1), weight, biases, **geometry)
+    outputs = conv2d_each(xs, weight, biases, **geometry)
     groups = geometry.get("groups", 1)
     assert calls == ([MEMBERS * groups] if side == 6 else [groups] * MEMBERS)
-    assert relative(outputs, torch.cat(each)) < 1e-12
-    assert relative(shared_conv2d(xs[0], weight, biases, **geometry), torch.cat(alike)) < 1e-12
-    mine, its = (torch.autograd.grad(y.square().sum(), xs)[0] for y in (outputs, torch.cat(each)))
+    assert relative(outputs, torch.stack(each)) < 1e-12
+    assert relative(conv2d_each(xs[:1], weight, biases, **geometry), torch.stack(alike)) < 1e-12
+    mine, its = (torch.autograd.grad(y.square().sum(), xs)[0] for y in (outputs, torch.stack(each)))
     assert relative(mine, its) < 1e-12
 
 

@@ -33,9 +33,9 @@ FIT: dict[str, Any] = {"epochs": 1, "batch_size": 8, "lr": 0.1, "device": "cpu",
 LIKELIHOODS = {"classes": effens.Categorical(), "gaussian": effens.Gaussian(), "student": effens.StudentT()}
 
 
-def folded(ensemble: effens.Ensemble, batch: int) -> effens.Ensemble:
+def answering(ensemble: effens.Ensemble) -> effens.Ensemble:
     """What is exported of an ensemble."""
-    return serving.fold(ensemble.answering()[0], batch)
+    return ensemble.answering()[0]
 
 
 class Location(effens.Likelihood):
@@ -241,7 +241,7 @@ def test_the_ensemble_is_left_as_it_was() -> None:
     ensemble = trained("batch").train()
     before = {name: tensor.clone() for name, tensor in ensemble.state_dict().items()}
     strides = [p.stride() for p in ensemble.parameters()]
-    serving.Summary(ensemble, effens.Categorical(), 2).eval().requires_grad_(False)
+    serving.Summary(ensemble, effens.Categorical()).eval().requires_grad_(False)
     assert all(module.training for module in ensemble.modules())
     assert all(p.requires_grad for p in ensemble.parameters())
     assert [p.stride() for p in ensemble.parameters()] == strides
@@ -255,7 +255,7 @@ def test_the_ensemble_is_left_as_it_was() -> None:
 def test_what_is_exported_equals_predict(method: str, net: Any, likelihood: str, rows: int) -> None:
     meaning = LIKELIHOODS.get(likelihood, Location())
     ensemble, x = trained(method, net, meaning.outputs or 3), inputs(net, rows)
-    summary = serving.Summary(ensemble, meaning, rows).eval()
+    summary = serving.Summary(ensemble, meaning).eval()
     with torch.no_grad():
         pairs = zip(summary(x), expected(ensemble, x, meaning), strict=True)
     assert all(torch.allclose(mine, its, rtol=1e-5, atol=1e-6) for mine, its in pairs)
@@ -321,7 +321,7 @@ def weights(module: nn.Module) -> int:
 def test_only_what_answers_is_exported() -> None:
     plain = weights(mlp())
     sizes = {
-        method: weights(serving.Summary(trained(method), effens.Categorical(), 2))
+        method: weights(serving.Summary(trained(method), effens.Categorical()))
         for method in ("one", "deep", "snapshot", "swag", "mimo")
     }
     assert sizes["one"] == plain
@@ -332,14 +332,14 @@ def test_only_what_answers_is_exported() -> None:
 
 
 def test_a_repeated_network_is_exported_once() -> None:
-    summary = serving.Summary(trained("hyper"), effens.Categorical(), 2)
+    summary = serving.Summary(trained("hyper"), effens.Categorical())
     assert summary.ensemble.members == 2
     assert summary.weights is not None
     assert summary.weights.tolist() == [0.75, 0.25]
 
 
 def test_no_first_layer_of_mimo_is_left() -> None:
-    layers = [layer for layer in folded(trained("mimo"), 2).modules() if isinstance(layer, MemberLayer)]
+    layers = [layer for layer in answering(trained("mimo")).modules() if isinstance(layer, MemberLayer)]
     assert [type(layer).__name__ for layer in layers] == ["LastLayer"]
 
 
@@ -348,20 +348,8 @@ def test_a_served_network_that_changes_its_input_leaves_the_reader_s_alone(membe
     make = lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))  # noqa: E731
     x = torch.randn(22, 4)
     before = x.clone()
-    folded(effens.MIMO(make, members), 2)(x)
+    answering(effens.MIMO(make, members))(x)
     assert torch.equal(x, before)
-
-
-def test_a_network_without_layers_is_folded() -> None:
-    x = torch.randn(2, 4)
-    assert torch.equal(folded(effens.DeepEnsemble(lambda: nn.Sequential(nn.Flatten()), 2), 2)(x), torch.stack([x, x]))
-
-
-def test_kernels_that_read_the_input_are_folded() -> None:
-    served = folded(trained("batch", cnn), 2)
-    names = [type(layer).__name__ for layer in served.modules() if isinstance(layer, MemberLayer)]
-    assert names[0] == "StackedConv2d"
-    assert not [name for name, _ in served.named_parameters() if name.startswith("network.0.") and name[-2:] in ".r.s"]
 
 
 @needs_onnx

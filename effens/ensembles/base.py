@@ -5,7 +5,8 @@ One training loop (`effens.fit`) serves all methods, because each overrides only
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -174,6 +175,18 @@ def made(make_net: MakeNet) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise TypeError(f"make_net must return an nn.Module, got {type(network).__name__}")
     return network
+
+
+@contextmanager
+def eval_mode(network: nn.Module) -> Iterator[None]:
+    """Put a network into eval mode; at the end, put every module back into its own."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def check_positive(**values: int) -> None:

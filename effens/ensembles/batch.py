@@ -10,32 +10,16 @@ rows by r, makes one plain product, and multiplies by s. Folding touches M weigh
 activation, so the layers fold when ``activations >= 4 * weights`` for each member, the rule that was measured fastest.
 """
 
-import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effens.ensembles.base import Ensemble, MakeNet, made
-from effens.ensembles.deep import StackedConv2d
-from effens.ensembles.layers import (
-    MemberLayer,
-    RowEnsemble,
-    filled,
-    member_conv2d,
-    member_linear,
-    refusal,
-    replace_layers,
-    rows_each,
-    shared_conv2d,
-    shared_linear,
-    slices,
-    split_rows,
-)
+from effens.ensembles.base import MakeNet, made
+from effens.ensembles.layers import GEOMETRY, RowEnsemble, WeightLayer, refusal, replace_layers, split_rows
 
 
 class BatchEnsemble(RowEnsemble):
@@ -110,10 +94,6 @@ class BatchEnsemble(RowEnsemble):
         ]
         return [group for group in groups if group["params"]]
 
-    def exported(self, network: nn.Module) -> Ensemble:
-        """Return what passes all members' rows through this network together."""
-        return Together(network, self.members)
-
     def extra_repr(self) -> str:
         """Show the settings."""
         return f"members={self.members}, split={self.split}, fast_lr={self.fast_lr}"
@@ -126,32 +106,66 @@ class BatchEnsemble(RowEnsemble):
         return losses.mean()
 
 
-class RankOneLayer(MemberLayer):
-    """What both BatchEnsemble layers have: weight, r ``(members, in)``, s and bias ``(members, out)``."""
+class RankOneLayer(WeightLayer):
+    """What both BatchEnsemble layers are: a shared weight, r ``(members, in)``, s and bias ``(members, out)``.
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-    size: int  # how many weights
-    touched: int  # how many numbers a row, or a pixel, reads and writes
+    Args:
+        plain: `nn.Linear` or `nn.Conv2d`, whose weight it shares and whose bias every member starts with.
+        members: how many members.
+        init: how r and s start.
+    """
 
-    def exported(self, first: bool) -> nn.Module:
-        """Return a layer that scales its rows and never builds a member's weights."""
-        return Scaled(copy.deepcopy(self))
-
-    def _set(self, weight: Tensor, bias: Tensor | None, inputs: int, members: int, init: str) -> None:
-        """Take over a plain layer's weight, the same object, and copy its bias for each member."""
+    def __init__(self, plain: nn.Linear | nn.Conv2d, members: int, init: str) -> None:
+        super().__init__()
         if members < 1:
             raise ValueError(f"members must be >= 1, got {members}")
-        self.members = members
-        self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
-        self.r = nn.Parameter(start(init, members, inputs).to(weight))
-        self.s = nn.Parameter(start(init, members, weight.shape[0]).to(weight))
+        self.members, self.geometry = members, None
+        inputs, bias = plain.weight.shape[1], plain.bias
+        if isinstance(plain, nn.Conv2d):
+            if plain.padding_mode != "zeros":
+                raise ValueError(f"padding_mode must be 'zeros', got {plain.padding_mode!r}")
+            inputs, self.geometry = plain.in_channels, {name: getattr(plain, name) for name in GEOMETRY}
+        self.weight = plain.weight if isinstance(plain.weight, nn.Parameter) else nn.Parameter(plain.weight)
+        self.r = nn.Parameter(init_factors(init, members, inputs).to(plain.weight))
+        self.s = nn.Parameter(init_factors(init, members, len(plain.weight)).to(plain.weight))
         self.bias = None if bias is None else nn.Parameter(bias.detach().repeat(members, 1), bias.requires_grad)
-        self.size, self.touched = weight.numel(), sum(weight.shape[:2])
+        self.train(plain.training)
 
-    def folds(self, activations: int) -> bool:
-        """Say whether to build each member's weights: if each member reads and writes 4 numbers or more per weight."""
-        return activations >= 4 * self.size
+    @classmethod
+    def of(cls, plain: nn.Linear | nn.Conv2d, members: int, *, init: str = "signs") -> Self:
+        """Make the layer out of a plain one, whose weight it shares and whose bias every member starts with."""
+        layer = cls.__new__(cls)
+        RankOneLayer.__init__(layer, plain, members, init)
+        return layer
+
+    def weights(self) -> Tensor:
+        """Return every member's weight: the shared one, its rows and columns scaled."""
+        if self.geometry is None:
+            return self.weight * self.r[:, None] * self.s[:, :, None]
+        outputs, groups = len(self.weight), self.geometry["groups"]
+        r = self.r.view(self.members, groups, 1, -1).expand(-1, -1, outputs // groups, -1).flatten(1, 2)
+        return self.weight * (r * self.s[:, :, None])[..., None, None]
+
+    def forward_each(self, x: Tensor) -> Tensor:
+        """Map ``(members or 1, batch, ...)`` to ``(members, batch, ...)``: fold or scale, whichever is faster."""
+        if self.folds(x):
+            return super().forward_each(x)
+        axis = -1 if self.geometry is None else 2
+        y = self.forward_plain(x * along(self.r, x, axis))
+        s, bias = along(self.s, y, axis), None if self.bias is None else along(self.bias, y, axis)
+        return scale_and_shift(y, s, bias)
+
+    def forward_plain(self, x: Tensor) -> Tensor:
+        """Map ``(members, batch, ...)`` by the shared weight alone."""
+        if self.geometry is None:
+            return F.linear(x, self.weight)
+        return split_rows(F.conv2d(x.flatten(0, 1), self.weight, **self.geometry), self.members)
+
+    def folds(self, x: Tensor) -> bool:
+        """Say whether to build each member's weight: if it reads and writes 4 numbers or more per weight, or 2 of x."""
+        outputs, inputs = self.weight.shape[:2]
+        each = x[0].numel() // self.r.shape[1] * (outputs + inputs)  # numbers that a member reads and writes
+        return each >= (4 if len(x) == self.members else 2) * self.weight.numel()
 
 
 class BatchEnsembleLinear(RankOneLayer):
@@ -181,64 +195,7 @@ class BatchEnsembleLinear(RankOneLayer):
     def __init__(
         self, in_features: int, out_features: int, members: int = 4, bias: bool = True, *, init: str = "signs"
     ) -> None:
-        super().__init__()
-        plain = nn.Linear(in_features, out_features, bias=bias)
-        self._set(plain.weight, plain.bias, in_features, members, init)
-
-    @classmethod
-    def from_linear(cls, plain: nn.Linear, members: int, *, init: str = "signs") -> "BatchEnsembleLinear":
-        """Make the layer out of a plain one, whose weight it shares and whose bias every member starts with."""
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer._set(plain.weight, plain.bias, plain.in_features, members, init)
-        return layer.train(plain.training)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``(members * batch, ..., in)`` to ``(members * batch, ..., out)``, each member its own rows."""
-        *rows, inputs = x.shape
-        if rows == [self.members]:  # one row each: the factors fit as they are, and views would take half the time
-            return scaled(F.linear(x * self.r, self.weight), self.s, self.bias)
-        each = rows_each(x, self.members) * math.prod(rows[1:])
-        if self.folds(each * self.touched):
-            return member_linear(x, self.weights(), self.bias)
-        return self._scale(x.reshape(self.members, each, inputs), rows)
-
-    def forward_shared(self, x: Tensor) -> Tensor:
-        """Map ``(batch, ..., in)``, the same for all members, to ``(members * batch, ..., out)``."""
-        batch, *rows, inputs = x.shape
-        each = batch * math.prod(rows)
-        if self.folds(2 * each * self.touched):  # x is read once: folding pays sooner
-            return shared_linear(x, self.weights(), self.bias)
-        return self._scale(x.reshape(1, each, inputs), [self.members * batch, *rows])
-
-    def _scale(self, x: Tensor, rows: list[int]) -> Tensor:
-        """Map ``(members or 1, each, in)`` to ``(*rows, out)``, with one product."""
-        s, bias = self.s, self.bias
-        y = F.linear(x * self.r.unsqueeze(1), self.weight)  # (members, each, out)
-        y = scaled(y, s.unsqueeze(1), None if bias is None else bias.unsqueeze(1))
-        return y.view(*rows, y.shape[-1])
-
-    def apart(self) -> list[Callable[[Tensor], Any]]:
-        """Return each member's own map, which scales: it builds no matrix of its own."""
-        factors = zip(self.r.unbind(), slices(self.s, self.bias), strict=True)
-        return [partial(self._of_member, r=r, s=s, bias=bias) for r, (s, bias) in factors]
-
-    def _of_member(self, x: Tensor, r: Tensor, s: Tensor, bias: Tensor | None) -> Tensor:
-        return scaled(F.linear(x * r, self.weight), s, bias)
-
-    def weights(self) -> Tensor:
-        """Return every member's weight, ``(members, out, in)``."""
-        return self.weight * self.r[:, None] * self.s[:, :, None]
-
-    def member(self, m: int) -> nn.Linear:
-        """Return member ``m`` as a plain `nn.Linear`, its factors folded into the weight."""
-        plain = nn.Linear(self.r.shape[1], self.s.shape[1], bias=self.bias is not None, device="meta")
-        return filled(plain, self, m, self.weight * self.r[m] * self.s[m][:, None])
-
-    def extra_repr(self) -> str:
-        """Describe the layer as `nn.Linear` does."""
-        out_features, in_features = self.weight.shape
-        return f"{in_features}, {out_features}, members={self.members}, bias={self.bias is not None}"
+        super().__init__(nn.Linear(in_features, out_features, bias=bias), members, init)
 
 
 class BatchEnsembleConv2d(RankOneLayer):
@@ -267,8 +224,6 @@ class BatchEnsembleConv2d(RankOneLayer):
         torch.Size([40, 8, 14, 14])
     """
 
-    convolves = True
-
     def __init__(
         self,
         in_channels: int,
@@ -280,80 +235,17 @@ class BatchEnsembleConv2d(RankOneLayer):
         init: str = "signs",
         **geometry: Any,
     ) -> None:
-        super().__init__()
-        self._take(nn.Conv2d(in_channels, out_channels, kernel_size, bias=bias, **geometry), members, init)
-
-    def _take(self, plain: nn.Conv2d, members: int, init: str) -> None:
-        if plain.padding_mode != "zeros":
-            raise ValueError(f"padding_mode must be 'zeros', got {plain.padding_mode!r}")
-        self._set(plain.weight, plain.bias, plain.in_channels, members, init)
-        names = ("stride", "padding", "dilation", "groups")
-        self.geometry = {name: getattr(plain, name) for name in names}
-
-    @classmethod
-    def from_conv2d(cls, plain: nn.Conv2d, members: int, *, init: str = "signs") -> "BatchEnsembleConv2d":
-        """Make the layer out of a plain one, whose kernels it shares and whose bias every member starts with."""
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer._take(plain, members, init)
-        return layer.train(plain.training)
-
-    def exported(self, first: bool) -> nn.Module:
-        """Return a layer of all members' kernels where it reads the input; else one that scales its rows."""
-        if first:
-            return StackedConv2d([self.member(m) for m in range(self.members)])
-        return super().exported(first)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``(members * batch, in, height, width)`` to ``(members * batch, out, height', width')``."""
-        batch = x.shape[0] // self.members
-        if self.folds(batch * math.prod(x.shape[2:]) * self.touched):
-            return member_conv2d(x, self.weights(), self.bias, **self.geometry)
-        x = split_rows(x, self.members)  # (members, batch, in, height, width)
-        y = F.conv2d((x * across(self.r, x, axis=2)).flatten(0, 1), self.weight, **self.geometry)
-        y, s = split_rows(y, self.members), across(self.s, x, axis=2)
-        return scaled(y, s, None if self.bias is None else across(self.bias, x, axis=2)).flatten(0, 1)
-
-    def forward_shared(self, x: Tensor) -> Tensor:
-        """Map ``(batch, in, height, width)``, the same for all members, to ``(members * batch, out, ...)``."""
-        return shared_conv2d(x, self.weights(), self.bias, **self.geometry)
-
-    def apart(self) -> list[Callable[[Tensor], Any]]:
-        """Return each member's own convolution, which folds: kernels are small beside images."""
-        parts = slices(self.weights(), self.bias)
-        return [partial(F.conv2d, weight=weight, bias=bias, **self.geometry) for weight, bias in parts]
-
-    def weights(self) -> Tensor:
-        """Return every member's kernels, ``(members, out, in / groups, height, width)``."""
-        out, inner = self.weight.shape[:2]
-        groups = self.geometry["groups"]
-        r = self.r.view(self.members, groups, 1, inner).expand(-1, -1, out // groups, -1).flatten(1, 2)
-        return self.weight * (r * self.s[:, :, None])[..., None, None]
-
-    def member(self, m: int) -> nn.Conv2d:
-        """Return member ``m`` as a plain `nn.Conv2d`, its factors folded into the kernels."""
-        height, width = self.weight.shape[2:]
-        inputs, out, bias = self.r.shape[1], self.s.shape[1], self.bias is not None
-        plain = nn.Conv2d(inputs, out, (height, width), bias=bias, device="meta", **self.geometry)
-        return filled(plain, self, m, self.weights()[m])
-
-    def extra_repr(self) -> str:
-        """Describe the layer as `nn.Conv2d` does."""
-        out_channels, in_channels = self.s.shape[1], self.r.shape[1]
-        kernel = tuple(self.weight.shape[2:])
-        return (
-            f"{in_channels}, {out_channels}, kernel_size={kernel}, members={self.members}, bias={self.bias is not None}"
-        )
+        super().__init__(nn.Conv2d(in_channels, out_channels, kernel_size, bias=bias, **geometry), members, init)
 
 
-def across(factors: Tensor, x: Tensor, axis: int = -1) -> Tensor:
+def along(factors: Tensor, x: Tensor, axis: int) -> Tensor:
     """View ``(members, size)`` so that it multiplies ``axis`` of ``x`` (members, batch, ...)."""
     shape = [1] * x.dim()
     shape[0], shape[axis] = factors.shape
     return factors.view(shape)
 
 
-def scaled(y: Tensor, s: Tensor, bias: Tensor | None) -> Tensor:
+def scale_and_shift(y: Tensor, s: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``y * s + bias``, for s and bias that broadcast to y."""
     if y.dtype != s.dtype:  # under autocast y is shorter than s, and stays so, as a plain layer's result
         s, bias = s.to(y.dtype), None if bias is None else bias.to(y.dtype)
@@ -362,7 +254,7 @@ def scaled(y: Tensor, s: Tensor, bias: Tensor | None) -> Tensor:
     return y * s + bias if y.requires_grad else torch.addcmul(bias, y, s)  # its backward would multiply twice more
 
 
-def start(init: str, members: int, size: int) -> Tensor:
+def init_factors(init: str, members: int, size: int) -> Tensor:
     """Draw factors ``(members, size)`` as ``init`` says."""
     if init == "signs":
         return torch.randint(0, 2, (members, size)) * 2.0 - 1
@@ -391,9 +283,9 @@ def convert(network: nn.Module, members: int, skip: str | Sequence[str], init: s
             remedy = f": leave it shared with skip=({name!r},)" if name else ""
             raise ValueError(f"BatchEnsemble cannot take {name or 'the network'!r}, {reason}{remedy}")
         if type(module) is nn.Linear:
-            layer: RankOneLayer = BatchEnsembleLinear.from_linear(module, members, init=init)
+            layer: RankOneLayer = BatchEnsembleLinear.of(module, members, init=init)
         elif type(module) is nn.Conv2d:
-            layer = BatchEnsembleConv2d.from_conv2d(module, members, init=init)
+            layer = BatchEnsembleConv2d.of(module, members, init=init)
         else:
             return None
         if layer.bias is not None:
@@ -404,39 +296,3 @@ def convert(network: nn.Module, members: int, skip: str | Sequence[str], init: s
     if not any(isinstance(module, RankOneLayer) for module in network.modules()):
         raise ValueError(f"the network must have an nn.Linear or nn.Conv2d to convert, got {network}")
     return network
-
-
-class Together(RowEnsemble):
-    """BatchEnsemble, compiled: all members' rows pass every layer together, however many they are."""
-
-    def runs_apart(self, x: Tensor) -> bool:
-        """Never."""
-        return False
-
-
-class Scaled(MemberLayer):
-    """A BatchEnsemble layer that always scales its rows by r and s, and never builds a member's weights."""
-
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        self.members = layer.members
-        self.layer = layer
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """Map ``(members * batch, ...)`` to ``(members * batch, ...)``."""
-        return self.scale(split_rows(rows, self.members))
-
-    def forward_shared(self, x: Tensor) -> Tensor:
-        """Map ``(batch, ...)``, the same for all members, to ``(members * batch, ...)``."""
-        return self.scale(x[None])
-
-    def scale(self, x: Tensor) -> Tensor:
-        """Map ``(members or 1, batch, ...)`` to ``(members * batch, ...)``."""
-        layer = self.layer
-        if isinstance(layer, BatchEnsembleConv2d):
-            rows = (x * across(layer.r, x, -3)).flatten(0, 1)
-            y, axis = split_rows(F.conv2d(rows, layer.weight, **layer.geometry), self.members), -3
-        else:
-            y, axis = F.linear(x * across(layer.r, x), layer.weight), -1
-        y = y * across(layer.s, y, axis)
-        return (y if layer.bias is None else y + across(layer.bias, y, axis)).flatten(0, 1)

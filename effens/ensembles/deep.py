@@ -8,40 +8,23 @@ ensembles", arXiv:1612.01474. There is no bagging: every member sees every examp
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from effens.ensembles.base import Ensemble, MakeNet, made
-from effens.ensembles.layers import (
-    Apart,
-    MemberLayer,
-    RowEnsemble,
-    filled,
-    has_hooks,
-    is_rowwise,
-    joined,
-    member_conv2d,
-    member_linear,
-    row_parts,
-    shared_conv2d,
-    shared_linear,
-    slices,
-)
+from effens.ensembles.layers import GEOMETRY, MemberLayer, RowEnsemble, WeightLayer, has_hooks, is_rowwise, rows_each
 
 
 class DeepEnsemble(RowEnsemble):
     """Independent networks, trained and asked as one batched computation where their layers allow it.
 
     Layers that stand in (nested) `nn.Sequential`s are stacked: `nn.Linear` becomes one batched matrix product,
-    `nn.Conv2d` a grouped convolution, activations, pooling and dropout take all members' rows at once. Where batching
-    images does not pay, on a CPU with many of them, the members run one after the other with the same stacked weights.
-    Every other module, a network with a `forward` of its own included, is looped over: exact, as fast as M networks.
+    `nn.Conv2d` a grouped convolution, activations, pooling and dropout take all members' rows at once. Every other
+    module, a network with a `forward` of its own included, is looped over: exact, as fast as M networks.
 
     Args:
         make_net: () -> nn.Module, a fresh network at each call.
@@ -152,80 +135,33 @@ class Mixture(Ensemble):
         raise AssertionError("unreachable")
 
 
-class StackedLinear(MemberLayer):
+class StackedLayer(WeightLayer):
+    """M plain layers as one, their weights and biases stacked along a new first axis."""
+
+    def __init__(self, layers: Sequence[nn.Linear | nn.Conv2d]) -> None:
+        super().__init__()
+        self.members = len(layers)
+        self.weight = stack_parameters([layer.weight for layer in layers])
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        self.bias = stack_parameters(biases) if biases else None
+        first = layers[0]
+        self.geometry = {name: getattr(first, name) for name in GEOMETRY} if isinstance(first, nn.Conv2d) else None
+
+    def weights(self) -> Tensor:
+        """Return every member's weight."""
+        return self.weight
+
+
+class StackedLinear(StackedLayer):
     """M `nn.Linear` as one: weight ``(members, out, in)``, bias ``(members, out)``."""
 
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        super().__init__()
-        self.members = len(layers)
-        self.weight = stacked([layer.weight for layer in layers])
-        self.bias = stacked_biases(layers)
 
-    def apart(self) -> list[Callable[[Tensor], Any]]:
-        """Return each member's own map."""
-        return [partial(F.linear, weight=weight, bias=bias) for weight, bias in slices(self.weight, self.bias)]
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """Map ``(members * batch, ..., in)`` to ``(members * batch, ..., out)``."""
-        return member_linear(rows, self.weight, self.bias)
-
-    def forward_shared(self, x: Tensor) -> Tensor:
-        """Map ``(batch, ..., in)``, the same for all members, to ``(members * batch, ..., out)``."""
-        return shared_linear(x, self.weight, self.bias)
-
-    def member(self, m: int) -> nn.Linear:
-        """Return a copy of member ``m``'s `nn.Linear`."""
-        out_features, in_features = self.weight.shape[1:]
-        layer = nn.Linear(in_features, out_features, bias=self.bias is not None, device="meta")
-        return filled(layer, self, m, self.weight[m])
-
-    def extra_repr(self) -> str:
-        """Describe the layer as `nn.Linear` does."""
-        members, out_features, in_features = self.weight.shape
-        return f"{in_features}, {out_features}, members={members}, bias={self.bias is not None}"
-
-
-class StackedConv2d(MemberLayer):
+class StackedConv2d(StackedLayer):
     """M `nn.Conv2d` as one: weight ``(members, out, in / groups, height, width)``, bias ``(members, out)``."""
 
-    convolves = True
 
-    def __init__(self, layers: Sequence[nn.Conv2d]) -> None:
-        super().__init__()
-        first = layers[0]
-        self.members = len(layers)
-        self.weight = stacked([layer.weight for layer in layers])
-        self.bias = stacked_biases(layers)
-        names = ("stride", "padding", "dilation", "groups")
-        self.geometry = {name: getattr(first, name) for name in names}
-
-    def apart(self) -> list[Callable[[Tensor], Any]]:
-        """Return each member's own convolution."""
-        return [
-            partial(F.conv2d, weight=weight, bias=bias, **self.geometry)
-            for weight, bias in slices(self.weight, self.bias)
-        ]
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """Map ``(members * batch, in, height, width)`` to ``(members * batch, out, height', width')``."""
-        return member_conv2d(rows, self.weight, self.bias, **self.geometry)
-
-    def forward_shared(self, x: Tensor) -> Tensor:
-        """Map ``(batch, in, height, width)``, the same for all members, to ``(members * batch, out, ...)``."""
-        return shared_conv2d(x, self.weight, self.bias, **self.geometry)
-
-    def member(self, m: int) -> nn.Conv2d:
-        """Return a copy of member ``m``'s `nn.Conv2d`."""
-        _, out, inner, height, width = self.weight.shape
-        inputs, bias = inner * self.geometry["groups"], self.bias is not None
-        layer = nn.Conv2d(inputs, out, (height, width), bias=bias, device="meta", **self.geometry)
-        return filled(layer, self, m, self.weight[m])
-
-    def extra_repr(self) -> str:
-        """Describe the layer as `nn.Conv2d` does."""
-        members, out, inner, *kernel = self.weight.shape
-        inputs = inner * self.geometry["groups"]
-        return f"{inputs}, {out}, kernel_size={tuple(kernel)}, members={members}, bias={self.bias is not None}"
+class Outputs(list[Any]):
+    """What M modules returned, one after the other, where that is no tensor: a recurrent module's tuples, say."""
 
 
 class LoopedLayer(MemberLayer):
@@ -239,29 +175,30 @@ class LoopedLayer(MemberLayer):
         self.members = len(layers)
         self.layers = nn.ModuleList(layers)
 
-    def apart(self) -> list[Callable[[Tensor], Any]]:
-        """Return the modules."""
-        return list(self.layers)
-
     def forward(self, rows: Any) -> Any:
         """Give member m's rows to module m."""
-        if not isinstance(rows, Apart):
-            rows = row_parts(rows, self.members)
-        return joined([layer(part) for layer, part in zip(self.layers, rows, strict=True)])
+        if not isinstance(rows, Outputs):  # unlike those of `unbind`, these parts may be changed in place
+            rows = torch.unsafe_split_with_sizes(rows, [rows_each(rows, self.members)] * self.members)
+        return join([layer(part) for layer, part in zip(self.layers, rows, strict=True)])
 
     def forward_shared(self, x: Tensor) -> Any:
         """Give the same ``x`` to every module, each a copy of its own."""
-        return joined([layer(x.clone()) for layer in self.layers])
+        return join([layer(x.clone()) for layer in self.layers])
 
     def member(self, m: int) -> nn.Module:
         """Return a copy of module ``m``."""
         return copy.deepcopy(self.layers[m])
 
 
+def join(outputs: list[Any]) -> Any:
+    """Join tensors, one a member, to member-major rows; keep anything else apart."""
+    return torch.cat(outputs) if all(isinstance(output, Tensor) for output in outputs) else Outputs(outputs)
+
+
 def stack(networks: Sequence[nn.Module]) -> nn.Module:
     """Make one network of M, taking them over: stacked where their layers allow it, looped over elsewhere."""
     first = networks[0]
-    if not alike(networks):
+    if not are_alike(networks):
         return LoopedLayer(networks)
     if type(first) is nn.Sequential:
         columns = zip(*(network._modules.items() for network in networks), strict=True)  # a layer may stand there twice
@@ -279,7 +216,7 @@ def member_tensors(network: nn.Module, m: int) -> dict[str, Tensor]:
     """Return the parts of what `stack` made that are member ``m``'s, by the names they have in its plain network."""
     if isinstance(network, LoopedLayer):
         return named_tensors(network.layers[m])
-    if isinstance(network, StackedLinear | StackedConv2d):
+    if isinstance(network, StackedLayer):
         return {name: parameter[m] for name, parameter in network.named_parameters()}
     return {
         f"{name}.{inner}": tensor
@@ -296,7 +233,7 @@ def named_tensors(network: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def alike(networks: Sequence[nn.Module]) -> bool:
+def are_alike(networks: Sequence[nn.Module]) -> bool:
     """Say whether networks are the same but for the values of their weights, with no hooks and no tied weights."""
 
     def looks(network: nn.Module) -> tuple[str, list[tuple[str, bool]], list[dict[str, Any]]]:
@@ -310,15 +247,9 @@ def alike(networks: Sequence[nn.Module]) -> bool:
     return plain and untied and all(looks(network) == looks(networks[0]) for network in networks[1:])
 
 
-def stacked(parameters: Sequence[Tensor]) -> nn.Parameter:
+def stack_parameters(parameters: Sequence[Tensor]) -> nn.Parameter:
     """Stack parameters along a new first axis, the members'."""
     return nn.Parameter(torch.stack([p.detach() for p in parameters]), requires_grad=parameters[0].requires_grad)
-
-
-def stacked_biases(layers: Sequence[nn.Linear] | Sequence[nn.Conv2d]) -> nn.Parameter | None:
-    """Stack the layers' biases; None where they have none."""
-    biases = [layer.bias for layer in layers if layer.bias is not None]
-    return stacked(biases) if biases else None
 
 
 def check_fresh(networks: Sequence[nn.Module]) -> None:

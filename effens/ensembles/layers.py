@@ -2,8 +2,8 @@
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,34 +13,75 @@ from torch.nn.utils import parametrize
 
 from effens.ensembles.base import Ensemble
 
-PlainLayer = TypeVar("PlainLayer", nn.Linear, nn.Conv2d)
+GEOMETRY = ("stride", "padding", "dilation", "groups")
 
 
 class MemberLayer(nn.Module):
     """A layer with weights for each member. Its rows are member-major: all of member 0's, then all of member 1's ..."""
 
     members: int
-    convolves = False  # whether the layer is a convolution
-    geometry: dict[str, Any]  # of a convolution: stride, padding, dilation, groups
 
-    def apart(self) -> list[Callable[[Tensor], Any]]:
-        """Return what the layer does to each member's rows, as a function for each."""
-        raise NotImplementedError(f"a member layer must override apart, got none in {type(self).__name__}")
+    def forward_each(self, x: Tensor) -> Tensor:
+        """Map each member's batch, or one for all, ``(members or 1, batch, ...)``, to ``(members, batch, ...)``."""
+        raise NotImplementedError(f"a member layer must override forward_each, got none in {type(self).__name__}")
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Map ``(members * batch, ...)`` to ``(members * batch, ...)``, each member its own rows."""
+        return self.forward_each(split_rows(rows, self.members)).flatten(0, 1)
 
     def forward_shared(self, x: Tensor) -> Tensor:
         """Map ``(batch, ...)``, the same for all members, to ``(members * batch, ...)``."""
-        raise NotImplementedError(f"a member layer must override forward_shared, got none in {type(self).__name__}")
-
-    def exported(self, first: bool) -> nn.Module | None:
-        """Return a layer that does the same where nothing is trained any more; None: this one is best.
-
-        ``first``: whether it reads the input, which is then the same for all members.
-        """
-        return None
+        return self.forward_each(x[None]).flatten(0, 1)
 
     def member(self, m: int) -> nn.Module:
         """Return a copy of member ``m``'s layer as a plain one."""
         raise NotImplementedError(f"a member layer must override member, got none in {type(self).__name__}")
+
+
+class WeightLayer(MemberLayer):
+    """A linear layer, or a convolution, of which each member has a weight of its own.
+
+    Attributes:
+        bias: ``(members, out)`` or None.
+        geometry: stride, padding, dilation and groups of a convolution; None: the layer is linear.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    geometry: dict[str, Any] | None
+
+    def weights(self) -> Tensor:
+        """Return every member's weight, ``(members, out, in)`` or ``(members, out, in / groups, height, width)``."""
+        raise NotImplementedError(f"a weight layer must override weights, got none in {type(self).__name__}")
+
+    def forward_each(self, x: Tensor) -> Tensor:
+        """Map ``(members or 1, batch, ...)`` to ``(members, batch, ...)``, as one batched computation."""
+        if self.geometry is None:
+            return linear_each(x, self.weights(), self.bias)
+        return conv2d_each(x, self.weights(), self.bias, **self.geometry)
+
+    def member(self, m: int) -> nn.Module:
+        """Return a copy of member ``m`` as a plain `nn.Linear` or `nn.Conv2d`: frozen, or in training, if this is."""
+        weight, biased = self.weights()[m].detach().clone(), self.bias is not None
+        outputs, inputs = weight.shape[:2]
+        plain: nn.Linear | nn.Conv2d
+        if self.geometry is None:
+            plain = nn.Linear(inputs, outputs, biased, device="meta")  # which costs nothing
+        else:
+            inputs *= self.geometry["groups"]
+            height, width = weight.shape[2:]
+            plain = nn.Conv2d(inputs, outputs, (height, width), bias=biased, device="meta", **self.geometry)
+        plain.weight = nn.Parameter(weight, self.weight.requires_grad)
+        if self.bias is not None:
+            plain.bias = nn.Parameter(self.bias[m].detach().clone(), self.bias.requires_grad)
+        return plain.train(self.training)
+
+    def extra_repr(self) -> str:
+        """Describe the layer as PyTorch's plain one does."""
+        outputs, inputs, *kernel = self.weight.shape[-2:] if self.geometry is None else self.weight.shape[-4:]
+        size = f", kernel_size={tuple(kernel)}" if self.geometry else ""
+        inputs *= self.geometry["groups"] if self.geometry else 1
+        return f"{inputs}, {outputs}{size}, members={self.members}, bias={self.bias is not None}"
 
 
 class RowEnsemble(Ensemble):
@@ -60,40 +101,12 @@ class RowEnsemble(Ensemble):
         """Answer with every member: ``(batch, ...)`` to ``(members, batch, outputs)``."""
         if x.dim() < 2:
             raise ValueError(f"x must be (batch, ...), got shape {tuple(x.shape)}")
-        if self.runs_apart(x):
-            return self.run_apart([x.clone() for _ in range(self.members)])  # a first layer may change it in place
         return self._answers(run_shared(self.network, x, self.members), x.shape[0])
 
     def forward_members(self, xs: Tensor) -> Tensor:
         """Give each member its own batch: ``(members, batch, ...)`` to ``(members, batch, outputs)``."""
         rows = self.check_streams(xs).flatten(0, 1)
-        if self.runs_apart(xs[0]):
-            return self.run_apart(row_parts(rows, self.members))
         return self._answers(self.network(rows), xs.shape[1])
-
-    def runs_apart(self, x: Tensor) -> bool:
-        """Say whether to run the members one after the other: on a CPU, with convolutions, from 8,192 numbers each.
-
-        There the calls that batching saves were measured to cost less than rearranging images for it, and one
-        member's numbers stay in the cache. Every layer must be a member layer, or treat each row by itself.
-        """
-        if x.device.type != "cpu" or x.numel() < 8192:
-            return False
-        layers = list(chain(self.network))
-        convolves = any(isinstance(layer, MemberLayer) and layer.convolves for layer in layers)
-        each = all((isinstance(layer, MemberLayer) and not has_hooks(layer)) or is_rowwise(layer) for layer in layers)
-        return convolves and each
-
-    def run_apart(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Run each member by itself through the whole network, with its part of the weights."""
-        layers = list(chain(self.network))
-        members = [layer.apart() if isinstance(layer, MemberLayer) else [layer] * self.members for layer in layers]
-        outputs = []
-        for x, *path in zip(inputs, *members, strict=True):
-            for layer in path:
-                x = layer(x)
-            outputs.append(x)
-        return self._answers(joined(outputs), len(inputs[0]))
 
     def _answers(self, rows: Any, batch: int) -> Tensor:
         """View what the network returned, rows, as ``(members, batch, outputs)``."""
@@ -102,10 +115,6 @@ class RowEnsemble(Ensemble):
             rule = f"the network must return one row of outputs per example, ({self.members * batch}, outputs)"
             raise ValueError(f"{rule}, got {got}")
         return rows.view(self.members, batch, *rows.shape[1:])
-
-    def exported(self, network: nn.Module) -> Ensemble:
-        """Return an ensemble that answers with this network, whose layers are those of `MemberLayer.exported`."""
-        return RowEnsemble(network, self.members)
 
     def member(self, m: int) -> nn.Module:
         """Return a copy of member ``m`` as a plain network, equal to ``ensemble(x)[m]``."""
@@ -127,23 +136,11 @@ def chain(network: nn.Module) -> Iterator[nn.Module]:
 
 
 # Layers without weights that treat each row by itself, whatever rows stand beside it.
-ROWWISE = (
-    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout),
-    *(
-        nn.ReLU,
-        nn.LeakyReLU,
-        nn.ELU,
-        nn.SELU,
-        nn.GELU,
-        nn.SiLU,
-        nn.Mish,
-        nn.Tanh,
-        nn.Sigmoid,
-        nn.Softplus,
-        nn.Hardswish,
-    ),
-    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d, nn.Upsample),
-)
+ROWWISE = {
+    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.SELU),
+    *(nn.GELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Hardswish, nn.MaxPool2d, nn.AvgPool2d),
+    *(nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d, nn.Upsample),
+}
 
 
 def is_rowwise(layer: nn.Module) -> bool:
@@ -176,31 +173,6 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
-def filled(plain: PlainLayer, layer: Any, m: int, weight: Tensor) -> PlainLayer:
-    """Give a plain layer copies of this weight and of a layer's bias ``m``; it is frozen, or in training, if that is.
-
-    The plain layer may stand on the meta device, so that it costs nothing.
-    """
-    plain.weight = nn.Parameter(weight.detach().clone(), layer.weight.requires_grad)
-    if layer.bias is not None:
-        plain.bias = nn.Parameter(layer.bias[m].detach().clone(), layer.bias.requires_grad)
-    return plain.train(layer.training)
-
-
-class Apart(list[Any]):
-    """What M modules returned, one after the other, where that is no tensor: a recurrent module's tuples, say."""
-
-
-def joined(outputs: list[Any]) -> Any:
-    """Join tensors, one a member, to member-major rows; keep anything else apart."""
-    return torch.cat(outputs) if all(isinstance(output, Tensor) for output in outputs) else Apart(outputs)
-
-
-def row_parts(rows: Tensor, members: int) -> Sequence[Tensor]:
-    """Divide member-major rows into each member's; unlike those of `unbind`, the parts may be changed in place."""
-    return torch.unsafe_split_with_sizes(rows, [rows_each(rows, members)] * members)
-
-
 def rows_each(rows: Tensor, members: int) -> int:
     """Return how many of the rows are each member's."""
     if rows.shape[0] % members:
@@ -213,86 +185,53 @@ def split_rows(rows: Tensor, members: int) -> Tensor:
     return rows.view(members, rows_each(rows, members), *rows.shape[1:])
 
 
-def slices(weight: Tensor, bias: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
-    """Return each member's weight (or s) and bias, unbound: a slice alone would have a gradient of full size."""
-    biases = [None] * len(weight) if bias is None else bias.unbind()
-    return list(zip(weight.unbind(), biases, strict=True))
-
-
-def member_linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Apply each member's linear map to its own rows, as one batched matrix product.
+def linear_each(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Apply each member's linear map, as one batched matrix product.
 
     Args:
-        rows: (members * batch, ..., in).
+        x: (members or 1, batch, ..., in).
         weight: (members, out, in).
         bias: (members, out) or None.
 
     Returns:
-        (members * batch, ..., out)
+        (members, batch, ..., out)
     """
-    x = split_rows(rows, weight.shape[0])  # (members, batch, ..., in)
-    if x.dim() > 3:
-        x = x.flatten(1, -2)  # (members, batch * ..., in)
-    return product(x, weight, bias).view(*rows.shape[:-1], weight.shape[1])
-
-
-def shared_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Apply every member's linear map to the same ``x`` (batch, ..., in), as one batched matrix product.
-
-    One plain product with all rows of ``weight`` would have to be rearranged, which costs more than it saves.
-
-    Returns:
-        (members * batch, ..., out), member-major.
-    """
-    members, out, _ = weight.shape
-    rows = x if x.dim() == 2 else x.flatten(0, -2)  # (batch * ..., in)
-    rows = rows.expand(members, -1, -1)  # no copy
-    return product(rows, weight, bias).view(members * x.shape[0], *x.shape[1:-1], out)
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return ``x @ weight.mT + bias``, of x (members, rows, in), weight (members, out, in), bias (members, out)."""
+    rows = (x if x.dim() == 3 else x.flatten(1, -2)).expand(len(weight), -1, -1)  # (members, batch * ..., in), no copy
     if x.shape[-1] == 1:  # numbers times numbers: a batched product of so little was measured to take twice as long
-        return x * weight.mT if bias is None else torch.addcmul(bias[:, None], x, weight.mT)
-    return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias[:, None], x, weight.mT)
+        y = rows * weight.mT if bias is None else torch.addcmul(bias[:, None], rows, weight.mT)
+    else:
+        y = torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias[:, None], rows, weight.mT)
+    return y if x.dim() == 3 else y.view(*y.shape[:1], *x.shape[1:-1], y.shape[-1])
 
 
-def member_conv2d(rows: Tensor, weight: Tensor, bias: Tensor | None, **geometry: Any) -> Tensor:
-    """Convolve each member's rows with its own kernels: one grouped convolution, or one call a member.
+def conv2d_each(x: Tensor, weight: Tensor, bias: Tensor | None, **geometry: Any) -> Tensor:
+    """Convolve with each member's kernels: by one convolution of all channels, or by one a member.
 
-    On a CPU, a grouped convolution was measured faster only while a member's result is small: beyond
-    65,536 numbers rearranging them costs more than the calls it saves.
+    On a CPU, a grouped convolution was measured faster only while a member's result is small: beyond 65,536 numbers
+    rearranging them costs more than the calls it saves.
 
     Args:
-        rows: (members * batch, in, height, width).
+        x: (members or 1, batch, in, height, width).
         weight: (members, out, in / groups, kernel height, kernel width).
         bias: (members, out) or None.
-        geometry: stride, padding, dilation, groups, as of `torch.nn.functional.conv2d`.
+        geometry: stride, padding, dilation, groups, as in `torch.nn.functional.conv2d`.
 
     Returns:
-        (members * batch, out, height', width')
+        (members, batch, out, height', width')
     """
-    members, out = weight.shape[:2]
-    x = split_rows(rows, members)
-    if rows.device.type == "cpu" and x[0].numel() // x.shape[2] * out > 65_536:
-        parts = zip(x.unbind(), slices(weight, bias), strict=True)
-        return torch.cat([F.conv2d(part, *own, **geometry) for part, own in parts])
-    groups = geometry.pop("groups", 1) * members
-    wide = x.transpose(0, 1).flatten(1, 2)  # (batch, members * in, height, width)
-    y = F.conv2d(wide, weight.flatten(0, 1), None if bias is None else bias.flatten(), groups=groups, **geometry)
-    return torch.unflatten(y, 1, (members, out)).transpose(0, 1).flatten(0, 1)
-
-
-def shared_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, **geometry: Any) -> Tensor:
-    """Convolve the same ``x`` (batch, in, height, width) with every member's kernels, as one plain convolution.
-
-    Returns:
-        (members * batch, out, height', width'), member-major.
-    """
-    if geometry.get("groups", 1) > 1:
-        return member_conv2d(x.expand(weight.shape[0], *x.shape).flatten(0, 1), weight, bias, **geometry)
-    y = F.conv2d(x, weight.flatten(0, 1), None if bias is None else bias.flatten(), **geometry)
-    return torch.unflatten(y, 1, weight.shape[:2]).transpose(0, 1).flatten(0, 1)
+    members, outputs = weight.shape[:2]
+    wide, groups = weight.flatten(0, 1), geometry.pop("groups", 1)
+    if len(x) == 1 and groups == 1:  # all members read the same channels
+        y = F.conv2d(x[0], wide, None if bias is None else bias.flatten(), **geometry)
+        return torch.unflatten(y, 1, (members, outputs)).transpose(0, 1)
+    x = x.expand(members, *x.shape[1:])
+    if x.device.type == "cpu" and x[0].numel() // x.shape[2] * outputs > 65_536:
+        biases = [None] * members if bias is None else bias.unbind()
+        parts = zip(x.unbind(), weight.unbind(), biases, strict=True)
+        return torch.stack([F.conv2d(*part, groups=groups, **geometry) for part in parts])
+    channels = x.transpose(0, 1).flatten(1, 2)  # (batch, members * in, height, width)
+    y = F.conv2d(channels, wide, None if bias is None else bias.flatten(), groups=groups * members, **geometry)
+    return torch.unflatten(y, 1, (members, outputs)).transpose(0, 1)
 
 
 def refusal(module: nn.Module) -> str:

@@ -10,7 +10,6 @@ Fort et al. (2021), "Training independent subnetworks for robust prediction", ar
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import partial
 from threading import Lock
 from typing import Any
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from effens.ensembles.base import Ensemble, MakeNet, made
+from effens.ensembles.base import Ensemble, MakeNet, eval_mode, made
 from effens.ensembles.layers import MemberLayer, RowEnsemble, chain, has_hooks, refusal, replace_layers, split_rows
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -34,10 +33,7 @@ MIXING = (
     *(nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer),
 )
 
-# Whether `forward` asks, with the same input for every slot. The first layer cannot be told by an argument, for the
-# reader's own `forward` stands between; a context variable keeps threads that ask at the same time apart.
-SAME_INPUT: ContextVar[bool] = ContextVar("SAME_INPUT", default=False)
-CHECKING = Lock()  # threads that ask first at the same time would see each other's calls
+CHECKING = Lock()  # threads that ask first at the same time would record each other's calls
 
 
 class MIMO(RowEnsemble):
@@ -95,47 +91,30 @@ class MIMO(RowEnsemble):
         self.share = share
         self.repeats = repeats
         self._unchecked = route if route and not route.known else None
-        self._writes = may_write(self.network)
 
     def forward(self, x: Tensor) -> Tensor:
         """Answer with every head: ``(batch, ...)``, put into every slot, to ``(members, batch, outputs)``.
 
-        The first layer sums its slots' weights and reads ``x`` once, so that asking costs what one network does.
+        A first layer that stands in nested `nn.Sequential`s sums its slots' weights and reads ``x`` once, so that
+        asking costs what one network does.
         """
-        if x.dim() < 2:
-            raise ValueError(f"x must be (batch, ...), got shape {tuple(x.shape)}")
         if self._unchecked and len(x):
-            self._check(x)
-        if self._writes:
-            x = x.clone()
-        if torch.compiler.is_dynamo_compiling():  # which cannot follow a context variable
-            return self.forward_members(x.expand(self.members, *x.shape))
-        token = SAME_INPUT.set(True)
-        try:
-            return self._answers(self.network(x), len(x))
-        finally:
-            SAME_INPUT.reset(token)
+            self._check_route(torch.stack([x[[0, 0]]] * self.members))
+        return super().forward(x)
 
     def forward_members(self, xs: Tensor) -> Tensor:
         """Give each slot its own batch: ``(members, batch, ...)`` to ``(members, batch, outputs)``."""
-        rows = self.check_streams(xs).flatten(0, 1)
-        outputs = self._unchecked.watch(self.network, rows) if self._unchecked else self.network(rows)
-        answers = self._answers(outputs, xs.shape[1])
-        if len(rows):  # without any, nothing was seen
-            self._unchecked = None
-        return answers
+        if self._unchecked and xs.numel():
+            self._check_route(self.check_streams(xs)[:, [0, 0]])
+        return super().forward_members(xs)
 
     @torch.no_grad()
-    def _check(self, x: Tensor) -> None:
-        """Ask an unknown network once with slots apart: with one input for all, whatever it does would look right."""
-        with CHECKING:
-            modes = [(module, module.training) for module in self.modules()]
-            self.eval()
-            try:
-                self.forward_members(torch.stack([x[[0, 0]]] * self.members))  # the network may change them in place
-            finally:
-                for module, mode in modes:
-                    module.training = mode
+    def _check_route(self, xs: Tensor) -> None:
+        """See, before its first call, whether an unknown network goes the way that it was widened for."""
+        with CHECKING, eval_mode(self):
+            if self._unchecked:
+                self._answers(self._unchecked.watch(self.network, xs.flatten(0, 1)), 2)
+        self._unchecked = None
 
     def batches(self, n: int, batch_size: int, generator: torch.Generator | None = None) -> Iterable[Tensor]:
         """Give each slot the examples of each batch in an order of its own: ``(members, batch * repeats)``.
@@ -149,9 +128,11 @@ class MIMO(RowEnsemble):
             slots = [index[:own][torch.randperm(own, generator=generator)] for _ in range(self.members)]
             yield torch.stack([torch.cat([slot, index[own:]]) for slot in slots])
 
-    def exported(self, network: nn.Module) -> Ensemble:
-        """Return what asks a plain network, whose first layer was summed."""
-        return Heads(network, self.members)
+    def answering(self) -> tuple[Ensemble, list[float]]:
+        """Return a copy whose first layer reads one input for all slots, the weights that meet it summed."""
+        layers = [layer for layer in self.network.modules() if isinstance(layer, FirstLayer)]
+        network = copy.deepcopy(self.network, {id(layer): layer.member(0) for layer in layers})
+        return Heads(network, self.members), [1.0] * self.members
 
     def extra_repr(self) -> str:
         """Show the settings."""
@@ -159,11 +140,11 @@ class MIMO(RowEnsemble):
 
 
 class Heads(RowEnsemble):
-    """A plain network that answers with all members' rows: MIMO with its first layer summed, or a single member."""
+    """A network that reads one input and answers with all members' rows: MIMO, its first layer summed."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Answer with every head: ``(batch, ...)`` to ``(members, batch, outputs)``."""
-        return self._answers(self.network(x.clone() if may_write(self.network) else x), len(x))
+        return self._answers(self.network(x.clone()), len(x))
 
 
 class FirstLayer(MemberLayer):
@@ -172,14 +153,12 @@ class FirstLayer(MemberLayer):
     def __init__(self, plain: Layer, members: int) -> None:
         super().__init__()
         self.members = members
-        self.layer = resized(plain, torch.cat([plain.weight] * members, dim=1), plain.bias)
+        self.layer = resize(plain, torch.cat([plain.weight] * members, dim=1), plain.bias)
         self.layer.reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Give each slot its own rows of ``x``; or all of them ``x``, where `MIMO.forward` asks."""
-        if not torch.compiler.is_dynamo_compiling() and SAME_INPUT.get():
-            return self.forward_shared(x)
-        slots = split_rows(x, self.members).unbind()  # members of (batch, ..., channels, ...)
+    def forward(self, rows: Tensor) -> Tensor:
+        """Give each slot its own rows."""
+        slots = split_rows(rows, self.members).unbind()  # members of (batch, ..., channels, ...)
         y: Tensor = self.layer(torch.cat(slots, channel_axis(self.layer)))
         return y
 
@@ -194,13 +173,9 @@ class FirstLayer(MemberLayer):
         """Return the weight that meets an input which is in every slot."""
         return torch.unflatten(self.layer.weight, 1, (self.members, -1)).sum(1)
 
-    def exported(self, first: bool) -> nn.Module:
-        """Return the layer with the weights of all slots summed: each reads the same."""
-        return self.member(0)
-
     def member(self, m: int) -> nn.Module:
         """Return a plain copy, the same for every member, that reads one input for all slots."""
-        return resized(self.layer, self.summed(), self.layer.bias)
+        return resize(self.layer, self.summed(), self.layer.bias)
 
 
 class LastLayer(MemberLayer):
@@ -210,7 +185,7 @@ class LastLayer(MemberLayer):
         super().__init__()
         self.members = members
         bias = None if plain.bias is None else torch.cat([plain.bias] * members)
-        self.layer = resized(plain, torch.cat([plain.weight] * members), bias)
+        self.layer = resize(plain, torch.cat([plain.weight] * members), bias)
         self.layer.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -220,7 +195,7 @@ class LastLayer(MemberLayer):
     def member(self, m: int) -> nn.Module:
         """Return a copy of head ``m`` as a plain layer."""
         bias = None if self.layer.bias is None else self.layer.bias.chunk(self.members)[m]
-        return resized(self.layer, self.layer.weight.chunk(self.members)[m], bias)
+        return resize(self.layer, self.layer.weight.chunk(self.members)[m], bias)
 
 
 class Route:
@@ -249,7 +224,7 @@ class Route:
             if name not in modules:
                 have = [name for name in modules if name]
                 raise ValueError(f"{role} must name a module of the network, got {name!r}, have {have}")
-            if reason := unfit(modules, name):
+            if reason := why_not_wide(modules, name):
                 raise ValueError(f"MIMO cannot widen {name or 'the network'!r}, {reason}: name another with {role}=")
         if modules[self.first] is modules[self.last]:
             raise ValueError(f"first and last must be two layers, got {self.first!r} for both")
@@ -270,7 +245,7 @@ class Route:
 
     def watch(self, network: nn.Module, rows: Tensor) -> Any:
         """Call the widened network, and raise `ValueError` if the layers are not called as they must be."""
-        with recorded(network, self.watched) as calls:
+        with record_calls(network, self.watched) as calls:
             try:
                 outputs = network(rows)
             except (RuntimeError, ValueError) as error:
@@ -304,13 +279,7 @@ class Route:
                 raise ValueError(f"{rule}, got {name!r} called {where}")
 
 
-def may_write(network: nn.Module) -> bool:
-    """Say whether a network may change its input in place: it does not begin with a layer that only reads it."""
-    first = next((link for link in chain(network) if type(link) not in (nn.Flatten, nn.Identity)), None)
-    return not isinstance(first, MemberLayer) and type(first) not in WIDENED
-
-
-def unfit(modules: dict[str, nn.Module], name: str) -> str:
+def why_not_wide(modules: dict[str, nn.Module], name: str) -> str:
     """Say why a module cannot be widened, or nothing if it can."""
     parts = name.split(".")
     for outer in (".".join(parts[:i]) for i in range(len(parts))):
@@ -336,7 +305,7 @@ def channel_axis(layer: Layer) -> int:
     return 1 - layer.weight.dim()
 
 
-def resized(layer: Layer, weight: Tensor, bias: Tensor | None) -> Layer:
+def resize(layer: Layer, weight: Tensor, bias: Tensor | None) -> Layer:
     """Return a copy of a layer with another weight and bias, of any size; it is frozen, or in training, if that is."""
     instead = {id(layer.weight): nn.Parameter(weight.detach().clone(), layer.weight.requires_grad)}
     if layer.bias is not None and bias is not None:
@@ -351,7 +320,7 @@ def resized(layer: Layer, weight: Tensor, bias: Tensor | None) -> Layer:
 
 
 @contextmanager
-def recorded(network: nn.Module, names: Sequence[str]) -> Iterator[list[str]]:
+def record_calls(network: nn.Module, names: Sequence[str]) -> Iterator[list[str]]:
     """Record which of the named modules are called, in the order in which they return."""
     calls: list[str] = []
     hooks = []
