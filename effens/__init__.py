@@ -33,49 +33,10 @@ from effens.tuning import Candidates, search, stratify
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "MIMO",
-    "SWAG",
-    "BatchEnsemble",
-    "BatchEnsembleConv2d",
-    "BatchEnsembleLinear",
-    "Candidates",
-    "Categorical",
-    "Costs",
-    "DeepEnsemble",
-    "Ensemble",
-    "Gaussian",
-    "History",
-    "HyperEnsemble",
-    "Likelihood",
-    "SnapshotEnsemble",
-    "StudentT",
-    "accuracy",
-    "auroc",
-    "brier",
-    "crps",
-    "cyclic_cosine",
-    "device",
-    "disagreement",
-    "diversity_gain",
-    "ece",
-    "expected_entropy",
-    "export",
-    "fit",
-    "fit_each",
-    "greedy_select",
-    "load",
-    "measure",
-    "member_nll",
-    "mixture",
-    "mutual_information",
-    "nll",
-    "predict",
-    "save",
-    "search",
-    "stratify",
-    "summarize",
-    "temper",
-    "temperature",
-    "total_entropy",
-]
+__all__ = ["MIMO", "SWAG", "BatchEnsemble", "DeepEnsemble", "Ensemble", "HyperEnsemble", "SnapshotEnsemble"]
+__all__ += ["BatchEnsembleConv2d", "BatchEnsembleLinear", "cyclic_cosine"]
+__all__ += ["Costs", "History", "device", "export", "fit", "load", "measure", "predict", "save", "summarize"]
+__all__ += ["Categorical", "Gaussian", "Likelihood", "StudentT", "mixture"]
+__all__ += ["accuracy", "auroc", "brier", "crps", "disagreement", "diversity_gain", "ece", "expected_entropy"]
+__all__ += ["member_nll", "mutual_information", "nll", "temper", "temperature", "total_entropy"]
+__all__ += ["Candidates", "fit_each", "greedy_select", "search", "stratify"]

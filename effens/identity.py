@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from functools import partial
 from hashlib import sha256
 from types import FunctionType, ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from safetensors.torch import save as to_bytes
@@ -25,10 +25,10 @@ def digest(value: Any) -> str:
         >>> digest([1, torch.ones(2)]) == digest([1, torch.ones(2)]), digest([1]) == digest([2])
         (True, False)
     """
-    return sha256(json.dumps(described(value), sort_keys=True).encode()).hexdigest()[:12]
+    return sha256(json.dumps(describe(value), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def described(value: Any, inside: tuple[int, ...] = ()) -> Any:
+def describe(value: Any, inside: tuple[int, ...] = ()) -> Any:
     """Return what tells a value from others, the same in every process, as something JSON can hold.
 
     Functions and classes are their names in a module. Those that have none, lambdas and what was made inside a
@@ -43,54 +43,36 @@ def described(value: Any, inside: tuple[int, ...] = ()) -> Any:
     """
     if isinstance(value, PLAIN):
         return repr(value)
+    if isinstance(value, Tensor):
+        value = to_bytes({"": value.detach().cpu().contiguous()})
     if isinstance(value, bytes):
         return sha256(value).hexdigest()
-    if isinstance(value, Tensor):
-        return described(to_bytes({"": value.detach().cpu().contiguous()}))
     if id(value) in inside:
         return f"what holds this, {len(inside) - inside.index(id(value))} further out"
-    inner = partial(described, inside=(*inside, id(value)))
-    if isinstance(value, dict):
-        return {key if isinstance(key, str) else json.dumps(inner(key)): inner(value[key]) for key in value}
-    if isinstance(value, tuple | list):
-        return [inner(part) for part in value]
-    if isinstance(value, set | frozenset):
-        return sorted(json.dumps(inner(part), sort_keys=True) for part in value)
-    found = parts(value)
-    return found if isinstance(found, str) else inner(found)
-
-
-def parts(value: Any) -> Any:
-    """Return the name that tells a value from others, or what it is made of."""
-    name, owner = getattr(value, "__qualname__", None), getattr(value, "__self__", None)
-    if isinstance(value, ModuleType):
-        return value.__name__
-    if name is not None and "<" not in name and (owner is None or isinstance(owner, ModuleType)):
-        return f"{value.__module__}.{name}"
+    inner = partial(describe, inside=(*inside, id(value)))
     match value:
+        case dict():
+            return {key if isinstance(key, str) else json.dumps(inner(key)): inner(value[key]) for key in value}
+        case tuple() | list():
+            return [inner(part) for part in value]
+        case set() | frozenset():
+            return sorted(json.dumps(inner(part), sort_keys=True) for part in value)
         case partial():
-            return [value.func, value.args, value.keywords]
+            return inner([value.func, value.args, value.keywords])
         case torch.Generator():
-            return ["generator", value.initial_seed()]  # its state moves on
+            return f"generator {value.initial_seed()}"  # its state moves on
         case DataLoader():
-            return [type(value), {key: part for key, part in vars(value).items() if key != "_iterator"}]  # its workers
-        case FunctionType() | type():
-            refuse(value)
-    return reduced(value)
-
-
-def reduced(value: Any) -> Any:
-    """Return what pickling would keep of an object; raise `ValueError` if nothing."""
+            return inner([type(value), {key: part for key, part in vars(value).items() if key != "_iterator"}])
+    name, owner = getattr(value, "__qualname__", "<"), getattr(value, "__self__", None)
+    if "<" not in name and (owner is None or isinstance(owner, ModuleType)):
+        return f"{value.__module__}.{name}"
     try:
-        found = value.__reduce_ex__(4)
+        if isinstance(value, FunctionType | type):
+            raise TypeError("it stands in no module")
+        found = value.__reduce_ex__(4)  # what pickling would keep
     except Exception as error:
-        refuse(value, error)
+        rule = "what a result depends on must be described: by a function that stands in a module, or by name="
+        raise ValueError(f"{rule}, got {value!r}") from error
     if isinstance(found, str):
         return f"{type(value).__qualname__}.{found}"
-    return [list(part) if isinstance(part, Iterator) else part for part in found]
-
-
-def refuse(value: Any, error: Exception | None = None) -> NoReturn:
-    """Raise `ValueError`: the value cannot be described."""
-    rule = "what a result depends on must be described: by a function that stands in a module, or by name="
-    raise ValueError(f"{rule}, got {value!r}") from error
+    return inner([list(part) if isinstance(part, Iterator) else part for part in found])

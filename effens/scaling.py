@@ -5,18 +5,16 @@ N trainings of t seconds on W workers, with s seconds that no worker can share, 
 .. math:: T(W) = s + t \lceil N / W \rceil
 
 What cannot be shared is Amdahl's (1967), "Validity of the single processor approach to achieving large scale computing
-capabilities", doi:10.1145/1465482.1465560. Trainings of unequal times wait for the one that ends last: `makespan`.
+capabilities", doi:10.1145/1465482.1465560. Trainings of unequal times wait for the one that ends last.
 """
 
-import heapq
 import os
+import pickle
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
-from functools import partial
 from pathlib import Path
-from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -28,7 +26,7 @@ from tqdm import tqdm
 from effens.batches import Data, as_pair
 from effens.ensembles.base import Ensemble, check_positive
 from effens.ensembles.deep import DeepEnsemble
-from effens.identity import described, digest
+from effens.identity import describe, digest
 from effens.storage import load, save
 from effens.training import fit
 from effens.tuning import OF_FIT, Settings, build
@@ -92,8 +90,7 @@ def fit_each(
         Exception: what the first failed training raised, a worker's death included, after all others have ended.
 
     Example:
-        >>> from functools import partial
-        >>> make_net = partial(nn.Linear, 3, 2)
+        >>>         >>> make_net = partial(nn.Linear, 3, 2)
         >>> data, folder = (torch.randn(50, 3), torch.randint(2, (50,))), tempfile.mkdtemp()
         >>> networks = fit_each(make_net, data, range(3), folder=folder, epochs=2, progress=False)
         >>> len(list(Path(folder).iterdir()))  # kept
@@ -107,9 +104,9 @@ def fit_each(
     check_positive(threads=threads)
     if isinstance(executor, ProcessPoolExecutor):
         check_importable(make_net=make_net, data=data if callable(data) else None, options=options)
-    sent = wrapped(data)
+    sent = pack_data(data)
     known = (name or make_net, name if name and callable(data) else sent)
-    facts = described([*known, {key: value for key, value in options.items() if key != "device"}])
+    facts = describe([*known, {key: value for key, value in options.items() if key != "device"}])
     paths = [Path(folder).resolve() / name_of(seed, [facts, own]) for seed, own in zip(seeds, each, strict=True)]
     if len(set(paths)) < len(paths):
         raise ValueError(f"trainings must differ in seed or settings, got {len(paths) - len(set(paths))} twice")
@@ -178,7 +175,7 @@ def train_one(
         try:
             network = build(make_net, settings, seed, options)
             ensemble = network if isinstance(network, Ensemble) else DeepEnsemble.of([network])
-            fit(ensemble, unwrapped(sent), seed=seed, progress=False, **own, **options)
+            fit(ensemble, unpack_data(sent), seed=seed, progress=False, **own, **options)
             save(network, path)
             path.with_suffix(".checkpoint").unlink(missing_ok=True)
         except Exception as error:
@@ -188,7 +185,7 @@ def train_one(
             torch.set_num_threads(before)
 
 
-def wrapped(data: Source) -> Any:
+def pack_data(data: Source) -> Any:
     """Return what is sent to a worker: a pair of tensors as bytes, anything else as it is."""
     if not isinstance(data, tuple | list):
         return data
@@ -196,7 +193,7 @@ def wrapped(data: Source) -> Any:
     return to_bytes({"x": x.cpu().contiguous(), "y": y.cpu().contiguous()})
 
 
-def unwrapped(sent: Any) -> Data:
+def unpack_data(sent: Any) -> Data:
     """Return the data from what was sent: bytes, or a function that returns them, or the data themselves."""
     if isinstance(sent, bytes):
         tensors = from_bytes(sent)
@@ -220,46 +217,12 @@ def check_runs(seeds: Sequence[int], settings: Sequence[Settings]) -> None:
 
 def check_importable(**values: Any) -> None:
     """Raise `ValueError` unless another process can import what it is sent."""
-    interactive = not hasattr(sys.modules["__main__"], "__file__")  # a notebook: no process can import from it
+    notebook = not hasattr(sys.modules["__main__"], "__file__")
     for name, value in values.items():
-        for part in imported(value):
-            module, path = part.__module__, part.__qualname__
-            found: Any = sys.modules.get(module)
-            for attribute in path.split("."):
-                found = getattr(found, attribute, None)
-            here = module == "__main__" and interactive
-            if found is not part or here:
-                rule = f"{name} must stand in a module that a process can import (a file, no notebook, no lambda)"
-                raise ValueError(f"{rule}, got {path} of {'a notebook' if here else module}")
-
-
-def imported(value: Any) -> Iterable[Any]:
-    """Return the functions and classes that a value is made of, which a process would import by their names."""
-    if isinstance(value, partial):
-        return imported([value.func, *value.args, *value.keywords.values()])
-    if isinstance(value, dict | list | tuple):
-        parts = value.values() if isinstance(value, dict) else value
-        return [each for part in parts for each in imported(part)]
-    kind = value if isinstance(value, type | FunctionType | BuiltinFunctionType) else type(value)
-    return [] if kind.__module__ == "builtins" else [kind]
-
-
-def makespan(seconds: Iterable[float], workers: int) -> float:
-    """Return when the last of some trainings ends, where each worker that is free takes the longest one that is left.
-
-    It is at most 4/3 of the best there could be (Graham, 1969, "Bounds on multiprocessing timing anomalies",
-    doi:10.1137/0117039).
-
-    Args:
-        seconds: of each training.
-        workers: how many run at once.
-
-    Example:
-        >>> makespan([60.0] * 12, workers=11)  # as long as on six
-        120.0
-    """
-    check_positive(workers=workers)
-    ends = [0.0] * workers
-    for each in sorted(seconds, reverse=True):
-        heapq.heappush(ends, heapq.heappop(ends) + each)
-    return max(ends)
+        try:
+            sent = pickle.dumps(value)
+            if notebook and b"__main__" in sent:
+                raise pickle.PicklingError("it stands in a notebook")
+        except Exception as error:
+            rule = f"{name} must stand in a module that a process can import (a file, no notebook, no lambda)"
+            raise ValueError(f"{rule}, got {value!r}: {error}") from error

@@ -328,13 +328,7 @@ def graph(network: nn.Module, x: Tensor, facts: dict[str, Any]) -> bytes:
     import onnx
 
     program = torch.onnx.export(
-        network,
-        (x,),
-        dynamo=True,
-        external_data=False,
-        verbose=False,
-        input_names=["x"],
-        output_names=OUTPUTS,
+        network, (x,), dynamo=True, external_data=False, verbose=False, input_names=["x"], output_names=OUTPUTS
     )
     assert program is not None
     proto = program.model_proto

@@ -247,12 +247,7 @@ def resolve_device(name: torch.device | str | None) -> torch.device:
 
 
 def make_optimizer(
-    optimizer: MakeOptimizer,
-    groups: list[dict[str, Any]],
-    lr: float,
-    weight_decay: float,
-    *,
-    sparse: bool = False,
+    optimizer: MakeOptimizer, groups: list[dict[str, Any]], lr: float, weight_decay: float, *, sparse: bool = False
 ) -> torch.optim.Optimizer:
     """Make the optimizer, fused where PyTorch can: for many small parameters most of its time is overhead."""
     floating = all(p.is_floating_point() for group in groups for p in group["params"])

@@ -20,7 +20,7 @@ from effens.checkpoint import fixed_seed
 from effens.ensembles.base import check_positive, made
 from effens.ensembles.deep import DeepEnsemble
 from effens.ensembles.hyper import log_likelihoods
-from effens.identity import described, digest
+from effens.identity import describe, digest
 from effens.joint import Lenient, OwnOrders, PerMember
 from effens.likelihoods import Categorical
 from effens.storage import load, save
@@ -150,7 +150,7 @@ def search(
     except ImportError as error:
         raise ImportError("effens.search needs Optuna: python -m pip install optuna") from error
     check_positive(trials=trials)
-    default = checked_default(default, space)
+    default = check_default(default, space)
     if storage is not None and folder is None:
         raise ValueError("a storage needs a folder that keeps the weights, got folder=None")
     if batched and sampler == "tpe":
@@ -158,45 +158,45 @@ def search(
     facts = {"default": default, "space": space, "sampler": sampler, "seed": seed}
     if storage is not None:
         facts |= {"data": digest(data), "validation": digest(validation)}
-        facts |= described({key: value for key, value in options.items() if key != "device"})
+        facts |= describe({key: value for key, value in options.items() if key != "device"})
     study = open_study(storage, name, json.dumps(facts, sort_keys=True), default)
-    networks: dict[int, nn.Module] = {}
+    recipe = Recipe(make_net, data, validation, options)
+    ended: dict[int, Training] = {}
     with tqdm(total=trials, desc="search", unit="trial", delay=2, leave=False, disable=not progress) as shown:
         while (done := sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))) < trials:
             shown.update(done - shown.n)
+            size = min(trials - done, TOGETHER) if batched else 1
+            if done + size == trials and default_was_lost(study, default, space):
+                study.enqueue_trial(default)
             asked: list[optuna.Trial] = []
             pairs: list[Pair] = []
-            size = min(trials - done, TOGETHER) if batched else 1
-            if done + size == trials and lost(study, default, space):
-                study.enqueue_trial(default)
             for _ in range(size):
                 asked.append(study.ask())
                 sampling, starting = seeds_of(seed, asked[-1].number)
                 study.sampler = make_sampler(sampler, sampling)
-                pairs.append(({**default, **suggested(asked[-1], space)}, starting))
-            for i, training in trainings(make_net, data, validation, pairs, options, batched):
+                pairs.append(({**default, **suggest(asked[-1], space)}, starting))
+            for i, training in recipe.train_all(pairs, batched):
                 trial = asked[i]
+                ended[trial.number] = training
                 trial.set_user_attr("seconds", training.seconds)
                 if training.network is None:
                     trial.set_user_attr("error", training.error)
                     study.tell(trial, state=TrialState.FAIL)
                     continue
-                networks[trial.number] = training.network
                 if folder is not None:  # before the trial counts as done
                     Path(folder).mkdir(parents=True, exist_ok=True)
-                    save(training.network, weights_of(folder, name, trial.number))
+                    save(training.network, weights_file(folder, name, trial.number))
                 study.tell(trial, training.loss)
-    trained, failed = (
-        {trial.number: {**default, **trial.params} for trial in study.get_trials(states=(state,))}
-        for state in (TrialState.COMPLETE, TrialState.FAIL)
-    )
-    for number in trained.keys() - networks.keys():
-        assert folder is not None
-        networks[number] = build(make_net, trained[number], seeds_of(seed, number)[1], options).eval()
-        load(networks[number], weights_of(folder, name, number))
-    seconds = sum(trial.user_attrs.get("seconds", 0.0) for trial in study.trials)
-    ordered = [networks[number] for number in trained]
-    return judged(ordered, list(trained.values()), list(failed.values()), seconds, validation, options)
+    for kept in study.get_trials(states=(TrialState.COMPLETE, TrialState.FAIL)):
+        if kept.number in ended:
+            continue
+        settings, network = {**default, **kept.params}, None
+        if kept.state == TrialState.COMPLETE:
+            assert folder is not None
+            network = build(make_net, settings, seeds_of(seed, kept.number)[1], options).eval()
+            load(network, weights_file(folder, name, kept.number))
+        ended[kept.number] = Training(settings, network, "", kept.user_attrs.get("seconds", 0.0))
+    return recipe.candidates([ended[number] for number in sorted(ended)])
 
 
 def stratify(
@@ -241,13 +241,11 @@ def stratify(
     pairs = [(dict(each), seed) for each in settings for seed in seeds]
     if not pairs:
         raise ValueError(f"there must be settings and seeds, got {len(seeds)} seeds and nothing to train")
-    began = time.perf_counter()
-    runs = trainings(make_net, data, validation, pairs, options, batched)
+    recipe = Recipe(make_net, data, validation, options)
+    runs = recipe.train_all(pairs, batched)
     with tqdm(runs, "stratify", len(pairs), unit="training", delay=2, leave=False, disable=not progress) as shown:
         ended = dict(shown)
-    networks = {i: network for i in range(len(pairs)) if (network := ended[i].network) is not None}
-    kept, failed = ([pairs[i][0] for i in range(len(pairs)) if (i in networks) is good] for good in (True, False))
-    return judged(list(networks.values()), kept, failed, time.perf_counter() - began, validation, options)
+    return recipe.candidates([ended[i] for i in range(len(pairs))])
 
 
 @dataclass(frozen=True)
@@ -255,132 +253,115 @@ class Training:
     """How a training ended: with a network and its validation NLL, or with an error.
 
     Attributes:
+        settings: of the training.
         network: in eval mode; None if it diverged, or did not fit into memory.
-        loss: in nats.
         error: what went wrong.
         seconds: its time; of networks that were trained together, each one's share.
+        loss: validation NLL in nats.
     """
 
+    settings: Settings
     network: nn.Module | None
-    loss: float
     error: str
     seconds: float
+    loss: float = math.nan
 
 
-def trainings(
-    make_net: Callable[..., nn.Module],
-    data: Data,
-    validation: tuple[Tensor, Tensor],
-    pairs: Sequence[Pair],
-    options: dict[str, Any],
-    batched: bool,
-) -> Iterator[tuple[int, Training]]:
-    """Train each of the settings from its seed; give each place in ``pairs`` and its training as soon as it ended."""
-    groups: dict[Any, list[int]] = {}
-    for i, (settings, _) in enumerate(pairs):
-        alike = tuple(sorted((key, value) for key, value in settings.items() if key not in OF_FIT)) if batched else i
-        groups.setdefault(alike, []).append(i)
-    for group in groups.values():
-        for start in range(0, len(group), TOGETHER):
-            part = group[start : start + TOGETHER]
-            chosen = [pairs[i] for i in part]
-            ended: Iterable[Training] | None = None
-            if batched and len(part) > 1:
-                ended = train_together(make_net, data, validation, chosen, options)
-            if ended is None:
-                ended = (train(make_net, data, validation, pair, options) for pair in chosen)
-            yield from zip(part, ended, strict=True)
+@dataclass(frozen=True)
+class Recipe:
+    """All that a search's trainings share: see `search`."""
 
+    make_net: Callable[..., nn.Module]
+    data: Data
+    validation: tuple[Tensor, Tensor]
+    options: dict[str, Any]
 
-def train(
-    make_net: Callable[..., nn.Module],
-    data: Data,
-    validation: tuple[Tensor, Tensor],
-    pair: Pair,
-    options: dict[str, Any],
-) -> Training:
-    """Train one network."""
-    settings, seed = pair
-    lrs: dict[str, Any] = {key: settings[key] for key in OF_FIT if key in settings}
-    began = time.perf_counter()
-    try:
-        network = build(make_net, settings, seed, options)
-        fit(DeepEnsemble.of([network]), data, seed=seed, progress=False, **lrs, **options)
-        loss = validation_loss(network, validation, options)
-    except FAILURES as error:
-        return Training(None, math.nan, str(error), time.perf_counter() - began)
-    return Training(network, loss, "", time.perf_counter() - began)
+    def train_all(self, pairs: Sequence[Pair], batched: bool) -> Iterator[tuple[int, Training]]:
+        """Train each of the settings from its seed; give each place in ``pairs`` and its training when it ended."""
+        groups: dict[Any, list[int]] = {}
+        for i, (settings, _) in enumerate(pairs):
+            alike = tuple(sorted((key, value) for key, value in settings.items() if key not in OF_FIT))
+            groups.setdefault(alike if batched else i, []).append(i)
+        for group in groups.values():
+            for start in range(0, len(group), TOGETHER):
+                part = group[start : start + TOGETHER]
+                chosen = [pairs[i] for i in part]
+                together = self.train_together(chosen) if len(part) > 1 else None
+                yield from zip(part, together or map(self.train, chosen), strict=True)
 
-
-def train_together(
-    make_net: Callable[..., nn.Module],
-    data: Data,
-    validation: tuple[Tensor, Tensor],
-    pairs: Sequence[Pair],
-    options: dict[str, Any],
-) -> list[Training] | None:
-    """Train networks as one batched computation; return None where they are to be trained one by one after all.
-
-    Their settings differ in nothing but rate and decay. One that diverges leaves the others as they are. Where memory
-    does not suffice for all of them, it may for each.
-    """
-    began = time.perf_counter()
-    lrs, decays = ([settings.get(key, options.get(key, default)) for settings, _ in pairs] for key, default in DEFAULTS)
-    rule = options.get("optimizer", torch.optim.AdamW)
-    likelihood = Lenient(options.get("likelihood") or Categorical())
-    try:
-        networks = [build(make_net, settings, seed, options) for settings, seed in pairs]
-        ensemble = OwnOrders(networks, [seed for _, seed in pairs])
-        how = {**options, "likelihood": likelihood, "lr": 1.0, "weight_decay": 0.0}
-        how["optimizer"] = lambda groups, **_: PerMember(ensemble, rule, lrs, decays)
-        fit(ensemble, data, seed=pairs[0][1], progress=False, **how)
-    except FAILURES:
-        return None
-    share = (time.perf_counter() - began) / len(pairs)
-    ended: list[Training] = []
-    for m, diverged in enumerate(likelihood.diverged.tolist()):
+    def train(self, pair: Pair) -> Training:
+        """Train one network."""
+        settings, seed = pair
+        own: dict[str, Any] = {key: settings[key] for key in OF_FIT if key in settings}
+        began = time.perf_counter()
         try:
-            if diverged:
-                raise FloatingPointError("losses must be finite, got one that is not: lower the learning rate")
-            network = ensemble.member(m)
-            ended.append(Training(network, validation_loss(network, validation, options), "", share))
+            network = build(self.make_net, settings, seed, self.options)
+            fit(DeepEnsemble.of([network]), self.data, seed=seed, progress=False, **own, **self.options)
+            loss = self.validation_loss(network)
         except FAILURES as error:
-            ended.append(Training(None, math.nan, str(error), share))
-    return ended
+            return Training(settings, None, str(error), time.perf_counter() - began)
+        return Training(settings, network, "", time.perf_counter() - began, loss)
 
+    def train_together(self, pairs: Sequence[Pair]) -> list[Training] | None:
+        """Train networks as one batched computation; return None where they are to be trained one by one after all.
 
-def validation_loss(network: nn.Module, validation: tuple[Tensor, Tensor], options: dict[str, Any]) -> float:
-    """Return a network's validation NLL, or raise `FloatingPointError` if what it predicts is not finite."""
-    x, y = validation
-    prediction = predict(DeepEnsemble.of([network]), x, likelihood=options.get("likelihood"))
-    values = prediction if isinstance(prediction, Tensor) else prediction.log_prob(y)
-    if not bool(values.isfinite().all()):
-        raise FloatingPointError(f"predictions must be finite, got {int((~values.isfinite()).sum())} that are not")
-    return -log_likelihoods(prediction, y).mean().item()
+        Their settings differ in nothing but learning rate and decay. One that diverges leaves the others as they are.
+        Where memory does not suffice for all of them, it may for each.
+        """
+        began, options = time.perf_counter(), self.options
+        lrs, decays = ([settings.get(key, options.get(key, usual)) for settings, _ in pairs] for key, usual in DEFAULTS)
+        rule = options.get("optimizer", torch.optim.AdamW)
+        likelihood = Lenient(options.get("likelihood") or Categorical())
+        try:
+            networks = [build(self.make_net, settings, seed, options) for settings, seed in pairs]
+            ensemble = OwnOrders(networks, [seed for _, seed in pairs])
+            how = {**options, "likelihood": likelihood, "lr": 1.0, "weight_decay": 0.0}
+            how["optimizer"] = lambda groups, **_: PerMember(ensemble, rule, lrs, decays)
+            fit(ensemble, self.data, seed=pairs[0][1], progress=False, **how)
+        except FAILURES:
+            return None
+        share = (time.perf_counter() - began) / len(pairs)
+        ended: list[Training] = []
+        for m, ((settings, _), diverged) in enumerate(zip(pairs, likelihood.diverged.tolist(), strict=True)):
+            try:
+                if diverged:
+                    raise FloatingPointError("losses must be finite, got one that is not: lower the learning rate")
+                network = ensemble.member(m)
+                ended.append(Training(settings, network, "", share, self.validation_loss(network)))
+            except FAILURES as error:
+                ended.append(Training(settings, None, str(error), share))
+        return ended
+
+    def validation_loss(self, network: nn.Module) -> float:
+        """Return a network's validation NLL, or raise `FloatingPointError` if what it predicts is not finite."""
+        x, y = self.validation
+        prediction = predict(DeepEnsemble.of([network]), x, likelihood=self.options.get("likelihood"))
+        values = prediction if isinstance(prediction, Tensor) else prediction.log_prob(y)
+        if not bool(values.isfinite().all()):
+            raise FloatingPointError(f"predictions must be finite, got {int((~values.isfinite()).sum())} that are not")
+        return -log_likelihoods(prediction, y).mean().item()
+
+    def candidates(self, trainings: Sequence[Training]) -> Candidates:
+        """Predict the validation data with all networks that were trained."""
+        networks = [training.network for training in trainings if training.network is not None]
+        settings, failed = (
+            [dict(training.settings) for training in trainings if (training.network is not None) is good]
+            for good in (True, False)
+        )
+        if not networks:
+            raise FloatingPointError(f"one training at least must end well, got {len(failed)} that failed: lower `lr`")
+        x, y = self.validation
+        probs = predict(DeepEnsemble.of(networks), x, likelihood=self.options.get("likelihood"))
+        losses, seconds = -log_likelihoods(probs, y).mean(1), sum(training.seconds for training in trainings)
+        return Candidates(networks, settings, probs, losses, failed, seconds)
 
 
 def build(make_net: Callable[..., nn.Module], settings: Settings, seed: int, options: dict[str, Any]) -> nn.Module:
     """Make the network of these settings, from a seed, on the device on which it is trained."""
-    place = resolve_device(options.get("device"))
-    with fixed_seed(seed, place):
+    device = resolve_device(options.get("device"))
+    with fixed_seed(seed, device):
         network = made(partial(make_net, **{key: value for key, value in settings.items() if key not in OF_FIT}))
-    return network.to(place)
-
-
-def judged(
-    networks: list[nn.Module],
-    settings: list[dict[str, float]],
-    failed: list[dict[str, float]],
-    seconds: float,
-    validation: tuple[Tensor, Tensor],
-    options: dict[str, Any],
-) -> Candidates:
-    """Ask all networks about the validation data."""
-    if not networks:
-        raise FloatingPointError(f"one training at least must end well, got {len(failed)} that failed: lower `lr`")
-    x, y = validation
-    probs = predict(DeepEnsemble.of(networks), x, likelihood=options.get("likelihood"))
-    return Candidates(networks, settings, probs, -log_likelihoods(probs, y).mean(1), failed, seconds)
+    return network.to(device)
 
 
 def open_study(
@@ -395,13 +376,13 @@ def open_study(
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        place = open_storage(storage) if isinstance(storage, str) else storage
+        opened = open_storage(storage) if isinstance(storage, str) else storage
         try:
-            study = optuna.create_study(storage=place, study_name=name)
+            study = optuna.create_study(storage=opened, study_name=name)
             study.enqueue_trial(dict(first))
         except optuna.exceptions.DuplicatedStudyError:
-            assert place is not None
-            study = optuna.load_study(storage=place, study_name=name)
+            assert opened is not None
+            study = optuna.load_study(storage=opened, study_name=name)
             for _ in range(20):  # whoever made it may not have queued the first settings yet
                 if "search" in study.user_attrs:
                     break
@@ -414,7 +395,7 @@ def open_study(
     return study
 
 
-def lost(study: "optuna.Study", default: Settings, space: Space) -> bool:
+def default_was_lost(study: "optuna.Study", default: Settings, space: Space) -> bool:
     """Say whether the trial of the default settings neither waits nor ended: whoever had it was killed, it seems."""
     from optuna.trial import TrialState
 
@@ -447,7 +428,7 @@ def make_sampler(sampler: str, seed: int) -> "optuna.samplers.BaseSampler":
     raise ValueError(f"sampler must be 'random' or 'tpe', got {sampler!r}")
 
 
-def suggested(trial: "optuna.Trial", space: Space) -> dict[str, float]:
+def suggest(trial: "optuna.Trial", space: Space) -> dict[str, float]:
     """Draw a trial's settings."""
     return {
         key: trial.suggest_int(key, int(low), int(high), log=low > 0)
@@ -462,7 +443,7 @@ def are_integers(*values: float) -> bool:
     return all(isinstance(value, int) for value in values)
 
 
-def checked_default(default: Settings, space: Space) -> dict[str, float]:
+def check_default(default: Settings, space: Space) -> dict[str, float]:
     """Return the default settings if they lie in the space; raise `ValueError` if not."""
     for key, bounds in space.items():
         low, high = bounds
@@ -480,6 +461,6 @@ def seeds_of(seed: int, number: int) -> tuple[int, int]:
     return int(sampling), int(starting)
 
 
-def weights_of(folder: str | os.PathLike[str], name: str, number: int) -> Path:
+def weights_file(folder: str | os.PathLike[str], name: str, number: int) -> Path:
     """Return the file that keeps a trial's weights."""
     return Path(folder) / f"{name}-{number}.safetensors"

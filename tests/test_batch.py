@@ -176,7 +176,7 @@ def test_signs_keep_the_size_of_what_a_layer_gives() -> None:
     """W_m has the plain layer's initialization: signs change no magnitude."""
     layer = BatchEnsembleLinear(6, 5, MEMBERS)
     for m in range(MEMBERS):
-        assert torch.equal(layer.member(m).weight.abs(), layer.weight.abs())
+        assert torch.equal(layer.member(m).get_parameter("weight").abs(), layer.weight.abs())
 
 
 def test_stacked_layers_keep_one_pass_per_member() -> None:
@@ -232,14 +232,7 @@ class TestEnsemble:
                 return 0 * super().nll(outputs, y)
 
         effens.fit(
-            ensemble,
-            (x, y),
-            epochs=1,
-            batch_size=len(x),
-            lr=0.1,
-            weight_decay=0.3,
-            likelihood=Nothing(),
-            device="cpu",
+            ensemble, (x, y), epochs=1, batch_size=len(x), lr=0.1, weight_decay=0.3, likelihood=Nothing(), device="cpu"
         )
         for name, tensor in ensemble.state_dict().items():
             factor = 1.0 if name.endswith((".r", ".s")) else 1 - 0.1 * 0.3
@@ -279,10 +272,7 @@ class TestBatches:
         assert history.losses.shape == (2, 4)
 
     def test_too_few_to_split(self) -> None:
-        for n, size, rule in (
-            (22, 3, "example or more for each member.*got 3 for 4"),
-            (3, 9, "one example for each"),
-        ):
+        for n, size, rule in ((22, 3, "example or more for each member.*got 3 for 4"), (3, 9, "one example for each")):
             with pytest.raises(ValueError, match=rule):
                 effens.fit(BatchEnsemble(mlp, 4, split=True), vectors(n), batch_size=size, device="cpu")
 

@@ -274,7 +274,7 @@ def test_variants_take_the_settings_of_what_they_are_like(benchmark: Benchmark) 
     chosen, runner_up = run.tune(benchmark, LINE, "MIMO"), run.tune(benchmark, LINE, "MIMO, second trial")
     assert [chosen, runner_up] == [trial_settings("MIMO")[i] for i in benchmark.ranked_trials("line", "MIMO")]
     assert json.loads((benchmark.folder / "line/tuning.json").read_text()).keys() == {
-        *("deep ensemble", "single", "BatchEnsemble", "MIMO"),
+        *("deep ensemble", "single", "BatchEnsemble", "MIMO")
     }
 
 

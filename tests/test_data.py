@@ -472,13 +472,7 @@ def test_tasks_refuse_what_they_cannot_do() -> None:
 def test_the_license_page_names_every_array_with_its_checksum() -> None:
     page = (FOLDER / "LICENSES.md").read_text(encoding="utf-8")
     stored = [file for file in FOLDER.iterdir() if file.name.endswith(".npz")]
-    assert {file.name for file in stored} == {
-        "diamonds.npz",
-        "digits.npz",
-        "letters.npz",
-        "prices.npz",
-        "stocks.npz",
-    }
+    assert {file.name for file in stored} == {"diamonds.npz", "digits.npz", "letters.npz", "prices.npz", "stocks.npz"}
     for file in stored:
         assert f"## {file.name}" in page
         assert hashlib.sha256(file.read_bytes()).hexdigest() in page

@@ -1,6 +1,5 @@
 """What tells calls from one another: different arguments by what they hold, equal ones in every process."""
 
-import functools
 import json
 import os
 import subprocess
@@ -20,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import effens
-from effens.identity import described, digest
+from effens.identity import describe, digest
 
 
 def closing(size: Any) -> Callable[..., Any]:
@@ -93,11 +92,10 @@ def test_what_differs_is_told_apart_and_what_is_equal_is_not(make: Callable[[int
 
 
 def test_a_function_that_stands_in_a_module_is_its_name() -> None:
-    assert described(mlp) == "scenarios.mlp"
-    assert described(torch.optim.SGD) == "torch.optim.sgd.SGD"
-    assert described(len) == "builtins.len"
-    assert described(functools) == "functools"
-    assert described(torch.float32) == "dtype.float32"
+    assert describe(mlp) == "scenarios.mlp"
+    assert describe(torch.optim.SGD) == "torch.optim.sgd.SGD"
+    assert describe(len) == "builtins.len"
+    assert describe(torch.float32) == "dtype.float32"
 
 
 @pytest.mark.parametrize("options", [{"shuffle": True}, {"num_workers": 1, "persistent_workers": True}], ids=str)
@@ -108,10 +106,10 @@ def test_use_does_not_change_a_loader(options: dict[str, Any]) -> None:
     assert digest(used) == before
 
 
-def test_what_holds_itself_is_described() -> None:
+def test_what_holds_itself_is_describe() -> None:
     around: list[Any] = [1]
     around.append(around)
-    assert described(around) == ["1", "what holds this, 1 further out"]
+    assert describe(around) == ["1", "what holds this, 1 further out"]
 
 
 @pytest.mark.parametrize(

@@ -248,10 +248,7 @@ def test_the_loss_is_the_sum_of_the_heads_and_the_mean_of_the_batch() -> None:
 
 @pytest.mark.parametrize(
     ("make_net", "first", "last"),
-    [
-        (mlp, nn.Linear(12, 8), nn.Linear(8, 9)),
-        (cnn, nn.Conv2d(3, 4, 3, padding=1), nn.Linear(32, 9)),
-    ],
+    [(mlp, nn.Linear(12, 8), nn.Linear(8, 9)), (cnn, nn.Conv2d(3, 4, 3, padding=1), nn.Linear(32, 9))],
 )
 def test_widened_layers_start_as_their_own_wider_layer_would(make_net: Any, first: Any, last: Any) -> None:
     torch.manual_seed(4)
@@ -295,11 +292,7 @@ def test_what_is_frozen_stays_frozen() -> None:
 
     ensemble = build(make_net)
     frozen = {name: not p.requires_grad for name, p in ensemble.named_parameters()}
-    assert frozen == {
-        "network.0.layer.weight": True,
-        "network.2.layer.weight": False,
-        "network.2.layer.bias": False,
-    }
+    assert frozen == {"network.0.layer.weight": True, "network.2.layer.weight": False, "network.2.layer.bias": False}
     member = ensemble.member(0)
     assert [p.requires_grad for p in member.parameters()] == [False, True, True]
     assert not any(module.training for module in member.modules())

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import effens
 import effens_book.nets
 from effens import scaling, tuning
+from effens_book import studies
 
 QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 8, "device": "cpu", "progress": False}
 
@@ -312,7 +313,7 @@ def test_what_a_process_cannot_import_is_refused_before_anything_runs(
         monkeypatch.delattr(main, "__file__", raising=False)  # as a notebook has none
         monkeypatch.setattr(main, "make_here", eval("lambda: None", vars(main)), raising=False)
         monkeypatch.setattr(main.make_here, "__qualname__", "make_here")
-        with pytest.raises(ValueError, match=rf"{rule}.*got make_here of a notebook"):
+        with pytest.raises(ValueError, match=rf"{rule}.*: it stands in a notebook"):
             effens.fit_each(main.make_here, vectors(), [0], folder=tmp_path, executor=pool, **QUICK)
     assert files(tmp_path) == {}
 
@@ -328,7 +329,7 @@ def test_a_folder_that_the_workers_do_not_share_is_noticed(tmp_path: Path, monke
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 12, 20])
 def test_equal_trainings_take_rounds(workers: int) -> None:
-    assert scaling.makespan([2.0] * 12, workers) == 2.0 * math.ceil(12 / workers)
+    assert studies.makespan([2.0] * 12, workers) == 2.0 * math.ceil(12 / workers)
 
 
 def test_longest_first_is_within_its_bound_of_the_best() -> None:
@@ -340,16 +341,16 @@ def test_longest_first_is_within_its_bound_of_the_best() -> None:
             [sum(h for h, at in zip(hours, where, strict=True) if at == w) for w in range(2)]
             for where in product(range(2), repeat=6)
         ]
-        ratios.append(scaling.makespan(hours, 2) / min(map(max, ends)))
+        ratios.append(studies.makespan(hours, 2) / min(map(max, ends)))
     assert min(ratios) >= 1
     assert max(ratios) <= 4 / 3 - 1 / 6
-    assert scaling.makespan([3, 3, 2, 2, 2], 2) == 7  # the worst: 6 is possible
+    assert studies.makespan([3, 3, 2, 2, 2], 2) == 7  # the worst: 6 is possible
 
 
 def test_no_trainings_take_no_time_and_no_workers_are_refused() -> None:
-    assert scaling.makespan([], 3) == 0
+    assert studies.makespan([], 3) == 0
     with pytest.raises(ValueError, match="workers must be >= 1, got 0"):
-        scaling.makespan([1.0], 0)
+        studies.makespan([1.0], 0)
 
 
 # What dies
@@ -471,16 +472,16 @@ def searched(
     With a place, the first training waits until another process is in its first, too.
     """
     trained: list[tuning.Pair] = []
-    train = tuning.train
+    train = tuning.Recipe.train
 
-    def counted(make: Any, data: Any, validation: Any, pair: tuning.Pair, options: dict[str, Any]) -> tuning.Training:
+    def counted(recipe: tuning.Recipe, pair: tuning.Pair) -> tuning.Training:
         if place is not None and not trained:
             meet(place)
         trained.append(pair)
-        return train(make, data, validation, pair, options)
+        return train(recipe, pair)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "train", counted)
+        patch.setattr(tuning.Recipe, "train", counted)
         found = effens.search(
             *(dropping, vectors(60, seed=1), vectors(40, seed=2)),
             default=DEFAULT,

@@ -261,9 +261,11 @@ def test_what_is_exported_equals_predict(method: str, net: Any, likelihood: str,
     assert all(torch.allclose(mine, its, rtol=1e-5, atol=1e-6) for mine, its in pairs)
 
 
-@pytest.mark.parametrize("likelihood", LIKELIHOODS)
-@pytest.mark.parametrize("net", [pytest.param(mlp), pytest.param(cnn, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("method", METHODS)
+# Each method once, both networks, every likelihood: compiling takes seconds, and the whole product runs uncompiled above.
+@pytest.mark.parametrize(
+    ("method", "net", "likelihood"),
+    list(zip(METHODS, [mlp, cnn] * 5, ["classes", "classes", "gaussian", "gaussian", "student"] * 2, strict=True)),
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_method_and_likelihood(backend: str, method: str, net: Any, likelihood: str, tmp_path: Path) -> None:
     meaning = LIKELIHOODS[likelihood]

@@ -228,8 +228,7 @@ def tiny_panel(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "sizes"),
-    [("linear", [1]), ("single", [1]), ("deep", [1, 2, 4, 8, 16]), ("BatchEnsemble", [2, 4, 8, 16])],
+    ("kind", "sizes"), [("linear", [1]), ("single", [1]), ("deep", [1, 2, 4, 8, 16]), ("BatchEnsemble", [2, 4, 8, 16])]
 )
 def test_a_panel_has_a_row_for_each_number_of_members(kind: str, sizes: list[int], tiny_panel: None) -> None:
     rows = studies.panel(source="R2 0.05", kind=kind, seed=0)

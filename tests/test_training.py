@@ -460,10 +460,7 @@ class TestMistakes:
 
     def test_no_data_and_too_little_to_be_split(self) -> None:
         x, y = vectors(1)
-        for n, message in (
-            (0, "data must hold at least one example"),
-            (1, "data must hold at least one"),
-        ):
+        for n, message in ((0, "data must hold at least one example"), (1, "data must hold at least one")):
             with pytest.raises(ValueError, match=message):
                 effens.fit(effens.BatchEnsemble(mlp, 2, split=True), (x[:n], y[:n]), device="cpu")
 

@@ -530,7 +530,8 @@ def test_what_diverges_disturbs_no_other(make: Any, data: Any, optimizer: Any, b
         return network
 
     def trained(make: Any, pairs: list[Any]) -> list[tuning.Training]:
-        ended = tuning.train_together(make, (x, y), data(40, seed=2), pairs, {**OPTIONS, "optimizer": optimizer})
+        recipe = tuning.Recipe(make, (x, y), data(40, seed=2), {**OPTIONS, "optimizer": optimizer})
+        ended = recipe.train_together(pairs)
         assert ended is not None
         return ended
 

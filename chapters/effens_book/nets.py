@@ -39,12 +39,7 @@ def mlp(
 
 
 def cnn(
-    classes: int = 10,
-    *,
-    channels: int = 16,
-    size: int = 14,
-    inputs: int = 1,
-    dropout: float = 0.0,
+    classes: int = 10, *, channels: int = 16, size: int = 14, inputs: int = 1, dropout: float = 0.0
 ) -> nn.Sequential:
     """Return a small convolutional network: ``(batch, inputs, size, size)`` to ``(batch, classes)``.
 

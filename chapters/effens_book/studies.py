@@ -7,10 +7,11 @@ To add a study, write one function that answers for one point of the grid and on
 """
 
 import argparse
+import heapq
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from scipy.stats import rankdata
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from effens.ensembles.base import Ensemble
+from effens.ensembles.base import Ensemble, check_positive
 from effens.ensembles.batch import BatchEnsemble
 from effens.ensembles.deep import DeepEnsemble
 from effens.ensembles.hyper import HyperEnsemble, greedy_select
@@ -459,6 +460,27 @@ def values(name: str, metric: str, **where: Any) -> Tensor:
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"settings must name one point of the study {name}, got {len(rows)} rows at {where}")
     return torch.tensor([float(row[metric]) for row in sorted(rows, key=lambda row: row["seed"])])
+
+
+def makespan(seconds: Iterable[float], workers: int) -> float:
+    """Return when the last of some trainings ends, where each worker that is free takes the longest one that is left.
+
+    It is at most 4/3 of the best there could be (Graham, 1969, "Bounds on multiprocessing timing anomalies",
+    doi:10.1137/0117039).
+
+    Args:
+        seconds: of each training.
+        workers: how many run at once.
+
+    Example:
+        >>> makespan([60.0] * 12, workers=11)  # as long as on six
+        120.0
+    """
+    check_positive(workers=workers)
+    ends = [0.0] * workers
+    for each in sorted(seconds, reverse=True):
+        heapq.heappush(ends, heapq.heappop(ends) + each)
+    return max(ends)
 
 
 def main(arguments: list[str] | None = None) -> None:

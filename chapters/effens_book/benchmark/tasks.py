@@ -236,10 +236,7 @@ def market_task(name: str, likelihood: Likelihood) -> Task:
 
     outputs = int(likelihood.outputs or 0)
     return Task(
-        *(name, 4, 4, 5, 20, 128, likelihood, 32, make, load),
-        refits=refits,
-        controls=AS_SINGLE,
-        files=("prices.npz",),
+        *(name, 4, 4, 5, 20, 128, likelihood, 32, make, load), refits=refits, controls=AS_SINGLE, files=("prices.npz",)
     )
 
 
