@@ -76,7 +76,7 @@ def formulas(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_is_explicit_matrices(batch: int, fold: bool, bias: bool, formulas: list[bool]) -> None:
     compare(linear(bias=bias), explicit_linear, torch.randn(MEMBERS, batch, 6, dtype=torch.float64))
-    assert formulas == [fold]
+    assert formulas == ([fold] if batch > 1 else [])  # of one row each nothing is asked
 
 
 @pytest.mark.parametrize(("batch", "fold"), [(1, False), (5, False), (6, True), (40, True)])
