@@ -261,7 +261,7 @@ def test_what_is_exported_equals_predict(method: str, net: Any, likelihood: str,
     assert all(torch.allclose(mine, its, rtol=1e-5, atol=1e-6) for mine, its in pairs)
 
 
-# Each method once, both networks, every likelihood: compiling takes seconds, and the whole product runs uncompiled above.
+# Each method once, both networks, every likelihood: compiling takes seconds. The whole product runs uncompiled above.
 @pytest.mark.parametrize(
     ("method", "net", "likelihood"),
     list(zip(METHODS, [mlp, cnn] * 5, ["classes", "classes", "gaussian", "gaussian", "student"] * 2, strict=True)),

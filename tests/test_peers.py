@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import run, sections, timing
 from scenarios import relative
 from torch import nn
 
 import effens_book.nets
 from effens import costs
 from effens_book.address import ROOT
+from effens_book.peers import __main__ as run
+from effens_book.peers import sections, timing
 
 
 def same_weights(layers: dict[str, sections.Layer]) -> None:
@@ -133,13 +134,13 @@ def test_kept_bytes_are_those_of_autograd() -> None:
 def test_one_command_runs_a_section_and_keeps_the_others(tmp_path: Path) -> None:
     kept = tmp_path / "speed.json"
     kept.write_text(json.dumps({"conv": "kept"}))
-    command = [sys.executable, "tests/benchmarks/run.py", "mimo", "--seconds", "0.01", "--output", str(kept)]
+    command = [sys.executable, "-m", "effens_book.peers", "mimo", "--seconds", "0.01", "--output", str(kept)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     content = json.loads(kept.read_text())
     assert content["conv"] == "kept"
     assert {row["what"] for row in content["mimo"]["rows"]} >= {"predict"}
     assert content["mimo"]["threads"] == 1
-    wrong = subprocess.run([*command[:2], "mime"], cwd=ROOT, capture_output=True, text=True, check=False)
+    wrong = subprocess.run([*command[:3], "mime"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert "sections must be of linear" in wrong.stderr
     assert "got mime" in wrong.stderr
 
@@ -154,7 +155,9 @@ def test_the_book_s_results_are_not_replaced_by_some_without_peers(
     with pytest.raises(SystemExit):
         run.main()
     said = capsys.readouterr().err
-    assert "results for the book must have every peer beside them: pip install -r tests/benchmarks/requirements" in said
+    assert (
+        "results for the book must have every peer beside them: pip install -r effens_book/peers/requirements" in said
+    )
     assert said.endswith(f"got no {missing}\n")
 
 

@@ -17,13 +17,13 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn import functional as F
 
 import effens
-from benchmarks.contestants import LoopConv2d, LoopLinear, found, tabular, uncertainty
-from benchmarks.timing import brief, compared, rounds
 from effens.batches import take_rows
 from effens.costs import kept_bytes, training_step
 from effens.ensembles.base import MakeNet
 from effens.serving import BACKENDS
 from effens_book import nets, roofline
+from effens_book.peers.contestants import LoopConv2d, LoopLinear, found, tabular, uncertainty
+from effens_book.peers.timing import brief, compared, rounds
 
 Row = dict[str, Any]
 Call = Callable[[], object]

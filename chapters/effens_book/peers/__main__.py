@@ -1,29 +1,25 @@
 """Time `effens` beside others that do the same, in turns in one process, on one thread.
 
-    pip install -r tests/benchmarks/requirements.txt
-    python tests/benchmarks/run.py                  # all sections: some minutes, with nothing else running
-    python tests/benchmarks/run.py linear deep      # some; the others' results stay as they are
+    pip install -r effens_book/peers/requirements.txt
+    python -m effens_book.peers                  # all sections: some minutes, with nothing else running
+    python -m effens_book.peers linear deep      # some; the others' results stay as they are
 
-Each comparison gives median seconds and medians of paired ratios with 95% intervals. Results go to the bank, from which
-the book draws "How fast is it?".
+Each comparison gives median seconds and medians of paired ratios with 95% intervals. Results are kept, and
+the book draws from them "How fast is it?".
 """
 
 import argparse
 import importlib.metadata
 import json
-import sys
 import time
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "chapters"), str(ROOT)]  # whatever directory it is called from
-
-from benchmarks.contestants import found  # noqa: E402
-from benchmarks.sections import SECTIONS  # noqa: E402
-from effens_book.benchmark import RESULTS  # noqa: E402
-from effens_book.benchmark.run import provenance, write_json  # noqa: E402
+from effens_book.benchmark import RESULTS
+from effens_book.benchmark.run import provenance, write_json
+from effens_book.peers.contestants import found
+from effens_book.peers.sections import SECTIONS
 
 PEERS = {"torch_uncertainty": "torch-uncertainty", "tabm": "tabm"}  # as they are imported, as they are called
 PACKAGES = ("torch", *PEERS.values(), "onnxruntime")
@@ -40,7 +36,7 @@ def main() -> None:
         parser.error(f"sections must be of {', '.join(SECTIONS)}, got {', '.join(sorted(unknown))}")
     missing = [called for imported, called in PEERS.items() if not found(imported)]
     if missing and options.output.resolve().is_relative_to(RESULTS.resolve()):
-        remedy = "pip install -r tests/benchmarks/requirements.txt, or keep results elsewhere, with --output"
+        remedy = "pip install -r effens_book/peers/requirements.txt, or keep results elsewhere, with --output"
         parser.error(f"results for the book must have every peer beside them: {remedy}, got no {', '.join(missing)}")
     torch.set_num_threads(1)
     kept = json.loads(options.output.read_text()) if options.output.exists() else {}

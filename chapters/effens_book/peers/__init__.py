@@ -1,0 +1,1 @@
+"""How fast `effens` is beside others that do the same: ``python -m effens_book.peers`` times them in turns."""
