@@ -225,4 +225,4 @@ def check_importable(**values: Any) -> None:
                 raise pickle.PicklingError("it stands in a notebook")
         except Exception as error:
             rule = f"{name} must stand in a module that a process can import (a file, no notebook, no lambda)"
-            raise ValueError(f"{rule}, got {value!r}: {error}") from error
+            raise ValueError(f"{rule}, got {getattr(value, '__qualname__', value)}") from error

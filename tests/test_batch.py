@@ -33,9 +33,9 @@ def explicit_linear(layer: BatchEnsembleLinear, m: int, x: Tensor) -> Tensor:
     return x @ weight.T + (0 if layer.bias is None else layer.bias[m])
 
 
-def explicit_convolution(layer: BatchEnsembleConv2d, m: int, x: Tensor) -> Tensor:
+def explicit_convolution(layer: Any, m: int, x: Tensor) -> Tensor:
     """Member m's inputs scaled, a plain convolution, its outputs scaled, then its bias."""
-    y = F.conv2d(x * layer.r[m][:, None, None], layer.weight, **layer.geometry) * layer.s[m][:, None, None]
+    y: Tensor = F.conv2d(x * layer.r[m][:, None, None], layer.weight, **layer.geometry) * layer.s[m][:, None, None]
     return y + (0 if layer.bias is None else layer.bias[m][:, None, None])
 
 

@@ -25,7 +25,7 @@ from torch.distributions import Normal, StudentT
 import effens
 import effens_book.data
 from effens.costs import measure
-from effens_book import nets, risk, studies
+from effens_book import nets, studies
 from effens_book.benchmark import (
     METHODS,
     RESULTS,
@@ -46,6 +46,7 @@ from effens_book.benchmark.methods import trial_settings
 from effens_book.benchmark.results import BASELINES, names, shipped
 from effens_book.benchmark.tasks import Sets, Settings
 from effens_book.data import Prices, gap_regression, markets
+from effens_book.finance import risk
 
 ROWS = ["single", "wide", "deep ensemble", "BatchEnsemble", "snapshot", "SWAG", "MIMO", "hyper", "narrow"]
 ROWS += ["MC dropout", "Laplace"]
@@ -832,7 +833,7 @@ def test_the_results_are_complete_and_small() -> None:
     files = {path.relative_to(RESULTS).as_posix(): path.stat().st_size for path in RESULTS.rglob("*") if path.is_file()}
     expected = {
         *(f"{name}.json" for name in ("layers", "roofline", "speed", "gpu")),
-        *(f"{name}.npz" for name in ("rivals", "serving")),
+        *(f"{name}.npz" for name in ("garch", "serving")),
         *(f"studies/{name}.json" for name in studies.STUDIES),
         *(shipped().path(*pair).relative_to(RESULTS).as_posix() for pair in SHIPPED),
         *(f"{task}/{name}" for task in TASKS for name in ("tuning.json", "costs.json")),

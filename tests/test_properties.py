@@ -25,8 +25,8 @@ from torch.distributions import Normal, StudentT
 
 import effens
 import effens_book.nets
-from effens_book import risk
 from effens_book.choose import choose
+from effens_book.finance import risk
 
 settings.register_profile("fixed", derandomize=True, database=None, deadline=None, max_examples=25)
 settings.load_profile("fixed")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Laplace, Normal, StudentT
 
 import effens
-from effens_book import risk
+from effens_book.finance import risk
 
 F64 = torch.float64
 

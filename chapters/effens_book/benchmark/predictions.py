@@ -18,7 +18,7 @@ from torch.distributions import StudentT as StudentTDistribution
 
 from effens import scores
 from effens.likelihoods import Categorical, Likelihood, StudentT
-from effens_book import risk
+from effens_book.finance import risk
 
 PARAMETERS = {Normal: ("loc", "scale"), StudentTDistribution: ("df", "loc", "scale")}
 Prediction = Tensor | Normal | StudentTDistribution

@@ -12,15 +12,15 @@ from torch.distributions import Normal, StudentT
 
 import effens
 import effens_book.data
-from effens_book import rivals
 from effens_book.benchmark import predictions, shipped, tasks
 from effens_book.data import markets
+from effens_book.finance import garch
 
-GARCH = rivals.Garch(mu=0.05, omega=0.02, alpha=0.02, gamma=0.1, beta=0.9, nu=6.0)
+GARCH = garch.Garch(mu=0.05, omega=0.02, alpha=0.02, gamma=0.1, beta=0.9, nu=6.0)
 
 
-def returns(n: int = 400) -> rivals.Array:
-    result: rivals.Array = 100 * np.diff(np.log(effens_book.data.prices().close.numpy()[-n - 1 :]))
+def returns(n: int = 400) -> garch.Array:
+    result: garch.Array = 100 * np.diff(np.log(effens_book.data.prices().close.numpy()[-n - 1 :]))
     return result
 
 
@@ -28,7 +28,7 @@ def test_least_squares_is_the_normal_equation() -> None:
     torch.manual_seed(0)
     x, x_new = torch.randn(50, 3), torch.randn(7, 3)
     y = x @ torch.tensor([1.0, -2, 0.5]) + 0.3 + 0.1 * torch.randn(50)
-    mean, deviation = rivals.least_squares(x, y, x_new)
+    mean, deviation = garch.least_squares(x, y, x_new)
     known = torch.cat([x, torch.ones(50, 1)], 1).double()
     weights = torch.linalg.solve(known.T @ known, known.T @ y.double())
     torch.testing.assert_close(mean, torch.cat([x_new, torch.ones(7, 1)], 1).double() @ weights)
@@ -39,7 +39,7 @@ def test_student_finds_what_made_the_data() -> None:
     torch.manual_seed(0)
     x = torch.randn(20_000, 1)
     y = 0.1 + (0.5 * x[:, 0] - 0.2).exp() * StudentT(5.0).sample(torch.Size([20_000]))
-    df, mean, scale = rivals.student(x, y, torch.tensor([[0.0], [1.0]]))
+    df, mean, scale = garch.student(x, y, torch.tensor([[0.0], [1.0]]))
     assert df[0].item() == pytest.approx(5, rel=0.1)
     assert mean[0].item() == pytest.approx(0.1, abs=0.03)
     assert scale.log().tolist() == pytest.approx([-0.2, 0.3], abs=0.05)
@@ -83,7 +83,7 @@ def test_a_fit_finds_what_made_the_returns() -> None:
         shock = math.sqrt(variance * (GARCH.nu - 2) / GARCH.nu) * generator.standard_t(GARCH.nu)
         r[t] = GARCH.mu + shock
         variance = GARCH.omega + (GARCH.alpha + GARCH.gamma * (shock < 0)) * shock**2 + GARCH.beta * variance
-    found = rivals.Garch.fit(r)
+    found = garch.Garch.fit(r)
     assert found.beta == pytest.approx(GARCH.beta, abs=0.03)
     assert found.gamma == pytest.approx(GARCH.gamma, abs=0.04)
     assert found.nu == pytest.approx(GARCH.nu, rel=0.2)
@@ -92,14 +92,14 @@ def test_a_fit_finds_what_made_the_returns() -> None:
 # ---- Filtered historical simulation, against its own definition. ----
 
 
-def history() -> rivals.FilteredHistory:
+def history() -> garch.FilteredHistory:
     generator = torch.Generator().manual_seed(0)
     residuals = torch.randn(2, 400, generator=generator, dtype=torch.float64).sort(1).values
     loc, scale = (torch.rand(2, 6, generator=generator, dtype=torch.float64) + 0.5).unbind()
-    return rivals.FilteredHistory(loc, scale, residuals, torch.tensor([0, 0, 0, 1, 1, 1]))
+    return garch.FilteredHistory(loc, scale, residuals, torch.tensor([0, 0, 0, 1, 1, 1]))
 
 
-def outcomes(forecast: rivals.FilteredHistory) -> Tensor:
+def outcomes(forecast: garch.FilteredHistory) -> Tensor:
     return forecast.loc[:, None] + forecast.scale[:, None] * forecast.residuals[forecast.year]
 
 
@@ -120,7 +120,7 @@ def test_filtered_history_is_a_sample_of_outcomes() -> None:
 def test_many_normal_residuals_score_as_a_normal() -> None:
     at = (torch.arange(500, dtype=torch.float64) + 0.5) / 500
     residuals = torch.from_numpy(stats.norm.ppf(at.numpy()))[None]
-    forecast = rivals.FilteredHistory(torch.zeros(3).double(), torch.ones(3).double(), residuals, torch.zeros(3).long())
+    forecast = garch.FilteredHistory(torch.zeros(3).double(), torch.ones(3).double(), residuals, torch.zeros(3).long())
     for level in (0.9, 0.975, 0.99):
         assert forecast.value_at_risk(level)[0].item() == pytest.approx(stats.norm.ppf(level), abs=2e-3)
         shortfall = stats.norm.pdf(stats.norm.ppf(level)) / (1 - level)
@@ -136,9 +136,9 @@ def test_many_normal_residuals_score_as_a_normal() -> None:
 # ---- What the book ships. ----
 
 
-@pytest.mark.parametrize(("task", "name"), [(task, name) for task, names in rivals.RIVALS.items() for name in names])
+@pytest.mark.parametrize(("task", "name"), [(task, name) for task, names in garch.BASELINES.items() for name in names])
 def test_there_is_a_forecast_of_every_day(task: str, name: str) -> None:
-    found = rivals.forecast(name)
+    found = garch.forecast(name)
     assert tuple(found.batch_shape) == (1, len(tasks.days(task)))
     assert torch.stack(predictions.parameters(found)).isfinite().all()
     scored = predictions.score(found, shipped().targets(task, 0, "test"))
@@ -149,12 +149,12 @@ def test_the_kept_forecasts_are_those_of_a_fit_on_the_past() -> None:
     closes = effens_book.data.prices()
     task = markets.task(closes, "volatility")
     (split,) = markets.walk_forward(task, ["2008-01-01"], end="2009-01-01")
-    mean, deviation = rivals.least_squares(task.x[split.train, :3], task.y[split.train], task.x[split.test, :3])
+    mean, deviation = garch.least_squares(task.x[split.train, :3], task.y[split.train], task.x[split.test, :3])
     rows = np.flatnonzero(
         (tasks.days("volatility") >= np.datetime64("2008-01-01"))
         & (tasks.days("volatility") < np.datetime64("2009-01-01"))
     )
-    kept = rivals.forecast("HAR")
+    kept = garch.forecast("HAR")
     assert isinstance(kept, Normal)
     torch.testing.assert_close(kept.loc[0, rows], mean.float(), rtol=0, atol=1e-5)
     torch.testing.assert_close(kept.scale[0, rows], deviation.float(), rtol=0, atol=1e-5)
@@ -165,39 +165,39 @@ def test_a_year_of_garch_can_be_had_again() -> None:
     closes = effens_book.data.prices()
     r = 100 * np.diff(np.log(closes.close.numpy()))  # of closes.dates[1:]
     first = int(np.flatnonzero(closes.dates[1:] >= np.datetime64("2008-01-01"))[0])
-    garch = rivals.Garch.fit(r[:first])
+    fitted = garch.Garch.fit(r[:first])
     days = tasks.days("returns")
     rows = np.flatnonzero((days >= np.datetime64("2008-01-01")) & (days < np.datetime64("2009-01-01")))
-    again = garch.filter(r[: first + len(rows) + 1])[first + 1 :][: len(rows)]
-    assert np.abs(rivals.garch_volatility().numpy()[rows] / again - 1).max() < 0.02
-    known = rivals.forecast("GARCH-t")
+    again = fitted.filter(r[: first + len(rows) + 1])[first + 1 :][: len(rows)]
+    assert np.abs(garch.garch_volatility().numpy()[rows] / again - 1).max() < 0.02
+    known = garch.forecast("GARCH-t")
     assert isinstance(known, StudentT)
-    assert known.df[0, rows[0]].item() == pytest.approx(garch.nu, rel=0.02)
+    assert known.df[0, rows[0]].item() == pytest.approx(fitted.nu, rel=0.02)
 
 
 def test_what_reading_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="name must be one of HAR-t, GARCH-t, HAR, GARCH, got 'ARMA'"):
-        rivals.forecast("ARMA")
-    rivals.read.cache_clear()
-    monkeypatch.setattr(rivals, "RESULTS", tmp_path)
-    with pytest.raises(FileNotFoundError, match="run python -m effens_book.rivals"):
-        rivals.read()
+        garch.forecast("ARMA")
+    garch.read.cache_clear()
+    monkeypatch.setattr(garch, "RESULTS", tmp_path)
+    with pytest.raises(FileNotFoundError, match="run python -m effens_book.finance.garch"):
+        garch.read()
 
 
 def test_a_year_that_is_run_again_is_the_year_that_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("arch")
-    kept = {key: tensor.clone() for key, tensor in rivals.read().items()}
-    monkeypatch.setattr(rivals, "RESULTS", tmp_path)
+    kept = {key: tensor.clone() for key, tensor in garch.read().items()}
+    monkeypatch.setattr(garch, "RESULTS", tmp_path)
     walk = markets.walk_forward
-    first = rivals.years()[:2]
-    monkeypatch.setattr(rivals, "years", lambda: first[:1])
+    first = garch.years()[:2]
+    monkeypatch.setattr(garch, "years", lambda: first[:1])
     monkeypatch.setattr(markets, "walk_forward", lambda task, starts: walk(task, starts, end=first[1]))
-    rivals.run()
-    again = rivals.read()
-    rivals.read.cache_clear()
-    written = (tmp_path / "rivals.npz").stat().st_mtime_ns
-    rivals.run()  # what is kept is not fitted again
-    assert (tmp_path / "rivals.npz").stat().st_mtime_ns == written
+    garch.run()
+    again = garch.read()
+    garch.read.cache_clear()
+    written = (tmp_path / "garch.npz").stat().st_mtime_ns
+    garch.run()  # what is kept is not fitted again
+    assert (tmp_path / "garch.npz").stat().st_mtime_ns == written
     assert again.keys() == kept.keys()
     for key, tensor in again.items():
         same = kept[key][..., : tensor.shape[-1]] if key != "residuals" else kept[key][:1]

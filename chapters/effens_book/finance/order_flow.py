@@ -5,8 +5,8 @@ An event's signal is worth less the later it is acted upon, and every trade cost
 .. math:: \text{profit} = d \, s \, 2^{-t / h} - c \, |d|
 
 with the side and size d in [-1, 1], the signal s of `data.orders`, the delay t from the event to the answer, its
-half-life h and the cost c. ``python -m effens_book.orders`` times one decision of every method in every way of serving,
-and keeps the times among the results; it takes some minutes, and needs a C++ compiler.
+half-life h and the cost c. ``python -m effens_book.finance.order_flow`` times one decision of every method in every
+way of serving, and keeps the times among the results; it takes some minutes, and needs a C++ compiler.
 """
 
 import copy
@@ -216,7 +216,9 @@ def read() -> dict[tuple[str, str], Tensor]:
     """
     path = RESULTS / "serving.npz"
     if not path.exists():
-        raise FileNotFoundError("results must hold the times of serving, got none: run python -m effens_book.orders")
+        raise FileNotFoundError(
+            "results must hold the times of serving, got none: run python -m effens_book.finance.order_flow"
+        )
     with np.load(path, allow_pickle=False) as file:
         pairs = [key.partition(" | ")[::2] for key in file.files if key != "facts"]
         return {(name, way): torch.from_numpy(file[f"{name} | {way}"]).double() for name, way in pairs}

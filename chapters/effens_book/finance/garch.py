@@ -12,7 +12,8 @@ All walk forward as the benchmark's market tasks do: fitted on what was known be
 * **Filtered historical simulation** (Barone-Adesi, Giannopoulos and Vosper, 1999): the same volatility, and instead of
   a t the model's own past residuals.
 
-``python -m effens_book.rivals`` fits them all, in about half a minute, and keeps what they said among the results.
+``python -m effens_book.finance.garch`` fits them all, in about half a minute, and keeps what
+they said among the results.
 """
 
 import io
@@ -37,7 +38,7 @@ from effens_book.data import markets
 
 Array = NDArray[np.float64]
 KEPT = 500  # residuals of each year's model, equally spaced in rank
-RIVALS = {"returns": ("HAR-t", "GARCH-t"), "volatility": ("HAR", "GARCH")}
+BASELINES = {"returns": ("HAR-t", "GARCH-t"), "volatility": ("HAR", "GARCH")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +69,7 @@ class FilteredHistory:
         return self.loc + self.scale * at[self.year]
 
     def value_at_risk(self, level: float) -> Tensor:
-        """Return the loss that is exceeded with probability 1 - level, (n,), as `effens.risk.value_at_risk` does."""
+        """Return the loss that is exceeded with probability 1 - level, (n,), as `risk.value_at_risk` does."""
         return -self.quantile(1 - level)
 
     def expected_shortfall(self, level: float) -> Tensor:
@@ -173,7 +174,7 @@ class Garch:
 
 def run() -> None:
     """Fit every model in every year and keep what it said, unless that is kept already."""
-    path = RESULTS / "rivals.npz"
+    path = RESULTS / "garch.npz"
     if path.exists():
         return
     arrays: dict[str, Any] = {"facts": np.array(json.dumps(provenance()))}
@@ -234,9 +235,9 @@ def read() -> dict[str, Tensor]:
     Raises:
         FileNotFoundError: the models were not fitted.
     """
-    path = RESULTS / "rivals.npz"
+    path = RESULTS / "garch.npz"
     if not path.exists():
-        raise FileNotFoundError("results must hold the rivals, got none: run python -m effens_book.rivals")
+        raise FileNotFoundError("results must hold the baselines, got none: run python -m effens_book.finance.garch")
     with np.load(path, allow_pickle=False) as file:
         return {key: torch.from_numpy(file[key]) for key in file.files if key != "facts"}
 
@@ -250,10 +251,10 @@ def forecast(name: str) -> Normal | StudentT:
     Raises:
         ValueError: the name is another.
     """
-    if name not in (known := [each for names in RIVALS.values() for each in names]):
+    if name not in (known := [each for names in BASELINES.values() for each in names]):
         raise ValueError(f"name must be one of {', '.join(known)}, got {name!r}")
     parts = read()[name].float()[:, None]
-    kind: Any = StudentT if name in RIVALS["returns"] else Normal
+    kind: Any = StudentT if name in BASELINES["returns"] else Normal
     result: Normal | StudentT = kind(*parts, validate_args=False)
     return result
 

@@ -15,8 +15,8 @@ from torch import Tensor
 import effens
 import effens_book.nets
 from effens import serving
-from effens_book import orders
 from effens_book.data import orders as flows
+from effens_book.finance import order_flow
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -65,36 +65,36 @@ def test_arrivals_have_their_rate_and_come_in_spells() -> None:
 
 def test_profit_is_its_equation() -> None:
     side, signal = torch.tensor([1.0, -1, 0, 0.5]), torch.tensor([2.0, 2, 2, -1])
-    now = orders.profit(side, signal)
-    assert now.tolist() == pytest.approx([2 - orders.COST, -2 - orders.COST, 0, -0.5 - orders.COST / 2])
-    late = orders.profit(side, signal, torch.full((4,), 2 * orders.HALF_LIFE))
+    now = order_flow.profit(side, signal)
+    assert now.tolist() == pytest.approx([2 - order_flow.COST, -2 - order_flow.COST, 0, -0.5 - order_flow.COST / 2])
+    late = order_flow.profit(side, signal, torch.full((4,), 2 * order_flow.HALF_LIFE))
     assert late.tolist() == pytest.approx(
-        [0.5 - orders.COST, -0.5 - orders.COST, 0, -0.125 - orders.COST / 2], abs=1e-6
+        [0.5 - order_flow.COST, -0.5 - order_flow.COST, 0, -0.125 - order_flow.COST / 2], abs=1e-6
     )
     with pytest.raises(ValueError, match=r"sides must be in \[-1, 1\], got 2"):
-        orders.profit(2 * side, signal)
+        order_flow.profit(2 * side, signal)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_threshold_is_the_best_of_all(seed: int) -> None:
     value, moves = draw(60, seed=seed), draw(60, seed=10 + seed) + draw(60, seed=seed)
-    found = orders.threshold(value, moves)
+    found = order_flow.threshold(value, moves)
 
     def gain(bound: float) -> float:
-        return float(((value.sign() * moves - orders.COST) * (value.abs() >= bound)).sum())
+        return float(((value.sign() * moves - order_flow.COST) * (value.abs() >= bound)).sum())
 
     assert gain(found) == pytest.approx(max(gain(bound) for bound in value.abs().tolist()), abs=1e-4)
 
 
 def test_forecasts_of_one_size_are_traded_together_or_not_at_all() -> None:
-    assert orders.threshold(torch.ones(3), torch.tensor([5.0, -5, -5])) == float("inf")
-    assert orders.threshold(torch.tensor([1.0, -2, 1]), torch.tensor([5.0, -5, -1])) == 1
-    assert orders.threshold(torch.tensor([1.0, -2, 1]), torch.tensor([5.0, -5, -9])) == 2
+    assert order_flow.threshold(torch.ones(3), torch.tensor([5.0, -5, -5])) == float("inf")
+    assert order_flow.threshold(torch.tensor([1.0, -2, 1]), torch.tensor([5.0, -5, -1])) == 1
+    assert order_flow.threshold(torch.tensor([1.0, -2, 1]), torch.tensor([5.0, -5, -9])) == 2
 
 
 def test_where_no_trade_pays_there_is_none() -> None:
     value = draw(20)
-    assert orders.threshold(value, -value) == float("inf")
+    assert order_flow.threshold(value, -value) == float("inf")
 
 
 def test_delays_are_those_of_a_queue() -> None:
@@ -104,10 +104,10 @@ def test_delays_are_those_of_a_queue() -> None:
     for came, takes in zip(arrivals.tolist(), service.tolist(), strict=True):
         free = max(free, came) + takes
         expected.append(free - came)
-    torch.testing.assert_close(orders.delays(arrivals, service), torch.tensor(expected, dtype=torch.float64))
-    assert (orders.delays(arrivals, service) > service + 1e-9).any()
+    torch.testing.assert_close(order_flow.delays(arrivals, service), torch.tensor(expected, dtype=torch.float64))
+    assert (order_flow.delays(arrivals, service) > service + 1e-9).any()
     with pytest.raises(ValueError, match="must have the same length, got 500 and 1"):
-        orders.delays(arrivals, service[:1])
+        order_flow.delays(arrivals, service[:1])
 
 
 # ---- Ways of serving. ----
@@ -121,15 +121,15 @@ def test_the_eager_way_is_the_mean_and_the_spread_of_the_means() -> None:
     ensemble = effens.DeepEnsemble(make_net, 3).eval()
     x = draw(1, flows.FEATURES)
     said = effens.predict(ensemble, x, likelihood=effens.Gaussian()).loc
-    mean, spread = orders.eager(ensemble)(x)
+    mean, spread = order_flow.eager(ensemble)(x)
     torch.testing.assert_close(mean, said.mean(0))
     torch.testing.assert_close(spread, said.std(0, correction=0))
-    assert orders.Locations().predict(ensemble(x)).shape == (3, 1)
+    assert order_flow.Locations().predict(ensemble(x)).shape == (3, 1)
 
 
 def test_every_call_is_timed() -> None:
     calls: list[Tensor] = []
-    times = orders.timed(calls.append, draw(3, 2), 50)
+    times = order_flow.timed(calls.append, draw(3, 2), 50)
     assert len(times) == 50
     assert len(calls) == 250
     assert (times > 0).all()
@@ -141,34 +141,34 @@ def test_without_python_it_is_not_slower(tmp_path: Path) -> None:
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
     ensemble, x = effens.BatchEnsemble(make_net, 4).eval(), draw(20, flows.FEATURES)
-    served = serving.export(ensemble, x[:1], tmp_path / "a.pt2", "aoti", likelihood=orders.Locations())
+    served = serving.export(ensemble, x[:1], tmp_path / "a.pt2", "aoti", likelihood=order_flow.Locations())
     times = [
-        sorted(orders.timed(served.run, x, 5000)),
-        sorted(orders.timed_without_python(tmp_path / "a.pt2", x, 5000)),
+        sorted(order_flow.timed(served.run, x, 5000)),
+        sorted(order_flow.timed_without_python(tmp_path / "a.pt2", x, 5000)),
     ]
     assert times[1][2500] < 1.1 * times[0][2500]
     with pytest.raises(RuntimeError, match="the compiled file must run in C"):
-        orders.timed_without_python(tmp_path / "none.pt2", x, 10)
+        order_flow.timed_without_python(tmp_path / "none.pt2", x, 10)
 
 
 def test_every_method_was_timed_in_every_way() -> None:
-    found = orders.read()
-    assert found.keys() == {(name, way) for name in orders.METHODS for way in orders.WAYS}
+    found = order_flow.read()
+    assert found.keys() == {(name, way) for name in order_flow.METHODS for way in order_flow.WAYS}
     for times in found.values():
-        assert len(times) == orders.KEPT
+        assert len(times) == order_flow.KEPT
         assert (times.diff() >= 0).all()
         assert times[0] > 0
-    drawn = orders.drawn("single", "eager", 100)
+    drawn = order_flow.drawn("single", "eager", 100)
     assert torch.isin(drawn, found["single", "eager"]).all()
-    assert torch.equal(drawn, orders.drawn("single", "eager", 100))
+    assert torch.equal(drawn, order_flow.drawn("single", "eager", 100))
 
 
 def test_what_reading_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    orders.read.cache_clear()
-    monkeypatch.setattr(orders, "RESULTS", tmp_path)
-    with pytest.raises(FileNotFoundError, match="run python -m effens_book.orders"):
-        orders.read()
-    orders.read.cache_clear()
+    order_flow.read.cache_clear()
+    monkeypatch.setattr(order_flow, "RESULTS", tmp_path)
+    with pytest.raises(FileNotFoundError, match="run python -m effens_book.finance.order_flow"):
+        order_flow.read()
+    order_flow.read.cache_clear()
 
 
 def test_every_way_is_timed_in_turns_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,30 +182,30 @@ def test_every_way_is_timed_in_turns_and_kept(tmp_path: Path, monkeypatch: pytes
 
         return call
 
-    monkeypatch.setattr(orders, "RESULTS", tmp_path)
-    monkeypatch.setattr(orders, "train_one", lambda *_: (effens.DeepEnsemble(make_net, 2), 0.0))
+    monkeypatch.setattr(order_flow, "RESULTS", tmp_path)
+    monkeypatch.setattr(order_flow, "train_one", lambda *_: (effens.DeepEnsemble(make_net, 2), 0.0))
     monkeypatch.setattr(serving, "export", lambda *_, **__: SimpleNamespace(run=None))
-    monkeypatch.setattr(orders, "timed", times("Python"))
-    monkeypatch.setattr(orders, "timed_without_python", times("C++"))
+    monkeypatch.setattr(order_flow, "timed", times("Python"))
+    monkeypatch.setattr(order_flow, "timed_without_python", times("C++"))
     for name, value in {"METHODS": ("single", "MIMO"), "CALLS": 40, "KEPT": 10}.items():
-        monkeypatch.setattr(orders, name, value)
-    orders.read.cache_clear()
-    orders.run(looks=2)
+        monkeypatch.setattr(order_flow, name, value)
+    order_flow.read.cache_clear()
+    order_flow.run(looks=2)
     assert said == [*["Python"] * 3, "C++"] * 4  # two methods, two looks
-    found = orders.read()
-    orders.read.cache_clear()
-    assert found.keys() == {(name, way) for name in ("single", "MIMO") for way in orders.WAYS}
+    found = order_flow.read()
+    order_flow.read.cache_clear()
+    assert found.keys() == {(name, way) for name in ("single", "MIMO") for way in order_flow.WAYS}
     for kept in found.values():
         assert len(kept) == 10
         assert (kept.diff() >= 0).all()
         assert kept[0] < kept[-1]  # of both looks
-    orders.run(looks=2)  # what is kept is not timed again
+    order_flow.run(looks=2)  # what is kept is not timed again
     assert len(said) == 16
 
 
 def test_a_clock_that_compiles_is_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0))
     monkeypatch.setattr(ctypes, "CDLL", lambda path: SimpleNamespace(effens_clock=lambda *_: 0))
-    orders.clock.cache_clear()
-    assert orders.timed_without_python(Path("served"), draw(3, flows.FEATURES), 7).shape == (7,)
-    orders.clock.cache_clear()
+    order_flow.clock.cache_clear()
+    assert order_flow.timed_without_python(Path("served"), draw(3, flows.FEATURES), 7).shape == (7,)
+    order_flow.clock.cache_clear()
