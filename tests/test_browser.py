@@ -1028,6 +1028,11 @@ def test_answers_to_exercises_wait_folded_open_by_key_and_print(browser: "Browse
     page.close()
 
 
+def rows_of(page: Any) -> list[str]:
+    """What the rows of a page's table say, their cells apart by tabs."""
+    return [str(row.inner_text()).strip() for row in page.locator("tbody tr").all()]
+
+
 def test_a_planner_shows_prices_once_one_is_given_and_says_what_it_cannot_use(
     browser: "Browser", tmp_path: Path
 ) -> None:
@@ -1036,6 +1041,15 @@ def test_a_planner_shows_prices_once_one_is_given_and_says_what_it_cannot_use(
     path.write_text(page_of + players.planner(trainings=12, seconds=3600, start=1800).data, "utf-8")
     with opened(browser, path) as page:
         row, said = page.locator("tbody tr").first, page.locator("p")
+        table = {int(count): cells for count, *cells in (line.split("\t") for line in rows_of(page))}
+        assert table[1] == ["12.5 h", "1.0x", "96%", "12.50"]
+        assert table[5] == ["3.5 h", "3.6x", "69%", "17.50"]  # three rounds
+        assert table[20][:2] == table[1000][:2] == ["1.5 h", "8.3x"]
+        page.get_by_label("seconds of each").fill("10")
+        page.get_by_label("seconds to start").fill("0")
+        assert [line.split("\t")[1] for line in rows_of(page)[:3]] == ["2.0 min", "1.0 min", "30 s"]
+        page.get_by_label("seconds of each").fill("3600")
+        page.get_by_label("seconds to start").fill("1800")
         before = row.inner_text()
         assert "price" not in page.locator("thead").inner_text()
         page.get_by_label("price").fill("2")

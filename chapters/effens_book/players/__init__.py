@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 from PIL import Image
 
-from effens_book.choose import BUDGETS, GOALS, alike, choose, ranks, score_of
+from effens_book.choose import BUDGETS, alike, choose, ranks, score_of
 
 
 def _read(name: str) -> str:
@@ -186,7 +186,7 @@ def bet(question: str, replies: Mapping[str, str], *, answer: str) -> HTML:
 
 
 def chooser() -> HTML:
-    """Return `effens.choose` as a table with controls: plain HTML, which works with no kernel, by mouse and keyboard.
+    """Return `choose.choose` as a table with controls: plain HTML, which works with no kernel, by mouse and keyboard.
 
     Costs and scores are those on digits, which it says; the ranks on the other tasks stand beside them. Without script
     it is the table of all methods, the best for the NLL first.
@@ -200,17 +200,18 @@ def chooser() -> HTML:
     elsewhere = {words: ranks(task) for task, words in {"diamonds": "rank, diamonds", "gap": "rank, curve"}.items()}
     choices = choose()
     names = [choice.method for choice in choices]
+    orders = [[choice.method for choice in choose(goal=goal)] for goal in goals]
     rows = []
     for choice in choices:
         costs = [round(choice.costs[key], 2) for key in BUDGETS.values()]
         scores = [round(score_of(choice.method, goal), 4) for goal in goals]
+        places = [order.index(choice.method) for order in orders]
         same = [[i for i, name in enumerate(names) if alike(choice.method, name, goal)] for goal in goals]
         cells = "".join(f"<td>{choice.costs[key]:.1f}x</td>" for key in BUDGETS.values())
         cells += "".join(f"<td>{found[choice.method]}</td>" for found in elsewhere.values())
-        facts = {"costs": costs, "scores": scores, "same": same}
+        facts = {"costs": costs, "scores": scores, "places": places, "same": same}
         data = " ".join(f'data-{key}="{json.dumps(value)}"' for key, value in facts.items())
         rows.append(f"<tr {data}><th scope='row'>{html.escape(choice.method)}</th>{cells}<td>{scores[0]:.3f}</td></tr>")
-    less = json.dumps([GOALS[goal][2] for goal in goals])
     options = "".join(f"<option value='{i}'>{html.escape(words)}</option>" for i, words in enumerate(goals.values()))
     limits = ("any", 1.5, 2, 3, 4, 5, 12)
     budgets = "".join(
@@ -228,11 +229,11 @@ def chooser() -> HTML:
 <p aria-live="polite"></p>
 <table><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>
 <script>
-{_filled("chooser.js", less=less)}</script></div>""")
+{_read("chooser.js")}</script></div>""")
 
 
 def planner(trainings: int, seconds: float, start: float) -> HTML:
-    """Return a table of what 1 ... 1000 machines bring, whose inputs can be changed with no kernel.
+    """Return a table of what 1 ... 1000 machines bring, computed in the page, whose inputs can be changed.
 
     The price appears once one is given; what cannot be computed with is said, and the table is empty meanwhile.
 
@@ -242,13 +243,8 @@ def planner(trainings: int, seconds: float, start: float) -> HTML:
         start: seconds until a machine begins, and whatever else no machine can share.
     """
     machines = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
-    rows = ""
-    for count in machines:
-        took = start + seconds * math.ceil(trainings / count)
-        speed, busy = (start + seconds * trainings) / took, 100 * trainings * seconds / (count * took)
-        cells = _duration(took), f"{speed:.1f}x", f"{busy:.0f}%", f"{count * took / 3600:.2f}"
-        shown = "".join(f"<td>{cell}</td>" for cell in cells) + "<td hidden='hidden'></td>"
-        rows += f"<tr><th scope='row'>{count}</th>{shown}</tr>"
+    cells = 4 * "<td></td>" + "<td hidden='hidden'></td>"
+    rows = "".join(f"<tr><th scope='row'>{count}</th>{cells}</tr>" for count in machines)
     asked = {
         "trainings": (f"{trainings:g}", "give a whole number above 0"),
         "seconds of each": (f"{seconds:g}", "give a number above 0"),
@@ -266,6 +262,7 @@ def planner(trainings: int, seconds: float, start: float) -> HTML:
 {_read("dark.css").replace("div.effens-player", "div.effens-planner")}{_read("planner.css")}</style>
 <form onsubmit="return false">{fields}</form>
 <p aria-live="polite"></p>
+<noscript><p>A script computes this table.</p></noscript>
 <table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>
 <script>
 {_read("planner.js")}</script></div>""")
@@ -310,13 +307,6 @@ gap, the band becomes narrow there too.</p>
 </effens-living>
 <script>
 {script}</script>""")
-
-
-def _duration(seconds: float) -> str:
-    """A time in the unit that suits them."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
 def stills(function: Callable[..., object], *, alt: str, max_kb: float = 300, **argument: Iterable[Any]) -> HTML:

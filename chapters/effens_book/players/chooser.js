@@ -1,12 +1,12 @@
 (function () {
-  const box = document.currentScript.closest(".effens-chooser"), less = $less;
+  const box = document.currentScript.closest(".effens-chooser");
   const selects = [...box.querySelectorAll("select")], body = box.querySelector("tbody");
   const rows = [...body.rows].map((row, i) => ({row, i, name: row.cells[0].textContent,
-    ...Object.fromEntries(["costs", "scores", "same"].map(key => [key, JSON.parse(row.dataset[key])]))}));
+    ...Object.fromEntries(["costs", "scores", "places", "same"].map(key => [key, JSON.parse(row.dataset[key])]))}));
   function show() {
     const limits = selects.slice(0, 4).map(s => s.value === "any" ? Infinity : +s.value), goal = +selects[4].value;
     for (const r of rows) r.out = r.costs.some((cost, i) => cost > limits[i]);
-    rows.sort((a, b) => a.out - b.out || (less[goal] ? 1 : -1) * (a.scores[goal] - b.scores[goal]) || a.i - b.i);
+    rows.sort((a, b) => a.out - b.out || a.places[goal] - b.places[goal]);
     for (const r of rows) {
       r.row.classList.toggle("out", r.out);
       r.row.lastElementChild.textContent = r.scores[goal].toFixed(3);

@@ -16,4 +16,5 @@ document.querySelectorAll(".effens-planner").forEach(box => {
     }
   }
   fields.forEach(field => { field.oninput = show; });
+  show();
 });
