@@ -90,7 +90,8 @@ def fit_each(
         Exception: what the first failed training raised, a worker's death included, after all others have ended.
 
     Example:
-        >>>         >>> make_net = partial(nn.Linear, 3, 2)
+        >>> from functools import partial
+        >>> make_net = partial(nn.Linear, 3, 2)
         >>> data, folder = (torch.randn(50, 3), torch.randint(2, (50,))), tempfile.mkdtemp()
         >>> networks = fit_each(make_net, data, range(3), folder=folder, epochs=2, progress=False)
         >>> len(list(Path(folder).iterdir()))  # kept

@@ -832,7 +832,7 @@ SHIPPED = [(task, name) for task in TASKS for name in run.methods_of(TASKS[task]
 def test_the_results_are_complete_and_small() -> None:
     files = {path.relative_to(RESULTS).as_posix(): path.stat().st_size for path in RESULTS.rglob("*") if path.is_file()}
     expected = {
-        *(f"{name}.json" for name in ("layers", "roofline", "speed", "gpu")),
+        *(f"{name}.json" for name in ("layers", "roofline", "forwards", "speed", "gpu")),
         *(f"{name}.npz" for name in ("garch", "serving")),
         *(f"studies/{name}.json" for name in studies.STUDIES),
         *(shipped().path(*pair).relative_to(RESULTS).as_posix() for pair in SHIPPED),

@@ -28,6 +28,7 @@ from effens.ensembles.base import Ensemble
 from effens.ensembles.batch import BatchEnsemble
 from effens.ensembles.deep import DeepEnsemble
 from effens_book.benchmark import METHODS, RESULTS, TASKS, shipped
+from effens_book.benchmark.results import names
 from effens_book.benchmark.run import plain, provenance, time_in_turns, write_json
 
 WIDTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)  # weights of 16 KB to 268 MB: from the nearest cache to memory
@@ -261,5 +262,26 @@ def forward(task: str, name: str, batch: int) -> Forward:
         return watched(partial(asked, rows))
 
 
+def count() -> None:
+    """Count what the predictions of the benchmark's methods ask, and keep it: run it where their costs are measured."""
+    methods = [name for name in names() if name in METHODS and METHODS[name].tuned]
+    keys = itertools.product(TASKS, methods, (1, 256))
+    found = {"/".join(map(str, key)): forward(*key) for key in keys}
+    write_json(RESULTS / "forwards.json", {key: [each.calls, each.reads, each.work] for key, each in found.items()})
+    forwards.cache_clear()
+
+
+@cache
+def forwards() -> dict[tuple[str, str, int], Forward]:
+    """Return what a prediction asked of a machine, by (task, method, batch), in the code whose costs were measured."""
+    kept = json.loads((RESULTS / "forwards.json").read_text())
+    found = {}
+    for key, (calls, reads, work) in kept.items():
+        task, name, batch = key.split("/")
+        found[task, name, int(batch)] = Forward(calls, tuple(reads), tuple(work))
+    return found
+
+
 if __name__ == "__main__":
     run()
+    count()

@@ -158,7 +158,7 @@ class RankOneLayer(WeightLayer):
             y = F.conv2d((x * r).flatten(0, 1), self.weight, **self.geometry)
             return scale_and_shift(split_rows(y, self.members), s, bias)
         if x.dim() > 3:
-            return self.forward_each(x.flatten(1, -2)).view(self.members, *x.shape[1:-1], -1)
+            return self.forward_each(x.flatten(1, -2)).view(self.members, *x.shape[1:-1], len(self.weight))
         y = F.linear(x * self.r.unsqueeze(1), self.weight)
         return scale_and_shift(y, self.s.unsqueeze(1), None if self.bias is None else self.bias.unsqueeze(1))
 
