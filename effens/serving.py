@@ -7,10 +7,8 @@ of the members' probabilities; of a regression's mixture, by the law of total va
 .. math:: \bar\mu = \frac1M \sum_m \mu_m, \qquad
     \sigma^2 = \frac1M \sum_m \sigma_m^2 + \frac1M \sum_m (\mu_m - \bar\mu)^2.
 
-What does not change from call to call is done once, here: MIMO's first layer is summed, of snapshots and SWAG only the
-members are kept, and networks that a `HyperEnsemble` repeats are computed once and weighted. BatchEnsemble's r and s
-are folded into the kernels of a convolution that reads the input itself. Behind it they stay two multiplications: fused
-into the operations around them they were measured to cost less than reading M weights, and the file keeps one, not M.
+What is written is what `Ensemble.answering` returns: MIMO with its first layer summed, of snapshots and SWAG only the
+members, and networks that a `HyperEnsemble` repeats once, with their weights.
 
 Two backends: AOTInductor compiles to machine code, for processors of the kind it is compiled on, and needs a C++
 compiler to export; ONNX Runtime interprets a graph, anywhere.
@@ -81,19 +79,14 @@ class Served:
         Raises:
             ValueError: ``x`` has another shape, dtype or device than the file was made for.
         """
-        if type(x) is not Tensor or x.shape != self.shape or x.dtype != self.dtype or x.device != self.device:
-            x = self.checked(x)
-        return self.run(x if x.is_contiguous() else x.contiguous())
-
-    def checked(self, x: Tensor) -> Tensor:
-        """Return ``x`` if it can be answered; raise `ValueError` if not."""
         if not isinstance(x, Tensor):
             raise ValueError(f"x must be a tensor, got {type(x).__name__}")
-        expected, got = (self.shape, self.dtype, self.device), (x.shape, x.dtype, x.device)
-        if expected != got:
-            wanted, found = (f"shape {tuple(shape)}, {dtype}, on {device}" for shape, dtype, device in (expected, got))
-            raise ValueError(f"x must be as it was exported, {wanted}, got {found}")
-        return x
+        if (x.shape, x.dtype, x.device) != (self.shape, self.dtype, self.device):
+            wanted = f"shape {tuple(self.shape)}, {self.dtype}, on {self.device}"
+            raise ValueError(
+                f"x must be as it was exported, {wanted}, got shape {tuple(x.shape)}, {x.dtype}, on {x.device}"
+            )
+        return self.run(x.contiguous())
 
     def __repr__(self) -> str:
         """Show what it answers."""
@@ -145,7 +138,7 @@ def export(
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be 'aoti' or 'onnx', got {backend!r}")
-    require(backend)
+    check_backend(backend)
     check_folder("path", Path(path))
     if x.dim() < 2 or not len(x):
         raise ValueError(f"x must be (batch, ...) with at least one row, got shape {tuple(x.shape)}")
@@ -165,9 +158,9 @@ def export(
         "members": ensemble.members,
         "likelihood": repr(likelihood),
     }
-    with quiet(), unchecked():
-        content = compiled(network, x, facts) if backend == "aoti" else graph(network, x, facts)
-    served = loaded(content, Path(path).name)
+    with without_warnings(), without_validation():
+        content = compile_package(network, x, facts) if backend == "aoti" else onnx_model(network, x, facts)
+    served = load_content(content, Path(path).name)
     check_equal(served(x), expected)
     write_whole(Path(path), content)
     return served
@@ -187,7 +180,7 @@ def load(path: str | os.PathLike[str]) -> Served:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"path must be a file that effens.export wrote, got {path.name}, which is no file")
-    return loaded(path.read_bytes(), path.name)
+    return load_content(path.read_bytes(), path.name)
 
 
 def summarize(
@@ -259,20 +252,17 @@ def moments(prediction: Tensor | Distribution, weights: Tensor | None) -> tuple[
         return total
 
     if isinstance(prediction, Tensor):
-        mean = average(prediction)
-        away = prediction - mean
-        return mean, average(away * away).sqrt()
-    if isinstance(prediction, StudentTDistribution):  # its own variance picks elements, which no compiler likes
+        means, variance = prediction, torch.zeros_like(prediction)
+    elif isinstance(prediction, StudentTDistribution):  # its own variance picks elements, which no compiler likes
         means, df = prediction.loc, prediction.df
         variance = torch.where(df > 2, prediction.scale.square() * df / (df - 2), torch.inf)
     else:
         means, variance = prediction.mean, prediction.variance
     mean = average(means)
-    away = means - mean
-    return mean, average(variance + away * away).sqrt()
+    return mean, average(variance + (means - mean).square()).sqrt()
 
 
-def require(backend: str) -> None:
+def check_backend(backend: str) -> None:
     """Raise unless the backend has what it needs to export."""
     if backend == "aoti":
         from torch._inductor.cpp_builder import get_cpp_compiler
@@ -288,7 +278,7 @@ def require(backend: str) -> None:
         raise ModuleNotFoundError(f"{rule}, missing {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
-def compiled(network: Summary, x: Tensor, facts: dict[str, Any]) -> bytes:
+def compile_package(network: Summary, x: Tensor, facts: dict[str, Any]) -> bytes:
     """Return the content of an AOTInductor package."""
     from torch._inductor import aoti_compile_and_package
 
@@ -323,7 +313,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return torch.bmm(x, weight)
 
 
-def graph(network: nn.Module, x: Tensor, facts: dict[str, Any]) -> bytes:
+def onnx_model(network: nn.Module, x: Tensor, facts: dict[str, Any]) -> bytes:
     """Return the content of an ONNX file."""
     import onnx
 
@@ -339,12 +329,12 @@ def graph(network: nn.Module, x: Tensor, facts: dict[str, Any]) -> bytes:
     return content
 
 
-def loaded(content: bytes, name: str) -> Served:
+def load_content(content: bytes, name: str) -> Served:
     """Load the content of a file of either backend."""
     backend = "aoti" if content.startswith(b"PK") else "onnx"
     try:
-        with quiet():
-            answer, facts = (package_runner if backend == "aoti" else session_runner)(content)
+        with without_warnings():
+            answer, facts = (package_run if backend == "aoti" else session_run)(content)
         served = Served(backend, facts, answer)
         if facts["format"] != FORMAT:
             raise ValueError(facts["format"])
@@ -356,7 +346,7 @@ def loaded(content: bytes, name: str) -> Served:
     return served
 
 
-def package_runner(content: bytes) -> tuple[Run, dict[str, Any]]:
+def package_run(content: bytes) -> tuple[Run, dict[str, Any]]:
     """Return what runs an AOTInductor package, and its facts."""
     from torch._inductor import aoti_load_package
 
@@ -370,7 +360,7 @@ def package_runner(content: bytes) -> tuple[Run, dict[str, Any]]:
     return answer, json.loads(loader.get_metadata()["effens"])
 
 
-def session_runner(content: bytes) -> tuple[Run, dict[str, Any]]:
+def session_run(content: bytes) -> tuple[Run, dict[str, Any]]:
     """Return what runs an ONNX file, and its facts."""
     if importlib.util.find_spec("onnxruntime") is None:
         raise ModuleNotFoundError("a file for ONNX Runtime needs the package onnxruntime: pip install onnxruntime")
@@ -399,7 +389,7 @@ def check_equal(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> 
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def without_warnings() -> Iterator[None]:
     """Keep back what compilers warn of that a reader can do nothing about."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch._inductor", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
@@ -415,7 +405,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def unchecked() -> Iterator[None]:
+def without_validation() -> Iterator[None]:
     """Let distributions take parameters unseen: while a graph is traced they have no values."""
     before = Distribution._validate_args
     Distribution.set_default_validate_args(False)

@@ -446,8 +446,8 @@ def test_a_file_that_answers_something_else_is_not_written(tmp_path: Path, monke
         {"shape": [2, 4], "dtype": "float32", "device": "cpu", "members": 3, "likelihood": ""},
         lambda x: (torch.zeros(2, 3), torch.zeros(2, 3)),
     )
-    monkeypatch.setattr(serving, "compiled", lambda *_: b"")
-    monkeypatch.setattr(serving, "loaded", lambda *_: wrong)
+    monkeypatch.setattr(serving, "compile_package", lambda *_: b"")
+    monkeypatch.setattr(serving, "load_content", lambda *_: wrong)
     (tmp_path / "served").write_text("the last good one")
     with pytest.raises(RuntimeError, match="the exported mean must equal the ensemble's"):
         serving.export(trained("deep"), inputs(mlp, 2), tmp_path / "served")

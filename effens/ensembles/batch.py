@@ -10,6 +10,7 @@ rows by r, makes one plain product, and multiplies by s. Folding touches M weigh
 activation, so the layers fold when ``activations >= 4 * weights`` for each member, the rule that was measured fastest.
 """
 
+import copy
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effens.ensembles.base import MakeNet, made
+from effens.ensembles.base import Ensemble, MakeNet, made
 from effens.ensembles.layers import GEOMETRY, RowEnsemble, WeightLayer, refusal, replace_layers, split_rows
 
 
@@ -93,6 +94,14 @@ class BatchEnsemble(RowEnsemble):
             {"params": fast, "lr": lr * self.fast_lr, "weight_decay": 0.0},
         ]
         return [group for group in groups if group["params"]]
+
+    def answering(self) -> tuple[Ensemble, list[float]]:
+        """Return a copy whose shared weights lie in memory as products of a few rows read them fastest."""
+        ensemble, weights = copy.deepcopy(self), [1.0] * self.members
+        for layer in ensemble.modules():
+            if isinstance(layer, BatchEnsembleLinear):
+                layer.weight.data = layer.weight.mT.contiguous().mT
+        return ensemble, weights
 
     def extra_repr(self) -> str:
         """Show the settings."""
