@@ -266,6 +266,7 @@ class TestBatches:
     def test_a_split_step_costs_what_a_plain_one_does(self) -> None:
         seen: list[int] = []
         ensemble, (x, y) = BatchEnsemble(mlp, 4, split=True), vectors(35)
+        ensemble(x)  # the first call compares the ensemble with its members
         ensemble.network.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
         history = effens.fit(ensemble, (x, y), epochs=1, batch_size=18, device="cpu")
         assert seen == [16, 16]  # 4 members, 4 examples each; 35 // 4 = 8 for each member in 2 steps
@@ -537,3 +538,53 @@ def test_images_have_the_gradients_of_each_member_alone(batch: int) -> None:
         torch.einsum("moikl,oikl,mi->mo", gradients, weight, r),
     ]
     torch.testing.assert_close(found, tuple(by_chain_rule))
+
+
+class Bound(nn.Module):
+    """Keeps its layer's bound method, which stays the plain layer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.call = self.inner.forward
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.call(x).tanh())
+
+
+class ReadsWeights(Bound):
+    def forward(self, x: Tensor) -> Any:
+        return self.head(F.linear(x, self.inner.weight).tanh())
+
+
+class TimeFirst(Bound):
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.inner(x).cumsum(0))
+
+
+@pytest.mark.parametrize(
+    ("make_net", "match"),
+    [
+        (Bound, r"layers that are never called through their forward: \['inner'\]"),
+        (ReadsWeights, r"layers that are never called through their forward: \['inner'\]"),
+        (TimeFirst, "outputs that differ by"),
+    ],
+)
+@pytest.mark.parametrize("init", ["signs", "ones"])
+def test_networks_that_would_answer_something_else_are_refused_before_training(
+    make_net: Callable[[], nn.Module], match: str, init: str
+) -> None:
+    ensemble, (x, y) = BatchEnsemble(make_net, 3, init=init), vectors()
+    state = copy.deepcopy(ensemble.state_dict())
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"BatchEnsemble must answer as its members do alone: .*{match}"):
+            effens.fit(ensemble, (x.float(), y), epochs=1, device="cpu")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in ensemble.state_dict().items())
+
+
+def test_what_draws_at_random_is_not_compared() -> None:
+    class Noisy(Bound):
+        def forward(self, x: Tensor) -> Any:
+            return self.head(self.inner(x + torch.randn_like(x)))
+
+    assert BatchEnsemble(Noisy, 3)(torch.randn(5, 4)).shape == (3, 5, 3)

@@ -67,7 +67,8 @@ class BatchEnsemble(RowEnsemble):
             raise ValueError(f"members must be >= 1, got {members}")
         if not 0 <= fast_lr < math.inf:
             raise ValueError(f"fast_lr must be >= 0 and finite, got {fast_lr}")
-        super().__init__(convert(made(make_net), members, skip, init), members)
+        remedy = "rows must be the first axis, and layers called through their forward; skip= leaves some shared"
+        super().__init__(convert(made(make_net), members, skip, init), members, remedy)
         self.split = split
         self.fast_lr = fast_lr
 

@@ -3,6 +3,7 @@
 import copy
 from collections import deque
 from collections.abc import Callable, Iterator
+from threading import Lock
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn.utils import parametrize
 from effens.ensembles.base import Ensemble
 
 GEOMETRY = ("stride", "padding", "dilation", "groups")
+CHECKING = Lock()  # of several threads that ask first, one checks
 
 
 class MemberLayer(nn.Module):
@@ -91,22 +93,37 @@ class RowEnsemble(Ensemble):
         network: a network in which some layers are member layers. Rows are member-major, so that any other layer
             that treats examples one by one can stand between them.
         members: how many members these layers have.
+        remedy: what to do where the network does not treat rows one by one; None: it is known to. Else the first call
+            compares the answers with those of the members alone.
     """
 
-    def __init__(self, network: nn.Module, members: int) -> None:
+    def __init__(self, network: nn.Module, members: int, remedy: str | None = None) -> None:
         super().__init__(members)
         self.network = network
+        self._remedy = remedy
 
     def forward(self, x: Tensor) -> Tensor:
         """Answer with every member: ``(batch, ...)`` to ``(members, batch, outputs)``."""
         if x.dim() < 2:
             raise ValueError(f"x must be (batch, ...), got shape {tuple(x.shape)}")
+        self._check_first_call(x)
         return self._answers(run_shared(self.network, x, self.members), x.shape[0])
 
     def forward_members(self, xs: Tensor) -> Tensor:
         """Give each member its own batch: ``(members, batch, ...)`` to ``(members, batch, outputs)``."""
         rows = self.check_streams(xs).flatten(0, 1)
+        self._check_first_call(xs[0])
         return self._answers(self.network(rows), xs.shape[1])
+
+    def _check_first_call(self, x: Tensor) -> None:
+        """Compare the ensemble with its members, once, before it answers for the first time."""
+        values = type(x) is Tensor and x.numel() and not x.is_meta  # what is traced has none
+        if self._remedy is None or not values or torch.compiler.is_compiling():
+            return
+        with CHECKING:
+            if self._remedy is not None:
+                check_members(self, x[[0, -1]], self._remedy)
+            self._remedy = None
 
     def _answers(self, rows: Any, batch: int) -> Tensor:
         """View what the network returned, rows, as ``(members, batch, outputs)``."""
@@ -121,6 +138,39 @@ class RowEnsemble(Ensemble):
         self.check_member(m)
         layers = [layer for layer in self.network.modules() if isinstance(layer, MemberLayer)]
         return copy.deepcopy(self.network, {id(layer): layer.member(m) for layer in layers})
+
+
+@torch.no_grad()
+def check_members(ensemble: RowEnsemble, x: Tensor, remedy: str) -> None:
+    """Raise `ValueError` unless an ensemble answers as its members do alone, through the forward of all its layers.
+
+    It is a copy that is asked, in eval mode, its members made more different than they may start.
+    """
+    ensemble = copy.deepcopy(ensemble).eval()
+    ensemble._remedy = None
+    layers = {name: layer for name, layer in ensemble.network.named_modules() if isinstance(layer, MemberLayer)}
+    generator = torch.Generator().manual_seed(0)
+    for parameter in [p for layer in layers.values() for p in layer.parameters()]:
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64, device="cpu")
+        parameter.mul_(1 + 0.2 * noise.to(parameter))
+    members = [ensemble.member(m) for m in range(ensemble.members)]
+    try:
+        expected, again = (torch.stack([member(x.clone()) for member in members]) for _ in range(2))
+    except Exception:  # the input is wrong, or the network returns no tensor: the call itself says so best
+        return
+    called: set[str] = set()
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda *_, name=name: called.add(name))
+    rule = f"{type(ensemble).__name__} must answer as its members do alone: {remedy}"
+    try:
+        found = ensemble.forward(x)
+    except Exception as error:
+        raise ValueError(f"{rule}, got: {error}") from error
+    if missed := [name for name in layers if name not in called]:
+        raise ValueError(f"{rule}, got layers that are never called through their forward: {missed}")
+    far = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    if far > torch.finfo(expected.dtype).eps ** 0.5 and torch.equal(expected, again):  # not random
+        raise ValueError(f"{rule}, got outputs that differ by {far:.2g} of the largest")
 
 
 def chain(network: nn.Module) -> Iterator[nn.Module]:

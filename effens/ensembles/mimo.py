@@ -8,32 +8,18 @@ Fort et al. (2021), "Training independent subnetworks for robust prediction", ar
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
-from threading import Lock
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from effens.ensembles.base import Ensemble, MakeNet, eval_mode, made
-from effens.ensembles.layers import MemberLayer, RowEnsemble, chain, has_hooks, refusal, replace_layers, split_rows
+from effens.ensembles.base import Ensemble, MakeNet, made
+from effens.ensembles.layers import MemberLayer, RowEnsemble, has_hooks, refusal, replace_layers, split_rows
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 WIDENED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-# Modules that mix the rows that stand side by side, or are networks of their own: in front of the first layer and
-# behind the last one, these rows belong to different slots.
-MIXING = (
-    *(_BatchNorm, nn.RNNBase, nn.RNNCellBase),
-    *(nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer),
-)
-
-CHECKING = Lock()  # threads that ask first at the same time would record each other's calls
 
 
 class MIMO(RowEnsemble):
@@ -44,9 +30,9 @@ class MIMO(RowEnsemble):
     initialization, in the first layer at M times the fan-in. All other weights stay as ``make_net`` drew them. With one
     member the network is left as it is.
 
-    In nested `nn.Sequential`s the order of calls is known. In any other network the layer registered first and the one
-    registered last are taken, and the first call of the ensemble makes sure that they are called so. Inputs are joined
-    where the first layer reads them: layers in front of it treat each input, layers behind the last one each answer.
+    The layer registered first and the one registered last are taken, unless others are named; the first call makes sure
+    that each head answers as its member alone. Inputs are joined where the first layer reads them: layers in front of
+    it treat each input, layers behind the last one each answer.
 
     Args:
         make_net: () -> nn.Module, a fresh network.
@@ -86,35 +72,10 @@ class MIMO(RowEnsemble):
         if repeats < 1:
             raise ValueError(f"repeats must be >= 1, got {repeats}")
         network = made(make_net)
-        route = Route(network, first, last) if members > 1 else None
-        super().__init__(route.widen(network, members) if route else network, members)
+        remedy = "it must be widened where it reads its input and where it answers; first= and last= name these layers"
+        super().__init__(widen(network, members, first, last) if members > 1 else network, members, remedy)
         self.share = share
         self.repeats = repeats
-        self._unchecked = route if route and not route.known else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Answer with every head: ``(batch, ...)``, put into every slot, to ``(members, batch, outputs)``.
-
-        A first layer that stands in nested `nn.Sequential`s sums its slots' weights and reads ``x`` once, so that
-        asking costs what one network does.
-        """
-        if self._unchecked and len(x):
-            self._check_route(torch.stack([x[[0, 0]]] * self.members))
-        return super().forward(x)
-
-    def forward_members(self, xs: Tensor) -> Tensor:
-        """Give each slot its own batch: ``(members, batch, ...)`` to ``(members, batch, outputs)``."""
-        if self._unchecked and xs.numel():
-            self._check_route(self.check_streams(xs)[:, [0, 0]])
-        return super().forward_members(xs)
-
-    @torch.no_grad()
-    def _check_route(self, xs: Tensor) -> None:
-        """See, before its first call, whether an unknown network goes the way that it was widened for."""
-        with CHECKING, eval_mode(self):
-            if self._unchecked:
-                self._answers(self._unchecked.watch(self.network, xs.flatten(0, 1)), 2)
-        self._unchecked = None
 
     def batches(self, n: int, batch_size: int, generator: torch.Generator | None = None) -> Iterable[Tensor]:
         """Give each slot the examples of each batch in an order of its own: ``(members, batch * repeats)``.
@@ -198,85 +159,26 @@ class LastLayer(MemberLayer):
         return resize(self.layer, self.layer.weight.chunk(self.members)[m], bias)
 
 
-class Route:
-    """The way through a plain network: which layer reads the input, which one gives the answer, and what is between.
-
-    Args:
-        network: a plain network.
-        first: name of the first layer; found if None.
-        last: name of the last layer; found if None.
-
-    Attributes:
-        known: whether the order of calls is known without a call, and was found right.
-    """
-
-    def __init__(self, network: nn.Module, first: str | None, last: str | None) -> None:
-        modules = dict(network.named_modules(remove_duplicate=False))
-        self.watched = [name for name, m in network.named_modules() if isinstance(m, (nn.Linear, _ConvNd, *MIXING))]
-        self.mixing = {name: type(modules[name]).__name__ for name in self.watched if isinstance(modules[name], MIXING)}
-        self.found = {"first": first is None, "last": last is None}
-        layers = [name for name in self.watched if name not in self.mixing]
-        if not layers:
-            raise ValueError(f"the network must have linear or convolutional layers to widen, got {network}")
-        self.first = layers[0] if first is None else first
-        self.last = layers[-1] if last is None else last
-        for role, name in (("first", self.first), ("last", self.last)):
-            if name not in modules:
-                have = [name for name in modules if name]
-                raise ValueError(f"{role} must name a module of the network, got {name!r}, have {have}")
-            if reason := why_not_wide(modules, name):
-                raise ValueError(f"MIMO cannot widen {name or 'the network'!r}, {reason}: name another with {role}=")
-        if modules[self.first] is modules[self.last]:
-            raise ValueError(f"first and last must be two layers, got {self.first!r} for both")
-        names = {module: name for name, module in reversed(modules.items())}
-        self.first, self.last = names[modules[self.first]], names[modules[self.last]]  # a layer may have two names
-        links = list(chain(network))
-        self.known = all(isinstance(link, MIXING) or not list(link.children()) for link in links)
-        if self.known:
-            self.check([names[link] for link in links if names[link] in self.watched])
-
-    def widen(self, network: nn.Module, members: int) -> nn.Module:
-        """Widen both layers, in place."""
-        first, last = (network.get_submodule(name) for name in (self.first, self.last))
-        assert isinstance(first, WIDENED)
-        assert isinstance(last, WIDENED)
-        new: dict[nn.Module, nn.Module] = {first: FirstLayer(first, members), last: LastLayer(last, members)}
-        return replace_layers(network, lambda _, module: new.get(module))
-
-    def watch(self, network: nn.Module, rows: Tensor) -> Any:
-        """Call the widened network, and raise `ValueError` if the layers are not called as they must be."""
-        with record_calls(network, self.watched) as calls:
-            try:
-                outputs = network(rows)
-            except (RuntimeError, ValueError) as error:
-                if self.first not in calls:
-                    raise  # the input itself was wrong
-                rule = f"the network must read its input through {self.first!r} only, and answer through {self.last!r}"
-                raise ValueError(f"{rule} (first= and last= name others), got: {error}") from error
-        self.check(calls)
-        return outputs
-
-    def check(self, calls: Sequence[str]) -> None:
-        """Raise `ValueError` unless first and last are called once, in this order, with nothing wrong around them."""
-        for role, name in (("first", self.first), ("last", self.last)):
-            if calls.count(name) != 1:
-                rule = f"{role} must be a layer that the network calls once"
-                raise ValueError(f"{rule}, got {name!r}, called {calls.count(name)} times: name another with {role}=")
-        start, end = calls.index(self.first), calls.index(self.last)
-        if start > end:
-            rule = "first must be called before last: name them with first= and last="
-            raise ValueError(f"{rule}, got first={self.first!r}, last={self.last!r}, called in the order {calls}")
-        self._check_outside(calls[:start], "first", f"before {self.first!r}")
-        self._check_outside(calls[end + 1 :], "last", f"after {self.last!r}")
-
-    def _check_outside(self, calls: Sequence[str], role: str, where: str) -> None:
-        """Refuse what mixes rows of different slots; and other layers, unless the reader wanted them there."""
-        for name in calls:
-            if name in self.mixing:
-                raise ValueError(f"MIMO cannot have {name!r}, {self.mixing[name]}, {where}: it would mix the members")
-            if self.found[role]:
-                rule = f"{role} must be the {role} linear or convolutional layer that is called: name it with {role}="
-                raise ValueError(f"{rule}, got {name!r} called {where}")
+def widen(network: nn.Module, members: int, first: str | None, last: str | None) -> nn.Module:
+    """Widen the first layer, on its input, and the last one, on its output, in place."""
+    modules = dict(network.named_modules(remove_duplicate=False))
+    names = [name for name, module in network.named_modules() if isinstance(module, (nn.Linear, _ConvNd))]
+    if not names:
+        raise ValueError(f"the network must have linear or convolutional layers to widen, got {network}")
+    first, last = names[0] if first is None else first, names[-1] if last is None else last
+    new: dict[nn.Module, nn.Module] = {}
+    for role, name, kind in (("first", first, FirstLayer), ("last", last, LastLayer)):
+        if name not in modules:
+            have = [name for name in modules if name]
+            raise ValueError(f"{role} must name a module of the network, got {name!r}, have {have}")
+        if reason := why_not_wide(modules, name):
+            raise ValueError(f"MIMO cannot widen {name or 'the network'!r}, {reason}: name another with {role}=")
+        layer = modules[name]
+        if layer in new:
+            raise ValueError(f"first and last must be two layers, got {name!r} for both")
+        assert isinstance(layer, WIDENED)
+        new[layer] = kind(layer, members)
+    return replace_layers(network, lambda _, module: new.get(module))
 
 
 def why_not_wide(modules: dict[str, nn.Module], name: str) -> str:
@@ -317,18 +219,3 @@ def resize(layer: Layer, weight: Tensor, bias: Tensor | None) -> Layer:
     else:
         new.out_channels, new.in_channels = outputs, inputs
     return new
-
-
-@contextmanager
-def record_calls(network: nn.Module, names: Sequence[str]) -> Iterator[list[str]]:
-    """Record which of the named modules are called, in the order in which they return."""
-    calls: list[str] = []
-    hooks = []
-    for name in names:
-        record = partial(lambda name, *_: calls.append(name), name)
-        hooks.append(network.get_submodule(name).register_forward_hook(record))
-    try:
-        yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
