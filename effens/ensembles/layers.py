@@ -162,12 +162,15 @@ def check_members(ensemble: RowEnsemble, x: Tensor, remedy: str) -> None:
     for name, layer in layers.items():
         layer.register_forward_hook(lambda *_, name=name: called.add(name))
     rule = f"{type(ensemble).__name__} must answer as its members do alone: {remedy}"
+    problem: Exception | None = None
     try:
         found = ensemble.forward(x)
     except Exception as error:
-        raise ValueError(f"{rule}, got: {error}") from error
+        problem = error
     if missed := [name for name in layers if name not in called]:
-        raise ValueError(f"{rule}, got layers that are never called through their forward: {missed}")
+        raise ValueError(f"{rule}, got layers that are never called through their forward: {missed}") from problem
+    if problem:
+        raise ValueError(f"{rule}, got: {problem}") from problem
     far = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
     if far > torch.finfo(expected.dtype).eps ** 0.5 and torch.equal(expected, again):  # not random
         raise ValueError(f"{rule}, got outputs that differ by {far:.2g} of the largest")
