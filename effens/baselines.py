@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +37,8 @@ class MCDropout(OneNetwork):
             raise ValueError(f"the network must have dropout, got {self.network}")
 
     def extra_repr(self) -> str:
-        """Show how many members there are, if not as many as usual."""
-        return changed({"members": self.members}, {"members": 30})
+        """Show how many members there are."""
+        return f"members={self.members}"
 
     def forward(self, x: Tensor) -> Tensor:
         """Answer with every member: ``(batch, ...)`` to ``(members, batch, outputs)``."""
@@ -137,9 +136,8 @@ class LastLayerLaplace(OneNetwork):
         return torch.cat([found, found.new_ones(len(found), 1)], 1)
 
     def extra_repr(self) -> str:
-        """Show the settings that are not the usual ones."""
-        settings = {"precision": self.precision, "seed": self.seed, "fisher": self.fisher.__name__}
-        return changed(settings, {"precision": 1.0, "seed": 0, "fisher": "categorical_fisher"})
+        """Show the settings."""
+        return f"precision={self.precision}, seed={self.seed}, fisher={self.fisher.__name__}"
 
     @torch.no_grad()
     def finish(self, batches: Iterable[Tensor]) -> None:
@@ -163,11 +161,6 @@ class LastLayerLaplace(OneNetwork):
         shift = torch.linalg.solve_triangular(factor.mT, noise.to(mean), upper=True)  # of covariance information^-1
         self.samples.copy_(mean + shift.mT.reshape(self.members, *mean.shape))
         self.ready = True
-
-
-def changed(settings: dict[str, Any], usual: dict[str, Any]) -> str:
-    """Return the settings that are not the usual ones, as `extra_repr` shows them and checkpoints compare them."""
-    return ", ".join(f"{name}={value}" for name, value in settings.items() if value != usual[name])
 
 
 def fisher_of(likelihood: Likelihood) -> Callable[[Tensor], Tensor]:

@@ -33,8 +33,7 @@ class Ensemble(nn.Module):
 
     def __init__(self, members: int, streams: int | None = None) -> None:
         super().__init__()
-        if members < 1:
-            raise ValueError(f"members must be >= 1, got {members}")
+        check_positive(members=members)
         self.members = members
         self.streams = members if streams is None else streams
 

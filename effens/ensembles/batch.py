@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effens.ensembles.base import Ensemble, MakeNet, made
+from effens.ensembles.base import Ensemble, MakeNet, check_positive, made
 from effens.ensembles.layers import GEOMETRY, RowEnsemble, WeightLayer, refusal, replace_layers, split_rows
 
 
@@ -63,8 +63,7 @@ class BatchEnsemble(RowEnsemble):
         init: str = "signs",
         fast_lr: float = 0.5,
     ) -> None:
-        if members < 1:
-            raise ValueError(f"members must be >= 1, got {members}")
+        check_positive(members=members)
         if not 0 <= fast_lr < math.inf:
             raise ValueError(f"fast_lr must be >= 0 and finite, got {fast_lr}")
         remedy = "rows must be the first axis, and layers called through their forward; skip= leaves some shared"
@@ -127,8 +126,7 @@ class RankOneLayer(WeightLayer):
 
     def __init__(self, plain: nn.Linear | nn.Conv2d, members: int, init: str) -> None:
         super().__init__()
-        if members < 1:
-            raise ValueError(f"members must be >= 1, got {members}")
+        check_positive(members=members)
         self.members, self.geometry = members, None
         inputs, bias = plain.weight.shape[1], plain.bias
         if isinstance(plain, nn.Conv2d):

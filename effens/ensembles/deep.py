@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from effens.ensembles.base import Ensemble, MakeNet, made
+from effens.ensembles.base import Ensemble, MakeNet, check_positive, made
 from effens.ensembles.layers import GEOMETRY, MemberLayer, RowEnsemble, WeightLayer, has_hooks, is_rowwise, rows_each
 
 
@@ -44,8 +44,7 @@ class DeepEnsemble(RowEnsemble):
     """
 
     def __init__(self, make_net: MakeNet, members: int = 5) -> None:
-        if members < 1:
-            raise ValueError(f"members must be >= 1, got {members}")
+        check_positive(members=members)
         networks = [made(make_net) for _ in range(members)]
         check_fresh(networks)
         super().__init__(stack(networks), members)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Normal
 from torch.distributions import StudentT as StudentTDistribution
 
-from effens.ensembles.base import Ensemble
+from effens.ensembles.base import Ensemble, check_positive
 from effens.ensembles.deep import DeepEnsemble
 from effens.likelihoods import student_t
 from effens.scores import exact, of_labels
@@ -145,8 +145,7 @@ def greedy_select(probs: Tensor | Distribution, y: Tensor, size: int) -> list[in
         >>> greedy_select(probs, torch.tensor([0, 1]), size=2)  # the second is always wrong
         [0]
     """
-    if size < 1:
-        raise ValueError(f"size must be >= 1, got {size}")
+    check_positive(size=size)
     logs = log_likelihoods(probs, y)  # (candidates, n)
     total = torch.full_like(logs[0], -math.inf)
     lowest, chosen = math.inf, list[int]()

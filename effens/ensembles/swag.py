@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from effens.ensembles.base import Ensemble, MakeNet, OneNetwork, made
+from effens.ensembles.base import Ensemble, MakeNet, OneNetwork, check_positive, made
 from effens.ensembles.deep import DeepEnsemble
 
 
@@ -94,8 +94,7 @@ class SWAG(OneNetwork):
         for name, fraction in {"tail": tail, "tail_lr": tail_lr}.items():
             if not 0 < fraction <= 1:
                 raise ValueError(f"{name} must be in (0, 1], got {fraction}")
-        if every is not None and every < 1:
-            raise ValueError(f"every must be >= 1, got {every}")
+        check_positive(every=1 if every is None else every)
         self.rank, self.scale = rank, scale
         self.tail, self.tail_lr, self.every, self.seed = tail, tail_lr, every, seed
         self.network = network = made(make_net)
