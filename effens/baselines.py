@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from effens.ensembles.base import Ensemble, MakeNet, OneNetwork, made
+from effens.ensembles.base import Ensemble, MakeNet, OneNetwork, call_make_net
 from effens.likelihoods import Categorical, Gaussian, Likelihood, StudentT
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
@@ -32,7 +32,7 @@ class MCDropout(OneNetwork):
 
     def __init__(self, make_net: MakeNet, members: int = 30) -> None:
         super().__init__(members)
-        self.network = made(make_net)
+        self.network = call_make_net(make_net)
         if not any(isinstance(layer, DROPOUTS) and layer.p > 0 for layer in self.network.modules()):
             raise ValueError(f"the network must have dropout, got {self.network}")
 
@@ -102,7 +102,7 @@ class LastLayerLaplace(OneNetwork):
             raise ValueError(f"precision must be > 0 and finite, got {precision}")
         self.precision, self.seed = precision, seed
         self.fisher = fisher_of(Categorical() if likelihood is None else likelihood)
-        network = made(make_net)
+        network = call_make_net(make_net)
         if not isinstance(network, nn.Sequential) or not isinstance(network[-1], nn.Linear) or network[-1].bias is None:
             raise ValueError(f"the network must be an nn.Sequential that ends in nn.Linear with a bias, got {network}")
         self.network = network

@@ -199,7 +199,7 @@ def temperature(probs: Tensor, y: Tensor) -> float:
         True
     """
     check(probs, y)
-    logs = floored(exact(probs.detach()).mean(0)).log()
+    logs = clip_probabilities(exact(probs.detach()).mean(0)).log()
     if bool((logs == logs[:, :1]).all()):
         return 1.0
     from scipy.optimize import brentq  # here, so that `import effens` loads no scipy
@@ -231,7 +231,7 @@ def temper(probs: Tensor, temperature: float) -> Tensor:
     check(probs)
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
-    return as_given((floored(exact(probs).mean(0, keepdim=True)).log() / temperature).softmax(2), probs)
+    return as_given((clip_probabilities(exact(probs).mean(0, keepdim=True)).log() / temperature).softmax(2), probs)
 
 
 def auroc(inside: Tensor, outside: Tensor) -> Tensor:
@@ -341,7 +341,7 @@ def entropy(p: Tensor) -> Tensor:
     return -torch.xlogy(p, p).sum(-1)
 
 
-def floored(p: Tensor) -> Tensor:
+def clip_probabilities(p: Tensor) -> Tensor:
     """Keep probabilities away from 0, so that their logarithms are finite."""
     return p.clamp_min(TINY)
 
@@ -351,7 +351,7 @@ def of_labels(probs: Tensor, y: Tensor) -> Tensor:
     check(probs, y)
     p = exact(probs)
     labels = y.long().to(p.device).expand(p.shape[:2])[..., None]
-    return floored(p.gather(2, labels).squeeze(2))
+    return clip_probabilities(p.gather(2, labels).squeeze(2))
 
 
 def exact(tensor: Tensor) -> Tensor:

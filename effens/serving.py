@@ -166,7 +166,7 @@ def export(
     return served
 
 
-def load(path: str | os.PathLike[str]) -> Served:
+def load_served(path: str | os.PathLike[str]) -> Served:
     """Load a file that `export` wrote. One of AOTInductor's holds machine code: **load only files you trust**.
 
     Args:

@@ -132,7 +132,7 @@ class Checkpoint:
             OSError: it cannot be written, the disk is full, say; then the file is as it was.
         """
         tensors: dict[str, Tensor] = {}
-        content = json.dumps({"call": self.call, "state": packed(state, "state", tensors)})
+        content = json.dumps({"call": self.call, "state": pack(state, "state", tensors)})
         whole = to_bytes(tensors, metadata={"format": CHECKPOINT, "content": content})
         try:
             write_whole(self.path, whole)
@@ -158,10 +158,10 @@ class Checkpoint:
         if different := list(differences(call, content["call"])):
             more = f", and {len(different) - 3} more" if len(different) > 3 else ""
             raise ValueError(f"{name} must be a checkpoint of the same call, got {'; '.join(different[:3])}{more}")
-        return unpacked(content["state"], tensors)
+        return unpack(content["state"], tensors)
 
 
-def packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """Return nested values as JSON can hold them; put the tensors among them into ``tensors``, and their names here."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -169,15 +169,15 @@ def packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {"tensor": [name, value.device.type]}
     if isinstance(value, dict):
-        return {"dict": [[key, packed(inner, f"{name}/{key}", tensors)] for key, inner in value.items()]}
+        return {"dict": [[key, pack(inner, f"{name}/{key}", tensors)] for key, inner in value.items()]}
     if isinstance(value, list | tuple):
         kind = "list" if isinstance(value, list) else "tuple"
-        return {kind: [packed(inner, f"{name}/{i}", tensors) for i, inner in enumerate(value)]}
+        return {kind: [pack(inner, f"{name}/{i}", tensors) for i, inner in enumerate(value)]}
     raise TypeError(f"a checkpoint must hold nothing but tensors, numbers and strings, got {type(value)} at {name}")
 
 
-def unpacked(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Return what `packed` was given."""
+def unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Return what `pack` was given."""
     if not isinstance(value, dict):
         return value
     ((kind, inner),) = value.items()
@@ -185,8 +185,8 @@ def unpacked(value: Any, tensors: dict[str, Tensor]) -> Any:
         name, device = inner
         return tensors[name].clone().to(device)  # a copy, for the file may be replaced while it is read from
     if kind == "dict":
-        return {key: unpacked(each, tensors) for key, each in inner}
-    return {"list": list, "tuple": tuple}[kind](unpacked(each, tensors) for each in inner)
+        return {key: unpack(each, tensors) for key, each in inner}
+    return {"list": list, "tuple": tuple}[kind](unpack(each, tensors) for each in inner)
 
 
 def differences(expected: Any, found: Any, name: str = "") -> Iterator[str]:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from effens.batches import Data
 from effens.checkpoint import fixed_seed
-from effens.ensembles.base import check_positive, made
+from effens.ensembles.base import call_make_net, check_positive
 from effens.ensembles.deep import DeepEnsemble
 from effens.ensembles.hyper import log_likelihoods
 from effens.identity import describe, digest
@@ -360,7 +360,9 @@ def build(make_net: Callable[..., nn.Module], settings: Settings, seed: int, opt
     """Make the network of these settings, from a seed, on the device on which it is trained."""
     device = resolve_device(options.get("device"))
     with fixed_seed(seed, device):
-        network = made(partial(make_net, **{key: value for key, value in settings.items() if key not in OF_FIT}))
+        network = call_make_net(
+            partial(make_net, **{key: value for key, value in settings.items() if key not in OF_FIT})
+        )
     return network.to(device)
 
 

@@ -153,7 +153,7 @@ def test_a_compiled_file_answers_as_the_ensemble(batch: tuple[serving.Served, Pa
 def test_it_says_what_it_is(batch: tuple[serving.Served, Path]) -> None:
     served, path = batch
     assert (served.backend, tuple(served.shape), served.dtype) == ("aoti", (2, 4), torch.float32)
-    assert repr(serving.load(path)) == repr(served) == "Served('aoti', (2, 4), members=3, Categorical())"
+    assert repr(serving.load_served(path)) == repr(served) == "Served('aoti', (2, 4), members=3, Categorical())"
 
 
 def test_nothing_is_written_beside_it(batch: tuple[serving.Served, Path]) -> None:
@@ -222,7 +222,7 @@ def answers_elsewhere(path: Path, x: Tensor) -> list[list[Any]]:
     """What the file answers in a new process, started in another folder, that makes no ensemble."""
     code = (
         "import sys, json, torch; from effens import serving;"
-        f"served = serving.load({str(path)!r});"
+        f"served = serving.load_served({str(path)!r});"
         f"print(json.dumps([t.tolist() for t in served(torch.tensor({x.tolist()}))]))"
     )
     env = {**os.environ, "PYTHONPATH": str(Path(effens.__file__).parents[1])}
@@ -273,7 +273,7 @@ def test_every_method_and_likelihood(backend: str, method: str, net: Any, likeli
     path = tmp_path / "served"
     served = serving.export(ensemble, inputs(net, 3), path, backend, likelihood=meaning)
     assert far(served, ensemble, inputs(net, 3, seed=1), meaning) < 1e-5
-    assert far(serving.load(path), ensemble, inputs(net, 3, seed=2), meaning) < 1e-5
+    assert far(serving.load_served(path), ensemble, inputs(net, 3, seed=2), meaning) < 1e-5
     assert os.listdir(tmp_path) == ["served"]
 
 
@@ -457,7 +457,7 @@ def test_a_file_that_answers_something_else_is_not_written(tmp_path: Path, monke
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="got nothing.pt2, which is no file"):
-        serving.load(tmp_path / "nothing.pt2")
+        serving.load_served(tmp_path / "nothing.pt2")
 
 
 @needs_onnx
@@ -466,7 +466,7 @@ def test_foreign_files_are_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "foreign"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"foreign must be a whole file that effens\.export wrote, got one"):
-        serving.load(path)
+        serving.load_served(path)
 
 
 def test_cut_files_and_other_archives_are_refused(batch: tuple[serving.Served, Path], tmp_path: Path) -> None:
@@ -476,7 +476,7 @@ def test_cut_files_and_other_archives_are_refused(batch: tuple[serving.Served, P
         archive.writestr("data", "no model")
     for name in ("cut", "archive"):
         with pytest.raises(ValueError, match=rf"{name} must be a whole file that effens\.export wrote, got one"):
-            serving.load(tmp_path / name)
+            serving.load_served(tmp_path / name)
 
 
 def test_importing_effens_imports_no_backend() -> None:

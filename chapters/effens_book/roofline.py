@@ -266,7 +266,7 @@ def count() -> None:
     """Count what the predictions of the benchmark's methods ask, and keep it: run it where their costs are measured."""
     methods = [name for name in names() if name in METHODS and METHODS[name].tuned]
     keys = itertools.product(TASKS, methods, (1, 256))
-    found = {"/".join(map(str, key)): forward(*key) for key in keys}
+    found = {", ".join(map(str, key)): forward(*key) for key in keys}
     write_json(RESULTS / "forwards.json", {key: [each.calls, each.reads, each.work] for key, each in found.items()})
     forwards.cache_clear()
 
@@ -277,7 +277,7 @@ def forwards() -> dict[tuple[str, str, int], Forward]:
     kept = json.loads((RESULTS / "forwards.json").read_text())
     found = {}
     for key, (calls, reads, work) in kept.items():
-        task, name, batch = key.split("/")
+        task, name, batch = key.split(", ")
         found[task, name, int(batch)] = Forward(calls, tuple(reads), tuple(work))
     return found
 

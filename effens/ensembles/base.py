@@ -166,7 +166,7 @@ class OneNetwork(Ensemble):
         return self
 
 
-def made(make_net: MakeNet) -> nn.Module:
+def call_make_net(make_net: MakeNet) -> nn.Module:
     """Return what ``make_net`` makes; raise `TypeError` unless it is a function that returns a network."""
     if isinstance(make_net, nn.Module):
         raise TypeError(f"make_net must be a function that returns a fresh network, got a {type(make_net).__name__}")

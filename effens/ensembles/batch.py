@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effens.ensembles.base import Ensemble, MakeNet, check_positive, made
+from effens.ensembles.base import Ensemble, MakeNet, call_make_net, check_positive
 from effens.ensembles.layers import GEOMETRY, RowEnsemble, WeightLayer, refusal, replace_layers, split_rows
 
 
@@ -67,7 +67,7 @@ class BatchEnsemble(RowEnsemble):
         if not 0 <= fast_lr < math.inf:
             raise ValueError(f"fast_lr must be >= 0 and finite, got {fast_lr}")
         remedy = "rows must be the first axis, and layers called through their forward; skip= leaves some shared"
-        super().__init__(convert(made(make_net), members, skip, init), members, remedy)
+        super().__init__(convert(call_make_net(make_net), members, skip, init), members, remedy)
         self.split = split
         self.fast_lr = fast_lr
 

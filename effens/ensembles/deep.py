@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from effens.ensembles.base import Ensemble, MakeNet, check_positive, made
+from effens.ensembles.base import Ensemble, MakeNet, call_make_net, check_positive
 from effens.ensembles.layers import GEOMETRY, MemberLayer, RowEnsemble, WeightLayer, has_hooks, is_rowwise, rows_each
 
 
@@ -45,7 +45,7 @@ class DeepEnsemble(RowEnsemble):
 
     def __init__(self, make_net: MakeNet, members: int = 5) -> None:
         check_positive(members=members)
-        networks = [made(make_net) for _ in range(members)]
+        networks = [call_make_net(make_net) for _ in range(members)]
         check_fresh(networks)
         super().__init__(stack(networks), members)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from effens.ensembles.base import Ensemble, MakeNet, check_positive, made
+from effens.ensembles.base import Ensemble, MakeNet, call_make_net, check_positive
 from effens.ensembles.layers import MemberLayer, RowEnsemble, has_hooks, refusal, replace_layers, split_rows
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -68,7 +68,7 @@ class MIMO(RowEnsemble):
         check_positive(members=members, repeats=repeats)
         if not 0 <= share <= 1:
             raise ValueError(f"share must be in 0 ... 1, got {share}")
-        network = made(make_net)
+        network = call_make_net(make_net)
         remedy = "it must be widened where it reads its input and where it answers; first= and last= name these layers"
         super().__init__(widen(network, members, first, last) if members > 1 else network, members, remedy)
         self.share = share

@@ -13,7 +13,7 @@ of DNNs", arXiv:1802.10026.
 import copy
 import math
 
-from effens.ensembles.base import Ensemble, MakeNet, OneNetwork, made
+from effens.ensembles.base import Ensemble, MakeNet, OneNetwork, call_make_net
 from effens.ensembles.deep import DeepEnsemble
 
 
@@ -70,7 +70,7 @@ class SnapshotEnsemble(OneNetwork):
         if len(lrs) != 2 or not 1 >= lrs[0] >= lrs[1] >= 0:
             raise ValueError(f"lrs must be high and low with 1 >= high >= low >= 0, got {lrs}")
         self.triangular, self.pretrain, self.lrs = schedule == "triangular", pretrain, lrs
-        self.network = network = made(make_net)
+        self.network = network = call_make_net(make_net)
         self.snapshots = DeepEnsemble(lambda: copy.deepcopy(network), members).eval().requires_grad_(False)
 
     def derived(self) -> Ensemble:

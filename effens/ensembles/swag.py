@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from effens.ensembles.base import Ensemble, MakeNet, OneNetwork, check_positive, made
+from effens.ensembles.base import Ensemble, MakeNet, OneNetwork, call_make_net, check_positive
 from effens.ensembles.deep import DeepEnsemble
 
 
@@ -97,7 +97,7 @@ class SWAG(OneNetwork):
         check_positive(every=1 if every is None else every)
         self.rank, self.scale = rank, scale
         self.tail, self.tail_lr, self.every, self.seed = tail, tail_lr, every, seed
-        self.network = network = made(make_net)
+        self.network = network = call_make_net(make_net)
         self.samples = DeepEnsemble(lambda: copy.deepcopy(network), members).eval().requires_grad_(False)
         weights = [p.detach().flatten() for p in network.parameters() if p.requires_grad]
         if not weights:

@@ -17,6 +17,7 @@ from torch.distributions import Normal
 from torch.distributions import StudentT as StudentTDistribution
 
 from effens import scores
+from effens.ensembles.hyper import log_likelihoods as log_likelihoods
 from effens.likelihoods import Categorical, Likelihood, StudentT
 from effens_book.finance import risk
 
@@ -83,14 +84,6 @@ def groups(prediction: Any, members: int) -> list[Any]:
     size = count_members(prediction)
     parts = torch.arange(size).split(members)[: max(1, size // members)]
     return [take_members(prediction, part) for part in parts]
-
-
-def log_likelihoods(prediction: Prediction, y: Tensor) -> Tensor:
-    """Return each member's log likelihood of each target, (members, n), float64."""
-    if isinstance(prediction, Tensor):
-        return scores.of_labels(prediction, y).log()
-    logs: Tensor = distribution(type(prediction), to_double(prediction)).log_prob(y)
-    return logs
 
 
 def log_mean(logs: Tensor) -> Tensor:
