@@ -12,7 +12,7 @@ import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
 import effens
-from effens_book.address import ROOT, cited, colab, dress, install, minutes, project, small_packages, url
+from effens_book.address import ROOT, citations, colab, dress, install, minutes, project, small_packages, url
 from effens_book.rerun import chapters, note_time
 
 CHAPTERS = chapters()
@@ -101,8 +101,8 @@ def test_the_badge_is_an_image_of_the_book(chapter: Path, notebook: Any) -> None
     ],
 )
 def test_citations_become_links_that_read_well_everywhere(typed: str, linked: str) -> None:
-    assert cited(typed) == linked
-    assert cited(linked) == linked
+    assert citations(typed) == linked
+    assert citations(linked) == linked
 
 
 def test_a_chapter_s_time_is_written_where_it_says_it(tmp_path: Path) -> None:

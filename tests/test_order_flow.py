@@ -129,7 +129,7 @@ def test_the_eager_way_is_the_mean_and_the_spread_of_the_means() -> None:
 
 def test_every_call_is_timed() -> None:
     calls: list[Tensor] = []
-    times = order_flow.timed(calls.append, draw(3, 2), 50)
+    times = order_flow.time_calls(calls.append, draw(3, 2), 50)
     assert len(times) == 50
     assert len(calls) == 250
     assert (times > 0).all()
@@ -143,12 +143,12 @@ def test_without_python_it_is_not_slower(tmp_path: Path) -> None:
     ensemble, x = effens.BatchEnsemble(make_net, 4).eval(), draw(20, flows.FEATURES)
     served = serving.export(ensemble, x[:1], tmp_path / "a.pt2", "aoti", likelihood=order_flow.Locations())
     times = [
-        sorted(order_flow.timed(served.run, x, 5000)),
-        sorted(order_flow.timed_without_python(tmp_path / "a.pt2", x, 5000)),
+        sorted(order_flow.time_calls(served.run, x, 5000)),
+        sorted(order_flow.time_calls_without_python(tmp_path / "a.pt2", x, 5000)),
     ]
     assert times[1][2500] < 1.1 * times[0][2500]
     with pytest.raises(RuntimeError, match="the compiled file must run in C"):
-        order_flow.timed_without_python(tmp_path / "none.pt2", x, 10)
+        order_flow.time_calls_without_python(tmp_path / "none.pt2", x, 10)
 
 
 def test_every_method_was_timed_in_every_way() -> None:
@@ -158,9 +158,9 @@ def test_every_method_was_timed_in_every_way() -> None:
         assert len(times) == order_flow.KEPT
         assert (times.diff() >= 0).all()
         assert times[0] > 0
-    drawn = order_flow.drawn("single", "eager", 100)
+    drawn = order_flow.draw_times("single", "eager", 100)
     assert torch.isin(drawn, found["single", "eager"]).all()
-    assert torch.equal(drawn, order_flow.drawn("single", "eager", 100))
+    assert torch.equal(drawn, order_flow.draw_times("single", "eager", 100))
 
 
 def test_what_reading_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,8 +185,8 @@ def test_every_way_is_timed_in_turns_and_kept(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(order_flow, "RESULTS", tmp_path)
     monkeypatch.setattr(order_flow, "train_one", lambda *_: (effens.DeepEnsemble(make_net, 2), 0.0))
     monkeypatch.setattr(serving, "export", lambda *_, **__: SimpleNamespace(run=None))
-    monkeypatch.setattr(order_flow, "timed", times("Python"))
-    monkeypatch.setattr(order_flow, "timed_without_python", times("C++"))
+    monkeypatch.setattr(order_flow, "time_calls", times("Python"))
+    monkeypatch.setattr(order_flow, "time_calls_without_python", times("C++"))
     for name, value in {"METHODS": ("single", "MIMO"), "CALLS": 40, "KEPT": 10}.items():
         monkeypatch.setattr(order_flow, name, value)
     order_flow.read.cache_clear()
@@ -207,5 +207,5 @@ def test_a_clock_that_compiles_is_handed_out(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0))
     monkeypatch.setattr(ctypes, "CDLL", lambda path: SimpleNamespace(effens_clock=lambda *_: 0))
     order_flow.clock.cache_clear()
-    assert order_flow.timed_without_python(Path("served"), draw(3, flows.FEATURES), 7).shape == (7,)
+    assert order_flow.time_calls_without_python(Path("served"), draw(3, flows.FEATURES), 7).shape == (7,)
     order_flow.clock.cache_clear()

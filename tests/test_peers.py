@@ -82,7 +82,7 @@ def test_training_steps_have_the_same_gradients(network: str, monkeypatch: pytes
 
 def test_a_converted_network_has_as_many_weights_a_member() -> None:
     network = effens_book.nets.mlp(4, 2, width=8)
-    converted = sections.converted(network, lambda inputs, outputs: nn.Linear(inputs, outputs))
+    converted = sections.convert_network(network, lambda inputs, outputs: nn.Linear(inputs, outputs))
     assert [p.shape for p in converted.parameters()] == [p.shape for p in network.parameters()]
     assert not {id(p) for p in converted.parameters()} & {id(p) for p in network.parameters()}
 
@@ -113,10 +113,10 @@ def test_ratios_are_those_of_paired_times(monkeypatch: pytest.MonkeyPatch) -> No
     clock = Clock()
     monkeypatch.setattr(timing, "time", clock)
     calls = {"effens": lambda: clock.move(1), "slow": lambda: clock.move(4), "fast": lambda: clock.move(0.5)}
-    row = timing.compared(calls, 30)
+    row = timing.compare(calls, 30)
     assert row["seconds"] == {"effens": 1, "slow": 4, "fast": 0.5}
     assert row["ratios"] == {"slow": [0.25] * 3, "fast": [2] * 3}
-    assert timing.compared(calls, 30, to="slow")["ratios"] == {"effens": [0.25] * 3, "fast": [0.125] * 3}
+    assert timing.compare(calls, 30, to="slow")["ratios"] == {"effens": [0.25] * 3, "fast": [0.125] * 3}
 
 
 def test_every_round_times_every_call_once() -> None:

@@ -42,7 +42,7 @@ def test_a_machine_is_measured() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        found = roofline.measured()
+        found = roofline.measure_machine()
     finally:
         torch.set_num_threads(threads)
     assert 1e8 < found.peak < 1e14
@@ -77,11 +77,11 @@ def test_rows_are_members_times_batch_and_splits_of_the_same_rows_share_a_median
 
 
 def test_where_the_time_has_doubled_is_read_between_the_points() -> None:
-    assert roofline.doubled({1: 3.0, 4: 3.0, 16: 12.0}) == pytest.approx(8)  # on a line of slope 1, log-log
-    assert roofline.doubled({1: 3.0, 4: 6.0}) == pytest.approx(4)
-    assert roofline.doubled({1: 3.0, 4: 5.9}) == math.inf
+    assert roofline.doubling_rows({1: 3.0, 4: 3.0, 16: 12.0}) == pytest.approx(8)  # on a line of slope 1, log-log
+    assert roofline.doubling_rows({1: 3.0, 4: 6.0}) == pytest.approx(4)
+    assert roofline.doubling_rows({1: 3.0, 4: 5.9}) == math.inf
     shared = {rows: MACHINE.predict(20, rows, 1, shared=True) - MACHINE.call for rows in range(1, 1000)}
-    assert roofline.doubled(shared) == pytest.approx(2 * MACHINE.knee(20), rel=0.01)
+    assert roofline.doubling_rows(shared) == pytest.approx(2 * MACHINE.knee(20), rel=0.01)
 
 
 @pytest.mark.parametrize(("size", "said"), [(16384, "16 KB"), (2**20, "1 MB"), (2**28, "268 MB")])
@@ -91,13 +91,13 @@ def test_bytes_in_words(size: int, said: str) -> None:
 
 def test_a_prediction_is_counted_by_hand() -> None:
     x, w = torch.randn(5, 3), torch.randn(3, 2)
-    found = roofline.watched(lambda: (x @ w).T.relu())  # a product, a view, an elementwise operator
+    found = roofline.count_operations(lambda: (x @ w).T.relu())  # a product, a view, an elementwise operator
     assert found == roofline.Forward(3, (4 * (15 + 6 + 10), 0, 4 * (10 + 10)), (2 * 5 * 3 * 2, 0, 0))
     calls, memory, compute = found.predict(Machine(peak=1.0, call=2.0, bandwidths=((1.0, 4.0),)))
     assert calls == 3 * 2
     assert compute == 60  # the product: 60 operations against 31 seconds of reading
     assert memory == 20
-    assert roofline.watched(lambda: None) == roofline.Forward(0, (), ())
+    assert roofline.count_operations(lambda: None) == roofline.Forward(0, (), ())
 
 
 @pytest.mark.parametrize("name", ["single", "deep ensemble", "BatchEnsemble", "SWAG", "MIMO"])
@@ -128,7 +128,7 @@ def test_what_is_kept_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(roofline, "WIDTHS", (8,))
     monkeypatch.setattr(roofline, "BATCHES", (1,))
     monkeypatch.setattr(roofline, "SECONDS", 0.01)
-    monkeypatch.setattr(roofline, "measured", lambda: Machine(100.0, 1.0, ((256.0, 8.0),)))
+    monkeypatch.setattr(roofline, "measure_machine", lambda: Machine(100.0, 1.0, ((256.0, 8.0),)))
     threads = torch.get_num_threads()
     roofline.read.cache_clear()
     try:

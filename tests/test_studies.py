@@ -29,7 +29,7 @@ def bank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Another folder, and tiny tasks in place of the book's; settings are given, not tuned."""
     monkeypatch.setattr(studies, "RESULTS", tmp_path)
     tiny = {"gap": replace(LINE, name="gap", members=3), "digits": replace(SPOTS, name="digits", members=3)}
-    monkeypatch.setattr(studies, "tuned", lambda name, task="digits": SETTINGS)
+    monkeypatch.setattr(studies, "tuned_settings", lambda name, task="digits": SETTINGS)
     monkeypatch.setattr(studies, "STUDIES", dict(studies.STUDIES))
     cached = (studies.read, trained_methods.equal_flops_width, trained_methods.equal_weights_width)
     for name in list(TASKS):
@@ -87,7 +87,7 @@ def test_a_killed_study_goes_on_where_it_was(asked: list[tuple[int, int]], monke
 
 
 def test_scores_are_rounded_and_settings_are_not() -> None:
-    assert studies.rounded({"nll": 0.12345678, "seed": 3, "kind": "x"}) == {"nll": 0.123457, "seed": 3, "kind": "x"}
+    assert studies.round_row({"nll": 0.12345678, "seed": 3, "kind": "x"}) == {"nll": 0.123457, "seed": 3, "kind": "x"}
 
 
 def test_values_are_in_the_order_of_the_seeds(bank: Path) -> None:
@@ -159,7 +159,7 @@ def test_all_forms_of_a_tail_come_from_one_training(bank: Path, monkeypatch: pyt
     last, swa = rows[0], rows[1]
     task = TASKS["gap"]
     for network, row in ((ensemble.network, last), (ensemble.at(ensemble.mean), swa)):
-        expected = studies.scored(task, effens.DeepEnsemble.of([network]), 0)
+        expected = studies.score_ensemble(task, effens.DeepEnsemble.of([network]), 0)
         assert row["nll"] == pytest.approx(expected["nll"], rel=1e-4)
     assert rows[2]["spread"] < rows[3]["spread"] < rows[4]["spread"]  # with the scale
 
@@ -173,7 +173,7 @@ def test_one_head_is_the_plain_network(bank: Path) -> None:
     (one,) = studies.capacity(width=4, members=1, share=0.0, seed=0)
     task = replace(TASKS["digits"], width=4)
     plain = studies.train(task, lambda: effens.MIMO(task.make_net, 1), SETTINGS, 0)
-    assert one["nll"] == pytest.approx(studies.scored(task, plain, 0)["nll"])
+    assert one["nll"] == pytest.approx(studies.score_ensemble(task, plain, 0)["nll"])
     assert one["diversity_gain"] == pytest.approx(0, abs=1e-9)
 
 
@@ -203,13 +203,13 @@ def test_a_search_selects_without_looking_at_test_data(bank: Path, monkeypatch: 
     task = TASKS["digits"]
     monkeypatch.setitem(TASKS, "digits", replace(task, load=lambda seed: Guarded(task.load(seed))))
     asked_for: list[str] = []
-    scored = studies.scored
+    score_ensemble = studies.score_ensemble
 
     def spy(of: Any, ensemble: effens.Ensemble, seed: int, split: str = "test") -> Row:
         asked_for.append(split)
-        return scored(task, ensemble, seed, split)
+        return score_ensemble(task, ensemble, seed, split)
 
-    monkeypatch.setattr(studies, "scored", spy)
+    monkeypatch.setattr(studies, "score_ensemble", spy)
     studies.search(task="digits", seed=0)  # the guard would raise
     assert asked_for == ["val", "test"] * 5  # after all was chosen
 
@@ -256,7 +256,7 @@ def test_the_settings_of_a_panel_are_those_of_the_lowest_loss(
 def test_a_decay_that_diverges_says_so(bank: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (row,) = studies.decay(task="digits", method="single", weight_decay=0.1, seed=0)
     assert math.isfinite(row["nll"])
-    monkeypatch.setattr(studies, "tuned", lambda name, task: {**SETTINGS, "lr": 1e30})
+    monkeypatch.setattr(studies, "tuned_settings", lambda name, task: {**SETTINGS, "lr": 1e30})
     assert studies.decay(task="digits", method="single", weight_decay=0.1, seed=0) == [{"diverged": 1}]
 
 
@@ -264,7 +264,7 @@ def test_scores_that_are_not_finite_are_refused(bank: Path, monkeypatch: pytest.
     monkeypatch.setattr(studies, "score", lambda said, y: {"nll": math.nan, "accuracy": 0.5})
     task = TASKS["digits"]
     with pytest.raises(FloatingPointError, match=r"scores must be finite, got \['nll'\] that are not"):
-        studies.scored(task, effens.DeepEnsemble(task.make_net, 1), 0)
+        studies.score_ensemble(task, effens.DeepEnsemble(task.make_net, 1), 0)
 
 
 def test_the_command_runs_what_is_named(asked: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,12 +281,12 @@ def test_ranks_and_turnover_are_what_they_say() -> None:
     torch.manual_seed(0)
     a, b = torch.randn(5, 30), torch.randn(5, 30)
     expected = np.mean([stats.spearmanr(first, second).statistic for first, second in zip(a, b, strict=True)])
-    assert studies.ranked(a, b) == pytest.approx(expected)
-    assert studies.ranked(a, a) == pytest.approx(1)
-    assert studies.ranked(a, -a) == pytest.approx(-1)
+    assert studies.rank_correlation(a, b) == pytest.approx(expected)
+    assert studies.rank_correlation(a, a) == pytest.approx(1)
+    assert studies.rank_correlation(a, -a) == pytest.approx(-1)
     ties = torch.tensor([[1.0, 1, 2, 3, 3, 3]]).double(), torch.tensor([[2.0, 1, 2, 1, 5, 5]]).double()
-    assert studies.ranked(*ties) == pytest.approx(stats.spearmanr(ties[0][0], ties[1][0]).statistic)
-    assert studies.ranked(torch.zeros(2, 5), torch.arange(10.0).view(2, 5)) == 0
+    assert studies.rank_correlation(*ties) == pytest.approx(stats.spearmanr(ties[0][0], ties[1][0]).statistic)
+    assert studies.rank_correlation(torch.zeros(2, 5), torch.arange(10.0).view(2, 5)) == 0
     assert studies.turnover(torch.zeros(2, 5), torch.zeros(2, 5)) == 0
     assert studies.turnover(a, a) == 0
     assert studies.turnover(a, a.exp()) == 0  # the same ranks
@@ -376,7 +376,7 @@ def test_a_point_of_the_panel_can_be_had_again() -> None:
     ]
     torch.set_num_threads(threads)
     first, second = (book.mean(0).view(target.shape) for book in books)
-    assert studies.ranked(first, second) == pytest.approx(kept["ranks"], abs=0.02)
-    assert (studies.ranked(first, target) + studies.ranked(second, target)) / 2 == pytest.approx(
+    assert studies.rank_correlation(first, second) == pytest.approx(kept["ranks"], abs=0.02)
+    assert (studies.rank_correlation(first, target) + studies.rank_correlation(second, target)) / 2 == pytest.approx(
         kept["skill"], abs=0.02
     )

@@ -107,7 +107,7 @@ def link(entry: Entry, textual: bool) -> str:
     return f"[{text}](https://arxiv.org/abs/{entry.fields['eprint']})" if "eprint" in entry.fields else text
 
 
-def cited(source: str) -> str:
+def citations(source: str) -> str:
     """Put links in the place of citations by key, which are Sphinx's alone."""
     papers = parse_file(ROOT / "chapters/references.bib", "bibtex").entries
 
@@ -143,7 +143,7 @@ def dress(notebook: Any, chapter: Path) -> None:
         kept = {key: cell.metadata[key] for key in cell.metadata.keys() & {"tags", "mystnb"}}
         cell.metadata = nbformat.from_dict(kept | folds(kept.get("tags", [])))
         if cell.cell_type == "markdown":
-            cell.source = cited(cell.source)
+            cell.source = citations(cell.source)
     first, *rest = notebook.cells
     first.source = re.sub(r"\n\n`pip install git\+.*", "", first.source)
     first.source = re.sub(r"(?<= seconds on two CPU cores)", f"\n\n{GET.format(url=url())}", first.source, count=1)

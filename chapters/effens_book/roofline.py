@@ -80,7 +80,7 @@ def one(call: Any, seconds: float) -> float:
     return time_in_turns({"it": call}, seconds)["it"]
 
 
-def measured(timed: Callable[[Any, float], float] = one) -> Machine:
+def measure_machine(timed: Callable[[Any, float], float] = one) -> Machine:
     """Measure this machine, on the threads that PyTorch uses now; it takes some ten seconds.
 
     Args:
@@ -118,7 +118,7 @@ def run() -> None:
     if path.exists():
         machine, times = read()
     else:
-        machine, times = measured(), {}
+        machine, times = measure_machine(), {}
     sizes = dict(machine.bandwidths)
     speeds = tuple((4.0 * w**2, sizes.get(4.0 * w**2) or read_speed(w, machine.call)) for w in WIDTHS)
     missing = [point for point in points() if ("deep ensemble", *point) not in times]
@@ -164,7 +164,7 @@ def by_rows(times: Mapping[tuple[str, int, int, int], float], width: int) -> dic
     return {rows: statistics.median(found[rows]) for rows in sorted(found)}
 
 
-def doubled(seconds: Mapping[int, float]) -> float:
+def doubling_rows(seconds: Mapping[int, float]) -> float:
     """Return the rows at which the time is twice that of the fewest, on straight lines between the points, log-log.
 
     Infinite where it is never reached.
@@ -225,7 +225,7 @@ class Watched(TorchDispatchMode):
         return out
 
 
-def watched(call: Callable[[], object]) -> Forward:
+def count_operations(call: Callable[[], object]) -> Forward:
     """Run a call and return what it asks of a machine, counted and not timed."""
     with Watched() as seen:
         call()
@@ -259,7 +259,7 @@ def forward(task: str, name: str, batch: int) -> Forward:
     rows = x[torch.arange(batch) % len(x)]
     with torch.no_grad():
         asked(rows)  # a first call may look the network over
-        return watched(partial(asked, rows))
+        return count_operations(partial(asked, rows))
 
 
 def count() -> None:

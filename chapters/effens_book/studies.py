@@ -95,13 +95,13 @@ def cycles(kind: str, parts: float, seed: int) -> list[Row]:
     if kind in ("snapshot", "triangular"):
         schedule = "cosine" if kind == "snapshot" else kind
         make = partial(SnapshotEnsemble, task.make_net, int(parts), schedule=schedule)
-        ensemble = train(task, make, tuned("snapshot"), seed)
+        ensemble = train(task, make, tuned_settings("snapshot"), seed)
     elif kind == "independent":
-        ensemble = train(brief, lambda: DeepEnsemble(task.make_net, int(parts)), tuned("deep, short"), seed)
+        ensemble = train(brief, lambda: DeepEnsemble(task.make_net, int(parts)), tuned_settings("deep, short"), seed)
     else:
-        ensemble = train(brief, lambda: DeepEnsemble(task.make_net, 1), tuned("single"), seed)
-    fitted = scored(task, ensemble, seed, "train")
-    return [{**scored(task, ensemble, seed), "fit": fitted["member_nll"], "fit_of_mean": fitted["nll"]}]
+        ensemble = train(brief, lambda: DeepEnsemble(task.make_net, 1), tuned_settings("single"), seed)
+    fitted = score_ensemble(task, ensemble, seed, "train")
+    return [{**score_ensemble(task, ensemble, seed), "fit": fitted["member_nll"], "fit_of_mean": fitted["nll"]}]
 
 
 # Rank and scale; rank 0, the diagonal form, comes last, because deviations are forgotten for it.
@@ -141,12 +141,12 @@ def tails(lr: float, tail_lr: float, seed: int) -> list[Row]:
 def samples(samples: int, seed: int) -> list[Row]:
     """Draw more samples from SWAG on digits."""
     task = TASKS["digits"]
-    settings = tuned("SWAG")
+    settings = tuned_settings("SWAG")
 
     def make() -> Ensemble:
         return SWAG(task.make_net, samples, tail_lr=settings["tail_lr"], seed=seed)
 
-    return [scored(task, train(task, make, settings, seed, MOMENTUM_SGD), seed)]
+    return [score_ensemble(task, train(task, make, settings, seed, MOMENTUM_SGD), seed)]
 
 
 @study(
@@ -157,9 +157,11 @@ def samples(samples: int, seed: int) -> list[Row]:
 def capacity(width: int, members: int, share: float, seed: int) -> list[Row]:
     """Give MIMO more or less room on digits; one member is the plain network. Tuned at width 16, and kept."""
     task = replace(TASKS["digits"], width=width)
-    settings = tuned("MIMO" if members > 1 else "single")
+    settings = tuned_settings("MIMO" if members > 1 else "single")
     ensemble = train(task, lambda: MIMO(task.make_net, members, share), settings, seed)
-    return [{**scored(task, ensemble, seed), "fit": scored(task, ensemble, seed, "train")["member_nll"]}]
+    return [
+        {**score_ensemble(task, ensemble, seed), "fit": score_ensemble(task, ensemble, seed, "train")["member_nll"]}
+    ]
 
 
 BUDGET = 20  # trainings
@@ -209,8 +211,8 @@ def search(task: str, seed: int) -> list[Row]:
         {
             "way": way,
             "unique": len(set(getattr(ensemble, "index", range(ensemble.members)))),
-            "val": scored(of, ensemble, seed, "val")["nll"],
-            **scored(of, ensemble, seed),
+            "val": score_ensemble(of, ensemble, seed, "val")["nll"],
+            **score_ensemble(of, ensemble, seed),
         }
         for way, ensemble in ways.items()
     ]
@@ -222,10 +224,10 @@ DECAYED = ["single", "deep ensemble", "BatchEnsemble", "snapshot", "MIMO"]
 @study(5, {"task": ["digits", "diamonds"], "method": DECAYED, "weight_decay": [0.003, 0.03, 0.1, 0.3, 1.0, 3.0]})
 def decay(task: str, method: str, weight_decay: float, seed: int) -> list[Row]:
     """Change the weight decay alone, with all else tuned: does the order of the methods hold?"""
-    settings = {**tuned(method, task), "weight_decay": weight_decay}
+    settings = {**tuned_settings(method, task), "weight_decay": weight_decay}
     try:
         ensemble, _ = train_one(TASKS[task], method, settings, seed)
-        return [scored(TASKS[task], ensemble, seed)]
+        return [score_ensemble(TASKS[task], ensemble, seed)]
     except FloatingPointError:
         return [{"diverged": 1}]
 
@@ -252,7 +254,7 @@ def panel(source: str, kind: str, seed: int) -> list[Row]:
         x, y = (part.double() for part in sets["train"])
         weights = torch.linalg.lstsq(x, y[:, None]).solution
         said = (sets["test"][0].double() @ weights)[:, 0].view(target.shape)
-        return [{"members": 1, "ranks": 1.0, "turnover": 0.0, "skill": ranked(said, target)}]
+        return [{"members": 1, "ranks": 1.0, "turnover": 0.0, "skill": rank_correlation(said, target)}]
     lr, decay = panel_settings(source, kind)
     sizes = {"single": [1], "deep": [1, 2, 4, 8, 16], "BatchEnsemble": [2, 4, 8, 16]}[kind]
     rows = []
@@ -269,9 +271,9 @@ def panel(source: str, kind: str, seed: int) -> list[Row]:
         rows.append(
             {
                 "members": members,
-                "ranks": sum(ranked(a, b) for a, b in pairs) / len(pairs),
+                "ranks": sum(rank_correlation(a, b) for a, b in pairs) / len(pairs),
                 "turnover": sum(turnover(a, b) for a, b in pairs) / len(pairs),
-                "skill": sum(ranked(book, target) for book in books) / len(books),
+                "skill": sum(rank_correlation(book, target) for book in books) / len(books),
                 "lr": lr,
                 "weight_decay": decay,
             }
@@ -338,7 +340,7 @@ def ranks_of(x: Tensor) -> Tensor:
     return ranks - ranks.mean(-1, keepdim=True)
 
 
-def ranked(a: Tensor, b: Tensor) -> float:
+def rank_correlation(a: Tensor, b: Tensor) -> float:
     """Return the rank correlation over assets, the mean over days; 0 on a day on which all of either are equal."""
     first, second = ranks_of(a), ranks_of(b)
     sizes = (first.square().sum(-1) * second.square().sum(-1)).sqrt()
@@ -354,7 +356,7 @@ def turnover(a: Tensor, b: Tensor) -> float:
 # ---- What they share. ----
 
 
-def tuned(name: str, task: str = "digits") -> Settings:
+def tuned_settings(name: str, task: str = "digits") -> Settings:
     """Return a method's tuned settings, from the benchmark."""
     return shipped().settings(task, name)
 
@@ -375,7 +377,7 @@ def train(
         return task.fit(make(), (x, y), settings, seed, optimizer)
 
 
-def scored(task: Task, ensemble: Ensemble, seed: int, split: str = "test") -> Row:
+def score_ensemble(task: Task, ensemble: Ensemble, seed: int, split: str = "test") -> Row:
     """Score an ensemble on one of the task's sets; raise `FloatingPointError` if a score is not finite."""
     x, y = task.load(seed)[split]
     assert y is not None
@@ -387,9 +389,9 @@ def scored(task: Task, ensemble: Ensemble, seed: int, split: str = "test") -> Ro
 
 def gap_scores(task: Task, ensemble: Ensemble, seed: int) -> Row:
     """Score on test data and in the gap, and on validation data to choose by."""
-    inside = scored(task, ensemble, seed, "gap")
-    result = {**scored(task, ensemble, seed), "val": scored(task, ensemble, seed, "val")["nll"]}
-    result["fit"] = scored(task, ensemble, seed, "train")["nll"]
+    inside = score_ensemble(task, ensemble, seed, "gap")
+    result = {**score_ensemble(task, ensemble, seed), "val": score_ensemble(task, ensemble, seed, "val")["nll"]}
+    result["fit"] = score_ensemble(task, ensemble, seed, "train")["nll"]
     result |= {f"{key}@gap": inside[key] for key in ("nll", "coverage", "spread")}
     return result
 
@@ -411,13 +413,13 @@ def run(name: str, shown: "tqdm[Any] | None" = None) -> None:
             if not matching(rows, {**point, "seed": seed}):
                 found = asked.answer(**point, seed=seed)
                 rows += [{**point, "seed": seed, **row} for row in found]
-                write_json(path, {"study": name, **provenance(), "rows": [rounded(row) for row in rows]})
+                write_json(path, {"study": name, **provenance(), "rows": [round_row(row) for row in rows]})
             if shown is not None:
                 shown.update()
     read.cache_clear()
 
 
-def rounded(row: Row) -> Row:
+def round_row(row: Row) -> Row:
     """Round scores to six digits."""
     return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in row.items()}
 

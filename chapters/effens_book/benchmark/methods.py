@@ -134,7 +134,7 @@ def hyper(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: in
     refits, only those that were chosen before the first are trained again.
     """
     if task.refits is not None:
-        points, rows = searched(task.name, seed)
+        points, rows = search_settings(task.name, seed)
         return HyperEnsemble([network for network, _ in trained(task, train, points, seed)], rows)
     ensemble, _ = search(task, train, seed)
     return ensemble
@@ -154,7 +154,7 @@ def search(task: Task, train: tuple[Tensor, Tensor], seed: int) -> tuple[HyperEn
 
 
 @cache
-def searched(name: str, seed: int) -> tuple[list[Settings], list[int]]:
+def search_settings(name: str, seed: int) -> tuple[list[Settings], list[int]]:
     """Return the settings that a search on the task's own sets chooses, each once, and the members' rows of them."""
     task = TASKS[name]
     x, y = task.load(seed)["train"]
@@ -241,7 +241,7 @@ def one_order(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed
 
 
 @method("deep, bagged", like="deep ensemble")
-def bagged(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+def bagging(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
     """Members that each see their own resample of the data, drawn with replacement once."""
 
     class Bagged(DeepEnsemble):
@@ -278,7 +278,7 @@ def deep_searched(task: Task, train: tuple[Tensor, Tensor], settings: Settings, 
 
 
 @method("MIMO, repeated", like="MIMO")
-def repeated(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+def repetition(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
     """MIMO with each example four times in a step, as published: four times the cost."""
     ensemble = MIMO(task.make_net, int(settings["slots"]), share=1 - settings["own"], repeats=4)
     return task.fit(ensemble, train, settings, seed)

@@ -123,7 +123,7 @@ def eager(network: nn.Module) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     return answer
 
 
-def timed(call: Callable[[Tensor], Any], x: Tensor, calls: int) -> NDArray[np.float64]:
+def time_calls(call: Callable[[Tensor], Any], x: Tensor, calls: int) -> NDArray[np.float64]:
     """Return the seconds of each call, on one row at a time."""
     rows = list(x.split(1))
     times = np.empty(calls)
@@ -160,7 +160,7 @@ def clock() -> Callable[..., int]:
     return function
 
 
-def timed_without_python(path: Path, x: Tensor, calls: int) -> NDArray[np.float64]:
+def time_calls_without_python(path: Path, x: Tensor, calls: int) -> NDArray[np.float64]:
     """Return the seconds of each call of a compiled file, timed in C++."""
     rows = x.float().contiguous()
     times = np.empty(calls)
@@ -184,13 +184,13 @@ def run(looks: int = 5) -> None:
         for name in tqdm(METHODS, desc="exporting"):
             ensemble, _ = train_one(brief, name, shipped().settings("orders", name), 0)
             ensemble.eval()
-            calls[name, "eager"] = partial(timed, eager(plain(copy.deepcopy(ensemble))), x)
+            calls[name, "eager"] = partial(time_calls, eager(plain(copy.deepcopy(ensemble))), x)
             for way, backend in (("ONNX Runtime", "onnx"), ("AOTInductor", "aoti")):
                 file = Path(folder) / f"{len(calls)}.pt2"
                 served = serving.export(ensemble, x[:1], file, backend, likelihood=Locations())
-                calls[name, way] = partial(timed, served.run, x)
+                calls[name, way] = partial(time_calls, served.run, x)
                 if backend == "aoti":
-                    calls[name, WAYS[3]] = partial(timed_without_python, file, x)
+                    calls[name, WAYS[3]] = partial(time_calls_without_python, file, x)
         found: dict[tuple[str, str], list[NDArray[np.float64]]] = {key: [] for key in calls}
         for _ in tqdm(range(looks), desc="timing"):
             for key, call in calls.items():
@@ -224,7 +224,7 @@ def read() -> dict[tuple[str, str], Tensor]:
         return {(name, way): torch.from_numpy(file[f"{name} | {way}"]).double() for name, way in pairs}
 
 
-def drawn(method: str, way: str, n: int, seed: int = 0) -> Tensor:
+def draw_times(method: str, way: str, n: int, seed: int = 0) -> Tensor:
     """Draw n service times of a method in a way of serving, as if independent, (n,) seconds."""
     times = read()[method, way]
     return times[torch.randint(len(times), (n,), generator=torch.Generator().manual_seed(seed))]

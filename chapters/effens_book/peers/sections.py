@@ -23,7 +23,7 @@ from effens.ensembles.base import MakeNet
 from effens.serving import BACKENDS
 from effens_book import nets, roofline
 from effens_book.peers.contestants import LoopConv2d, LoopLinear, found, tabular, uncertainty
-from effens_book.peers.timing import brief, compared, rounds
+from effens_book.peers.timing import brief, compare, rounds
 
 Row = dict[str, Any]
 Call = Callable[[], object]
@@ -55,19 +55,19 @@ BATCH = 128
 def linear(seconds: float) -> Iterator[Row]:
     """BatchEnsemble's linear layer, each member its own rows."""
     for size in LINEAR:
-        yield from asked(sized("in out members batch", size), linear_layers(*size), seconds)
+        yield from time_layers(name_sizes("in out members batch", size), linear_layers(*size), seconds)
 
 
 def shared(seconds: float) -> Iterator[Row]:
     """BatchEnsemble's linear layer, one input for all members."""
     for size in SHARED:
-        yield from asked(sized("in out members batch", size), shared_layers(*size), seconds)
+        yield from time_layers(name_sizes("in out members batch", size), shared_layers(*size), seconds)
 
 
 def conv(seconds: float) -> Iterator[Row]:
     """BatchEnsemble's convolution of 3 x 3, each member its own rows."""
     for size in CONV:
-        yield from asked(sized("in out members batch side", size), conv_layers(*size), seconds)
+        yield from time_layers(name_sizes("in out members batch side", size), conv_layers(*size), seconds)
 
 
 Layer = tuple[nn.Module, Callable[[Tensor], Tensor], Tensor]  # its weights, what it does, its input
@@ -122,15 +122,15 @@ def conv_layers(inputs: int, outputs: int, members: int, batch: int, side: int) 
     return {name: (layer, layer, x) for name, (layer, x) in layers.items()}
 
 
-def asked(case: Row, layers: dict[str, Layer], seconds: float) -> Iterator[Row]:
+def time_layers(case: Row, layers: dict[str, Layer], seconds: float) -> Iterator[Row]:
     """Time layers forward; forward and backward, gradients of input and weights; and count what they keep for it."""
     with torch.no_grad():
         calls: dict[str, Call] = {name: partial(run, x) for name, (_, run, x) in layers.items()}
-        yield {"case": case, "what": "forward", **compared(calls, seconds)}
+        yield {"case": case, "what": "forward", **compare(calls, seconds)}
     trained = {name: (layer, run, x.clone().requires_grad_()) for name, (layer, run, x) in layers.items()}
     calls = {name: backward(*parts) for name, parts in trained.items()}
     kept = {name: kept_bytes(partial(run, x), layer) for name, (layer, run, x) in trained.items()}
-    yield {"case": case, "what": "forward and backward", **compared(calls, seconds), "saved bytes": kept}
+    yield {"case": case, "what": "forward and backward", **compare(calls, seconds), "saved bytes": kept}
 
 
 def backward(layer: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> Call:
@@ -144,7 +144,7 @@ def deep(seconds: float) -> Iterator[Row]:
     for network in NETWORKS:
         for members in (5, 16):
             calls = steps(network, members)
-            yield {"case": {"network": network, "members": members, "batch": BATCH}, **compared(calls, 3 * seconds)}
+            yield {"case": {"network": network, "members": members, "batch": BATCH}, **compare(calls, 3 * seconds)}
 
 
 def steps(network: str, members: int) -> dict[str, Call]:
@@ -158,10 +158,10 @@ def steps(network: str, members: int) -> dict[str, Call]:
         "effens": training_step(ensemble, x, y, effens.Categorical()),
         "loop": loop([ensemble.member(m) for m in range(members)], xs, ys),
         "loop, fused AdamW": loop([ensemble.member(m) for m in range(members)], xs, ys, fused=True),
-        "torch.func, fused AdamW": vectorized([ensemble.member(m) for m in range(members)], xs, ys),
+        "torch.func, fused AdamW": vmap_step([ensemble.member(m) for m in range(members)], xs, ys),
     }
     if found("tabm") and network.startswith("MLP"):
-        theirs = converted(ensemble.member(0), partial(tabular, "LinearEnsemble", members=members))
+        theirs = convert_network(ensemble.member(0), partial(tabular, "LinearEnsemble", members=members))
         calls["tabm"] = joint(theirs, xs.transpose(0, 1).contiguous(), ys.T.contiguous())
     return calls
 
@@ -179,7 +179,7 @@ def loop(networks: Sequence[nn.Module], xs: Tensor, ys: Tensor, fused: bool | No
     return step
 
 
-def vectorized(networks: list[nn.Module], xs: Tensor, ys: Tensor) -> Call:
+def vmap_step(networks: list[nn.Module], xs: Tensor, ys: Tensor) -> Call:
     """Return a step of ``vmap(grad)`` over stacked weights."""
     weights, buffers = stack_module_state(networks)
     base = copy.deepcopy(networks[0]).to("meta")
@@ -199,7 +199,7 @@ def vectorized(networks: list[nn.Module], xs: Tensor, ys: Tensor) -> Call:
     return step
 
 
-def converted(network: nn.Module, layer: Callable[[int, int], nn.Module]) -> nn.Sequential:
+def convert_network(network: nn.Module, layer: Callable[[int, int], nn.Module]) -> nn.Sequential:
     """Return a copy of an MLP with other linear layers: ``layer(in, out)``."""
     return nn.Sequential(
         *(
@@ -246,8 +246,8 @@ def swag(seconds: float) -> Iterator[Row]:
         theirs = uncertainty("methods.swag").SWAG(copy.deepcopy(network), 0, 1, scale=0.5, num_estimators=0)
         takes["torch-uncertainty"] = partial(theirs.update_wrapper, 1)
         draws["torch-uncertainty"] = partial(theirs.sample, 0.5)
-    yield {"case": case, "what": "collect", **compared(takes, 3 * seconds)}
-    yield {"case": case, "what": "sample", **compared(draws, 2 * seconds)}
+    yield {"case": case, "what": "collect", **compare(takes, 3 * seconds)}
+    yield {"case": case, "what": "sample", **compare(draws, 2 * seconds)}
 
 
 def mimo(seconds: float) -> Iterator[Row]:
@@ -266,7 +266,7 @@ def mimo(seconds: float) -> Iterator[Row]:
             shuffles["torch-uncertainty"] = partial(uncertainty("transforms.batch").MIMOBatchFormat(members), (x, y))
         case = {"data": name, "members": members, "batch": BATCH}
         if len(shuffles) > 1:
-            yield {"case": case, "what": "shuffle", **compared(shuffles, seconds)}
+            yield {"case": case, "what": "shuffle", **compare(shuffles, seconds)}
     network = nets.mlp(20, 2, width=128, depth=3).eval()
     for batch in (1, 256):
         x = torch.randn(batch, 20)
@@ -278,7 +278,7 @@ def mimo(seconds: float) -> Iterator[Row]:
         }
         with torch.inference_mode():
             case = {"network": "MLP 20-128x3-2", "members": members, "batch": batch}
-            yield {"case": case, "what": "predict", **compared(predictions, seconds)}
+            yield {"case": case, "what": "predict", **compare(predictions, seconds)}
 
 
 def serving(seconds: float) -> Iterator[Row]:
@@ -293,15 +293,15 @@ def serving(seconds: float) -> Iterator[Row]:
     case = {"network": "MLP 20-128x3-1", "members": members, "batch": 1}
     with torch.inference_mode():
         calls = eager(ensembles, members, x)
-        yield {"case": case, "what": "eager", **compared(calls, 3 * seconds, to="one network")}
+        yield {"case": case, "what": "eager", **compare(calls, 3 * seconds, to="one network")}
         for backend in BACKENDS:
             with tempfile.TemporaryDirectory() as folder:
                 try:
-                    calls = {name: exported(ensemble, x, folder, backend) for name, ensemble in ensembles.items()}
+                    calls = {name: export_call(ensemble, x, folder, backend) for name, ensemble in ensembles.items()}
                 except (ImportError, RuntimeError) as error:
                     print(f"  {backend} is left out: {error}")
                     continue
-                yield {"case": case, "what": backend, **compared(calls, 3 * seconds, to="one network")}
+                yield {"case": case, "what": backend, **compare(calls, 3 * seconds, to="one network")}
 
 
 def eager(ensembles: dict[str, effens.Ensemble], members: int, x: Tensor) -> dict[str, Call]:
@@ -312,15 +312,15 @@ def eager(ensembles: dict[str, effens.Ensemble], members: int, x: Tensor) -> dic
     calls["loop of networks"] = lambda: torch.stack([network(x) for network in networks])
     if found("torch_uncertainty"):
         theirs = uncertainty("layers.batch_ensemble").BatchLinear
-        repeated = converted(networks[0], lambda inputs, outputs: theirs(inputs, outputs, members))
+        repeated = convert_network(networks[0], lambda inputs, outputs: theirs(inputs, outputs, members))
         calls["BatchEnsemble of torch-uncertainty"] = lambda: repeated(x.repeat(members, 1))
     if found("tabm"):
-        spread = converted(networks[0], partial(tabular, "LinearBatchEnsemble", members=members))
+        spread = convert_network(networks[0], partial(tabular, "LinearBatchEnsemble", members=members))
         calls["BatchEnsemble of tabm"] = lambda: spread(x[:, None].expand(-1, members, -1))
     return calls
 
 
-def exported(ensemble: effens.Ensemble, x: Tensor, folder: str, backend: str) -> Call:
+def export_call(ensemble: effens.Ensemble, x: Tensor, folder: str, backend: str) -> Call:
     """Return a prediction by an exported file: the members' mean and spread."""
     return partial(effens.export(ensemble, x, Path(folder) / "file", backend, likelihood=Outputs()).run, x)
 
@@ -339,7 +339,7 @@ MIDDLE = {"members": 8, "width": 128, "batch": 32}
 
 def growth(seconds: float) -> Iterator[Row]:
     """A prediction and a training step of MLPs as members, width or batch grow, beside what the roofline says."""
-    machine = roofline.measured(lambda call, seconds: statistics.median(rounds({"it": call}, seconds)["it"]))
+    machine = roofline.measure_machine(lambda call, seconds: statistics.median(rounds({"it": call}, seconds)["it"]))
     for axis, values in GROWTH.items():
         for value in values:
             point = {**MIDDLE, axis: value}
@@ -347,8 +347,11 @@ def growth(seconds: float) -> Iterator[Row]:
                 with torch.set_grad_enabled(what == "train"):
                     for call in calls.values():
                         call()  # a first call may look the network over, and makes the optimizer's state
-                    said = {name: brief(sum(roofline.watched(call).predict(machine))) for name, call in calls.items()}
-                    row = compared(calls, seconds / 2, to="one network")
+                    said = {
+                        name: brief(sum(roofline.count_operations(call).predict(machine)))
+                        for name, call in calls.items()
+                    }
+                    row = compare(calls, seconds / 2, to="one network")
                 yield {"case": {**point, "axis": axis}, "what": what, **row, "predicted": said}
 
 
@@ -379,7 +382,7 @@ def training(members: int, width: int, batch: int) -> dict[str, Call]:
     }
 
 
-def sized(names: str, sizes: Sequence[int]) -> Row:
+def name_sizes(names: str, sizes: Sequence[int]) -> Row:
     """Return sizes by their names."""
     return dict(zip(names.split(), sizes, strict=True))
 

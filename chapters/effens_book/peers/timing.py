@@ -57,7 +57,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return ordered[k], ordered[n - 1 - k]
 
 
-def compared(calls: Mapping[str, Callable[[], object]], seconds: float, *, to: str = "") -> dict[str, Any]:
+def compare(calls: Mapping[str, Callable[[], object]], seconds: float, *, to: str = "") -> dict[str, Any]:
     """Time contestants; return their median seconds, and median ratios of paired times with their intervals.
 
     The ratios are those of effens' time to each other's; or, with ``to``, those of each one's time to that one's.
