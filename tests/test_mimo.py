@@ -513,6 +513,14 @@ def tied() -> nn.Module:
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "no layers": (lambda: nn.Sequential(nn.Tanh()), "must have linear or convolutional layers to widen, got Seq"),
     "one layer": (lambda: nn.Linear(4, 3), "first and last must be two layers, got '' for both"),
+    "batch norm in front": (
+        lambda: nn.Sequential(nn.BatchNorm1d(4), *mlp().children()),
+        "MIMO cannot have '0', BatchNorm1d, before '1': it would mix the members",
+    ),
+    "batch norm behind": (
+        lambda: nn.Sequential(*mlp().children(), nn.BatchNorm1d(3)),
+        "MIMO cannot have '5', BatchNorm1d, after '4': it would mix the members",
+    ),
     "attention first": (
         lambda: nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8), nn.Linear(4, 3)),
         "MIMO cannot widen '0.self_attn.out_proj', part of '0', TransformerEncoderLayer, an attention module .* first=",

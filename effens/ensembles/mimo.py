@@ -13,10 +13,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from effens.ensembles.base import Ensemble, MakeNet, call_make_net, check_positive
-from effens.ensembles.layers import MemberLayer, RowEnsemble, has_hooks, refusal, replace_layers, split_rows
+from effens.ensembles.layers import MemberLayer, RowEnsemble, chain, has_hooks, refusal, replace_layers, split_rows
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 WIDENED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -175,6 +176,16 @@ def widen(network: nn.Module, members: int, first: str | None, last: str | None)
             raise ValueError(f"first and last must be two layers, got {name!r} for both")
         assert isinstance(layer, WIDENED)
         new[layer] = kind(layer, members)
+    links = list(chain(network))  # in the order in which they are called
+    place = {name: links.index(module) for name, module in modules.items() if module in links}
+    for name in place:
+        if isinstance(modules[name], _BatchNorm) and not place.get(first, 0) <= place[name] <= place.get(
+            last, len(links)
+        ):
+            side = f"before {first!r}" if place[name] < place.get(first, 0) else f"after {last!r}"
+            raise ValueError(
+                f"MIMO cannot have {name!r}, {type(modules[name]).__name__}, {side}: it would mix the members"
+            )
     return replace_layers(network, lambda _, module: new.get(module))
 
 
