@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Iterable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -40,17 +41,17 @@ class MCDropout(OneNetwork):
         """Show how many members there are."""
         return f"members={self.members}"
 
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of the network, but for dropout, which stays on."""
+        super().train(mode)
+        for layer in self.network.modules():
+            if isinstance(layer, DROPOUTS):
+                layer.train()
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
         """Answer with every member: ``(batch, ...)`` to ``(members, batch, outputs)``."""
-        modes = [(layer, layer.training) for layer in self.network.modules() if isinstance(layer, DROPOUTS)]
-        try:
-            for layer, _ in modes:
-                layer.train()
-            rows = self.network(torch.cat([x] * self.members))
-        finally:
-            for layer, mode in modes:
-                layer.train(mode)
-        return torch.unflatten(rows, 0, (self.members, len(x)))
+        return torch.unflatten(self.network(torch.cat([x] * self.members)), 0, (self.members, len(x)))
 
     def answering(self) -> tuple[Ensemble, list[float]]:
         """Raise: there is nothing that answers alike twice."""

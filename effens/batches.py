@@ -1,11 +1,12 @@
 """Data as batches: who sees what in each step of an epoch."""
 
+import warnings
 from collections.abc import Iterator, Sized
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from effens.ensembles.base import Ensemble
 
@@ -34,11 +35,12 @@ class Batches:
             self.tensors = x.to(device), y.to(device)
         elif isinstance(data, DataLoader):
             self.skipped = count_skipped(data, ensemble)
-        elif not isinstance(data, Sized):
-            raise ValueError(f"data must have a length, got {type(data).__name__} without one")
+        elif not isinstance(data, Sized) or isinstance(data, IterableDataset):
+            rule = "data must be a map-style Dataset with a length; a stream goes into a DataLoader"
+            raise ValueError(f"{rule}, got {type(data).__name__}")
         self.looked = False
         self.epoch: list[Tensor] | None = None  # the indices of the next epoch's batches, if they were drawn
-        self.steps = len(data) - self.skipped if isinstance(data, DataLoader) else len(self.indices())
+        self.steps = loader_length(data) - self.skipped if isinstance(data, DataLoader) else len(self.indices())
         if self.steps == 0:
             raise ValueError("data must hold at least one example for each member, got none")
 
@@ -85,15 +87,23 @@ class Batches:
         return index.dim() == 1, xs, ys, y
 
     def inputs(self) -> Iterator[Tensor]:
-        """Yield a copy of every training input once, in batches, for `Ensemble.finish`, which may change it."""
-        if self.tensors:
-            yield from (part.clone() for part in self.tensors[0].split(self.batch_size))
-        elif isinstance(self.data, DataLoader):
+        """Yield copies of all inputs once, in shuffled batches, for `Ensemble.finish`, which may change them."""
+        if isinstance(self.data, DataLoader):
             for batch in self.data:
                 yield to_device(as_pair(batch)[0], self.device).clone()
         else:
-            for part in torch.arange(len(cast(Sized, self.data))).split(self.batch_size):
-                yield self.fetch(part)[1]
+            n = len(self.tensors[0]) if self.tensors else len(cast(Sized, self.data))
+            for part in torch.randperm(n, generator=torch.Generator().manual_seed(0)).split(self.batch_size):
+                yield self.fetch(part.to(self.device) if self.tensors else part)[1]
+
+
+def loader_length(loader: DataLoader[Any]) -> int:
+    """Return how many batches a loader gives in an epoch; one that has no length is read through once."""
+    try:
+        return len(loader)
+    except TypeError:
+        warnings.warn("data has no length: its batches are counted first, in a pass of their own", stacklevel=4)
+        return sum(1 for _ in loader)
 
 
 def count_skipped(loader: DataLoader[Any], ensemble: Ensemble) -> int:

@@ -248,6 +248,7 @@ def auroc(inside: Tensor, outside: Tensor) -> Tensor:
         >>> auroc(torch.tensor([0.1, 0.2]), torch.tensor([0.15, 0.9]))
         tensor(0.7500)
     """
+    check_tensors(inside=inside, outside=outside)
     for name, scores in (("inside", inside), ("outside", outside)):
         if scores.dim() != 1 or len(scores) == 0:
             raise ValueError(f"{name} must be (n,) numbers, n >= 1, got shape {tuple(scores.shape)}")
@@ -282,6 +283,7 @@ def crps(distribution: Distribution, y: Tensor) -> Tensor:
     """
     if not isinstance(distribution, Normal | StudentT):
         raise TypeError(f"distribution must be Normal or StudentT, got {type(distribution).__name__}")
+    check_tensors(y=y)
     shape = tuple(distribution.batch_shape)
     if len(shape) != 2 or 0 in shape or shape[1:] != tuple(y.shape):
         raise ValueError(
@@ -364,6 +366,14 @@ def as_given(score: Tensor, like: Tensor) -> Tensor:
     return score.to(torch.promote_types(like.dtype, torch.float32)).to(like.device)
 
 
+def check_tensors(**values: Tensor) -> None:
+    """Raise `TypeError` unless all values are tensors."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            rule = f"{name} must be a tensor, which torch.as_tensor makes of an array or a list"
+            raise TypeError(f"{rule}, got {type(value).__name__}")
+
+
 def check_scales(distribution: Normal | StudentT, least: float = 0) -> None:
     """Raise `ValueError` unless scales are above 0, and degrees of freedom above ``least``."""
     named = {"scale": (distribution.scale, 0.0)}
@@ -376,6 +386,7 @@ def check_scales(distribution: Normal | StudentT, least: float = 0) -> None:
 
 def check(probs: Tensor, y: Tensor | None = None) -> None:
     """Raise `ValueError` unless these are probabilities, and labels of theirs."""
+    check_tensors(probs=probs, **({} if y is None else {"y": y}))
     if probs.dim() != 3 or 0 in probs.shape:
         raise ValueError(f"probs must be (members, n, classes), none of them 0, got shape {tuple(probs.shape)}")
     if not (least := probs.min().item()) >= 0:  # NaN included

@@ -2,8 +2,10 @@
 
 import math
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -125,7 +127,7 @@ def fit(
     """
     check_ensemble(ensemble)
     check_positive(epochs=epochs, batch_size=batch_size)
-    likelihood = Categorical() if likelihood is None else likelihood
+    likelihood = check_likelihood(likelihood)
     check_precision(precision)
     device = resolve_device(device)
     ensemble.to(device)
@@ -135,18 +137,29 @@ def fit(
     groups = ensemble.parameter_groups(lr, weight_decay)
     descent = make_optimizer(optimizer, groups, lr, weight_decay, sparse=has_sparse(ensemble))
     highest = [group["lr"] for group in descent.param_groups]
-    steps = epochs * len(batches)
+    length = len(batches)
+    steps = epochs * length
     run = Run(ensemble, descent, batches)
     if checkpoint is not None:
         settings = dict(epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed)
-        run.write_to(checkpoint, {**settings, "likelihood": repr(likelihood), "precision": precision})
+        run.write_to(checkpoint, {**settings, "likelihood": f"{likelihood} {vars(likelihood)}", "precision": precision})
+    if ensemble.training:
+        ensemble.still = still_modules(ensemble)
     with fixed_seed(seed, device), progress_bar(steps, progress) as shown:
         run.resume()
         shown.update(len(run.lrs))
+        if run.epoch:
+            length = len(run.lrs) // run.epoch
+            steps = min(steps, length * epochs)
+        last = True  # whether the last step was the schedule's last, too
         for _ in range(run.epoch, epochs):
             ensemble.train()
+            for module in ensemble.still:
+                module.training = False
+            before = len(run.lrs)
             for shared, xs, ys, unchecked in batches:
-                step = len(run.lrs)
+                step = min(len(run.lrs), steps - 1)  # a loader may give more batches than it says
+                last = step == steps - 1
                 multiplier = ensemble.schedule(step, steps)
                 for group, top in zip(descent.param_groups, highest, strict=True):
                     group["lr"] = top * multiplier
@@ -161,10 +174,20 @@ def fit(
                 run.losses.append(losses.detach().mean(1))
                 run.lrs.append(lr * multiplier)
                 shown.update()
-            check_finite(run.losses, len(batches))
+            taken = len(run.lrs) - before
+            check_finite(run.losses, taken)
             run.epoch += 1
+            if taken != length:
+                rule = f"data must give as many batches as its length says, {length}, got {taken}"
+                then = (
+                    "the schedule ends sooner" if taken < length else "steps after its end keep the last learning rate"
+                )
+                warnings.warn(f"{rule}: {then}", stacklevel=2)
+                length, steps = taken, min(steps, len(run.lrs) + (epochs - run.epoch) * taken)
             run.write()
         if not run.finished:
+            if not last:  # the data ended before the schedule did
+                ensemble.collect(steps - 1, steps)
             ensemble.eval()
             ensemble.finish(batches.inputs())
             run.finished = True
@@ -209,7 +232,7 @@ def predict(
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     check_positive(chunk=chunk)
-    likelihood = Categorical() if likelihood is None else likelihood
+    likelihood = check_likelihood(likelihood)
     check_precision(precision)
     device = next(chain(ensemble.parameters(), ensemble.buffers()), x).device
     with eval_mode(ensemble):
@@ -250,6 +273,11 @@ def make_optimizer(
     optimizer: MakeOptimizer, groups: list[dict[str, Any]], lr: float, weight_decay: float, *, sparse: bool = False
 ) -> torch.optim.Optimizer:
     """Make the optimizer, fused where PyTorch can: for many small parameters most of its time is overhead."""
+    if not callable(optimizer):
+        raise TypeError(f"optimizer must be a class, torch.optim.AdamW say, or a partial of one, got {optimizer!r}")
+    given = optimizer.keywords.keys() & {"lr", "weight_decay"} if isinstance(optimizer, partial) else set()
+    if given:
+        raise ValueError(f"optimizer must leave {' and '.join(sorted(given))} to fit's own arguments, got {optimizer}")
     floating = all(p.is_floating_point() for group in groups for p in group["params"])
     options = {"fused": True} if optimizer in FUSED and floating and not sparse else {}
     return optimizer(groups, lr=lr, weight_decay=weight_decay, **options)
@@ -263,6 +291,20 @@ def has_sparse(ensemble: nn.Module) -> bool:
 def progress_bar(steps: int, progress: bool) -> "tqdm[Any]":
     """Return a progress bar that shows up after two seconds."""
     return tqdm(total=steps, desc="fit", unit="step", delay=2, leave=False, disable=not progress)
+
+
+def still_modules(ensemble: nn.Module) -> list[nn.Module]:
+    """Return the modules that their network has put into eval mode, frozen batch norm say; none where all are."""
+    leaves = [module for module in ensemble.modules() if not any(module.children())]
+    return [module for module in ensemble.modules() if not module.training and any(leaf.training for leaf in leaves)]
+
+
+def check_likelihood(likelihood: Likelihood | None) -> Likelihood:
+    """Return the likelihood, `Categorical` where there is none; raise `TypeError` if it is anything else."""
+    if likelihood is not None and not isinstance(likelihood, Likelihood):
+        got = getattr(likelihood, "__name__", type(likelihood).__name__)
+        raise TypeError(f"likelihood must be a Likelihood, effens.Categorical() say, which holds the loss, got {got}")
+    return likelihood or Categorical()
 
 
 def check_ensemble(ensemble: nn.Module) -> None:

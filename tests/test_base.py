@@ -117,7 +117,7 @@ class TestRows:
                 ask()
 
     def test_one_example_s_vector_is_no_batch(self) -> None:
-        with pytest.raises(ValueError, match=r"x must be \(batch, ...\), got shape \(3,\)"):
+        with pytest.raises(ValueError, match=r"must return one row of outputs per example, \(6, outputs\), got \(6,\)"):
             RowEnsemble(nn.Identity(), 2)(torch.zeros(3))
 
     @pytest.mark.parametrize("shape", [(3, 5, 1), (2,), (1, 5, 1)])

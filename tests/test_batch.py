@@ -393,7 +393,8 @@ class TestConversion:
         assert relative(BatchEnsemble(lambda: network, 1, init="ones")(x)[0], plain(x)) < 1e-12
 
     def test_tied_weights_stay_tied(self) -> None:
-        ensemble = BatchEnsemble(Language, 2)
+        with pytest.warns(UserWarning, match=r"leaves \['embedding'\] shared by all members, 26% of all weights"):
+            ensemble = BatchEnsemble(Language, 2)
         modules = {name: ensemble.get_submodule(f"network.{name}") for name in ("embedding", "inner", "outer", "head")}
         assert modules["head"].weight is modules["embedding"].weight
         assert modules["outer"].weight is modules["inner"].weight
@@ -441,7 +442,9 @@ class TestConversion:
             def forward(self, x: Tensor) -> Tensor:
                 return super().forward(x).square()
 
-        ensemble = BatchEnsemble(lambda: nn.Sequential(nn.Linear(4, 4), Special(4, 3)), 2)
+        with pytest.warns(UserWarning, match=r"leaves \['1'\] shared by all members, 27% of all weights: name them in"):
+            ensemble = BatchEnsemble(lambda: nn.Sequential(nn.Linear(4, 4), Special(4, 3)), 2)
+        BatchEnsemble(lambda: nn.Sequential(nn.Linear(4, 4), Special(4, 3)), 2, skip="1")  # says nothing
         assert type(ensemble.get_submodule("network.1")) is Special
 
     def test_nothing_to_convert(self) -> None:
@@ -588,3 +591,11 @@ def test_what_draws_at_random_is_not_compared() -> None:
             return self.head(self.inner(x + torch.randn_like(x)))
 
     assert BatchEnsemble(Noisy, 3)(torch.randn(5, 4)).shape == (3, 5, 3)
+
+
+@pytest.mark.parametrize("method", [BatchEnsemble, effens.MIMO])
+def test_a_network_that_another_ensemble_has_taken_is_refused(method: Any) -> None:
+    network = mlp()
+    method(lambda: network, 2)
+    with pytest.raises(ValueError, match="must return a fresh network, got one that is another ensemble's already"):
+        method(lambda: network, 3)

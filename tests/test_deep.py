@@ -472,7 +472,7 @@ class TestMistakes:
             effens.DeepEnsemble(lambda: nn.LazyLinear(3), members=2)
 
     def test_rank(self) -> None:
-        with pytest.raises(ValueError, match=r"x must be \(batch, ...\), got shape \(4,\)"):
+        with pytest.raises(ValueError, match=r"x must be \(batch, ..., features\), got shape \(4,\)"):
             effens.DeepEnsemble(mlp, 2)(torch.zeros(4))
 
     def test_rows(self) -> None:

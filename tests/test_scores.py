@@ -592,3 +592,19 @@ def test_a_gpu_scores_the_same() -> None:
     moved = StudentT(members.df.cuda(), members.loc.cuda(), members.scale.cuda())
     target = torch.randn(50)
     assert effens.crps(moved, target.cuda()).item() == pytest.approx(effens.crps(members, target).item(), rel=1e-6)
+
+
+def test_arrays_and_lists_are_refused_by_name() -> None:
+    probs, y = torch.rand(2, 20, 3).softmax(-1), torch.randint(3, (20,))
+    said = Normal(torch.zeros(2, 20), torch.ones(2, 20))
+    for name, ask in {
+        "y": lambda: effens.nll(probs, y.numpy()),  # type: ignore[arg-type]
+        "probs": lambda: effens.mutual_information(probs.numpy()),  # type: ignore[arg-type]
+        "inside": lambda: effens.auroc([0.1], torch.ones(1)),  # type: ignore[arg-type]
+    }.items():
+        with pytest.raises(TypeError, match=f"{name} must be a tensor, which torch.as_tensor makes of an array"):
+            ask()
+    with pytest.raises(TypeError, match="y must be a tensor"):
+        effens.crps(said, torch.zeros(20).numpy())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="predictions must be a tensor or a distribution, got ndarray"):
+        effens.greedy_select(probs.numpy(), y, 2)  # type: ignore[arg-type]

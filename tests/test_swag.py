@@ -334,7 +334,8 @@ class TestBatchNorm:
         source, statistics = generator(0), []
         for m in range(3):
             network = swag.at(swag.sample(generator=source))
-            update_bn(x.split(8), network)
+            order = torch.arange(22) if kind == "loader" else torch.randperm(22, generator=generator(0))
+            update_bn(x[order].split(8), network)
             member = swag.member(m)
             for (name, mine), its in zip(member.state_dict().items(), network.state_dict().values(), strict=True):
                 assert torch.allclose(mine, its, rtol=1e-12, atol=1e-14), name
@@ -617,3 +618,16 @@ def test_limits_are_allowed(options: dict[str, Any]) -> None:
 def test_it_says_its_settings() -> None:
     said = effens.SWAG(mlp, members=2, rank=3, scale=0.25, tail=0.4, tail_lr=0.2, every=5, seed=7).extra_repr()
     assert said == "members=2, rank=3, scale=0.25, tail=0.4, tail_lr=0.2, every=5, seed=7"
+
+
+def test_a_network_may_keep_its_activations() -> None:
+    class Keeps(nn.Linear):
+        kept: Tensor
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept = super().forward(x)
+            return self.kept
+
+    swag, (x, y) = effens.SWAG(lambda: Keeps(4, 3, dtype=torch.float64), 2, 2), vectors()
+    effens.fit(swag, (x, y), epochs=2, device="cpu")
+    assert swag(x).shape == (2, 22, 3)

@@ -4,6 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -27,6 +28,7 @@ from scenarios import (
 )
 from scipy import stats
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import effens
@@ -152,7 +154,7 @@ class TestLoop:
             ensemble = Recorder(mlp, 2)
             effens.fit(ensemble, data, epochs=2, batch_size=8, device="cpu")
             assert ensemble.collected == [(step, 6) for step in range(6)]
-            assert torch.cat(ensemble.finished)[:, 0].tolist() == list(range(22))
+            assert torch.cat(ensemble.finished)[:, 0].sort().values.tolist() == list(range(22))
             assert [len(batch) for batch in ensemble.finished] == [8, 8, 6]
 
     def test_a_loader_s_batches_are_permuted_within(self) -> None:
@@ -484,7 +486,10 @@ class TestMistakes:
                 return iter([])
 
         stream: Any = Stream()
-        with pytest.raises(ValueError, match="data must have a length, got Stream without one"):
+        with pytest.raises(
+            ValueError,
+            match="data must be a map-style Dataset with a length; a stream goes into a DataLoader, got Stream",
+        ):
             effens.fit(effens.DeepEnsemble(mlp, 2), stream, device="cpu")
 
     def test_nothing_to_train(self) -> None:
@@ -643,3 +648,58 @@ def test_the_bar_moves_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "progress_bar", kept)
     effens.fit(effens.DeepEnsemble(mlp, 2), vectors(), epochs=3, batch_size=6, device="cpu")
     assert [bar.n for bar in shown] == [12]
+
+
+def test_threads_that_predict_at_once_get_what_one_gets() -> None:
+    ensemble, (x, _) = effens.DeepEnsemble(lambda: mlp(dropout=0.5), 2), vectors(400)
+    expected = effens.predict(ensemble, x)
+    assert all(module.training for module in ensemble.modules())
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda chunk: effens.predict(ensemble, x, chunk=chunk), [1, 400] * 8))
+    assert all(torch.allclose(each, expected, rtol=1e-12) for each in found)
+    assert all(module.training for module in ensemble.modules())
+
+
+@pytest.mark.parametrize("method", [effens.DeepEnsemble, effens.SnapshotEnsemble, effens.SWAG, effens.BatchEnsemble])
+def test_modes_that_the_network_set_are_kept(method: Any) -> None:
+    def make() -> nn.Module:
+        body = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).double().requires_grad_(False).eval()
+        return nn.Sequential(*body, nn.Dropout(0.5), nn.Linear(4, 3).double())
+
+    ensemble, (x, y) = method(make, 2), vectors()
+    for _ in range(2):  # also where it was trained before
+        history = effens.fit(ensemble, (x + 3, y), epochs=3, batch_size=11, lr=1e-12, device="cpu")
+        for m in range(2):
+            assert not bool(ensemble.member(m).get_buffer("1.running_mean").any())
+    assert len(history.losses[:, 0].unique()) == 6  # dropout was on
+
+
+def test_a_network_that_is_wholly_in_eval_mode_is_trained() -> None:
+    make = lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double().eval()  # noqa: E731
+    ensemble, (x, y) = effens.DeepEnsemble(make, 2), vectors()
+    effens.fit(ensemble, (x + 3, y), epochs=1, batch_size=11, device="cpu")
+    assert bool(ensemble.member(0).get_buffer("1.running_mean").any())
+
+
+@pytest.mark.parametrize("likelihood", [nn.CrossEntropyLoss(), F.cross_entropy, "categorical", effens.Categorical])
+def test_what_is_no_likelihood_is_refused(likelihood: Any) -> None:
+    ensemble, (x, y) = effens.DeepEnsemble(mlp, 2), vectors()
+    for ask in (
+        lambda: effens.fit(ensemble, (x, y), likelihood=likelihood),
+        lambda: effens.predict(ensemble, x, likelihood=likelihood),
+    ):
+        with pytest.raises(TypeError, match=r"likelihood must be a Likelihood, effens.Categorical\(\) say"):
+            ask()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "error", "match"),
+    [
+        ("adam", TypeError, "optimizer must be a class, .* got 'adam'"),
+        (torch.optim.SGD([torch.zeros(1)], lr=0.1), TypeError, "optimizer must be a class, .* got SGD"),
+        (partial(torch.optim.SGD, lr=0.1, weight_decay=0.1), ValueError, "must leave lr and weight_decay to fit's own"),
+    ],
+)
+def test_what_is_no_optimizer_is_refused(optimizer: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        effens.fit(effens.DeepEnsemble(mlp, 2), vectors(), optimizer=optimizer)

@@ -7,12 +7,16 @@ One training loop (`effens.fit`) serves all methods, because each overrides only
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 MakeNet = Callable[[], nn.Module]
+MODES: WeakKeyDictionary[nn.Module, tuple[int, list[tuple[nn.Module, bool]]]] = WeakKeyDictionary()
+MODES_LOCK = Lock()  # networks in `eval_mode`: how many threads ask for it, and the modes of before
 
 
 class Ensemble(nn.Module):
@@ -36,6 +40,7 @@ class Ensemble(nn.Module):
         check_positive(members=members)
         self.members = members
         self.streams = members if streams is None else streams
+        self.still: list[nn.Module] = []  # that stay in eval mode when `effens.fit` trains
 
     def forward(self, x: Tensor) -> Tensor:
         """Answer with every member: ``(batch, ...)`` to ``(members, batch, outputs)``."""
@@ -178,14 +183,23 @@ def call_make_net(make_net: MakeNet) -> nn.Module:
 
 @contextmanager
 def eval_mode(network: nn.Module) -> Iterator[None]:
-    """Put a network into eval mode; at the end, put every module back into its own."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
+    """Put a network into eval mode; when the last thread that asked for it is done, put all modules back as before."""
+    with MODES_LOCK:
+        if network not in MODES:
+            MODES[network] = 0, [(module, module.training) for module in network.modules()]
+            network.eval()
+        count, modes = MODES[network]
+        MODES[network] = count + 1, modes
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        with MODES_LOCK:
+            count, modes = MODES.pop(network)
+            if count > 1:
+                MODES[network] = count - 1, modes
+            else:
+                for module, mode in modes:
+                    module.training = mode
 
 
 def check_positive(**values: int) -> None:

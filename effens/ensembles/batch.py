@@ -12,22 +12,36 @@ activation, so the layers fold when ``activations >= 4 * weights`` for each memb
 
 import copy
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
 
-from effens.ensembles.base import Ensemble, MakeNet, call_make_net, check_positive
-from effens.ensembles.layers import GEOMETRY, RowEnsemble, WeightLayer, refusal, replace_layers, split_rows
+from effens.ensembles.base import Ensemble, MakeNet, check_positive
+from effens.ensembles.layers import (
+    GEOMETRY,
+    RowEnsemble,
+    WeightLayer,
+    fresh_network,
+    refusal,
+    replace_layers,
+    split_rows,
+)
+
+NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # shared by design
 
 
 class BatchEnsemble(RowEnsemble):
     """A network whose linear and convolutional layers are shared by all members but for rank-1 factors.
 
     Every exact `nn.Linear` and `nn.Conv2d` of the network, at any depth, is replaced by its BatchEnsemble layer with
-    the same weight; all other layers are shared, normalization included. Layers must be called through their `forward`.
+    the same weight; all other layers are shared, normalization included. A warning names those with weights, but for
+    normalization and what ``skip`` names. Rows must be the first axis and layers called through their `forward`: the
+    first call compares the ensemble with its members.
 
     Args:
         make_net: () -> nn.Module, a fresh network.
@@ -67,7 +81,7 @@ class BatchEnsemble(RowEnsemble):
         if not 0 <= fast_lr < math.inf:
             raise ValueError(f"fast_lr must be >= 0 and finite, got {fast_lr}")
         remedy = "rows must be the first axis, and layers called through their forward; skip= leaves some shared"
-        super().__init__(convert(call_make_net(make_net), members, skip, init), members, remedy)
+        super().__init__(convert(fresh_network(make_net), members, skip, init), members, remedy)
         self.split = split
         self.fast_lr = fast_lr
 
@@ -301,4 +315,14 @@ def convert(network: nn.Module, members: int, skip: str | Sequence[str], init: s
     network = replace_layers(network, replace)
     if not any(isinstance(module, RankOneLayer) for module in network.modules()):
         raise ValueError(f"the network must have an nn.Linear or nn.Conv2d to convert, got {network}")
+    inside = {part for module in skipped for part in module.modules()}
+    left = {
+        name: sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        for name, module in network.named_modules()
+        if module not in inside and not isinstance(module, (RankOneLayer, *NORMS))
+    }
+    if shared := {name: size for name, size in left.items() if size}:
+        share = sum(shared.values()) / sum(parameter.numel() for parameter in network.parameters())
+        rule = f"BatchEnsemble leaves {list(shared)} shared by all members, {share:.0%} of all weights"
+        warnings.warn(f"{rule}: name them in skip= if that is wanted", stacklevel=3)
     return network

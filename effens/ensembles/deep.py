@@ -145,6 +145,7 @@ class StackedLayer(WeightLayer):
         self.bias = stack_parameters(biases) if biases else None
         first = layers[0]
         self.geometry = {name: getattr(first, name) for name in GEOMETRY} if isinstance(first, nn.Conv2d) else None
+        self.train(first.training)
 
     def weights(self) -> Tensor:
         """Return every member's weight."""

@@ -164,6 +164,8 @@ def log_likelihoods(prediction: Tensor | Distribution, y: Tensor) -> Tensor:
     """Return each candidate's log likelihood of each target, (candidates, n), in float64."""
     if isinstance(prediction, Tensor):
         return of_labels(prediction, y).log()
+    if not isinstance(prediction, Distribution):
+        raise TypeError(f"predictions must be a tensor or a distribution, got {type(prediction).__name__}")
     shape = tuple(prediction.batch_shape)
     if len(shape) != 2 or 0 in shape or tuple(y.shape) != shape[1:]:
         raise ValueError(

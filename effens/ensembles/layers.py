@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from effens.ensembles.base import Ensemble
+from effens.ensembles.base import Ensemble, MakeNet, call_make_net
 
 GEOMETRY = ("stride", "padding", "dilation", "groups")
 CHECKING = Lock()  # of several threads that ask first, one checks
@@ -59,6 +59,8 @@ class WeightLayer(MemberLayer):
     def forward_each(self, x: Tensor) -> Tensor:
         """Map ``(members or 1, batch, ...)`` to ``(members, batch, ...)``, as one batched computation."""
         if self.geometry is None:
+            if x.dim() < 3:
+                raise ValueError(f"x must be (batch, ..., features), got shape {tuple(x.shape[1:])}")
             return linear_each(x, self.weights(), self.bias)
         return conv2d_each(x, self.weights(), self.bias, **self.geometry)
 
@@ -104,7 +106,7 @@ class RowEnsemble(Ensemble):
 
     def forward(self, x: Tensor) -> Tensor:
         """Answer with every member: ``(batch, ...)`` to ``(members, batch, outputs)``."""
-        if x.dim() < 2:
+        if x.dim() < 1:
             raise ValueError(f"x must be (batch, ...), got shape {tuple(x.shape)}")
         self._check_first_call(x)
         return self._answers(run_shared(self.network, x, self.members), x.shape[0])
@@ -138,6 +140,14 @@ class RowEnsemble(Ensemble):
         self.check_member(m)
         layers = [layer for layer in self.network.modules() if isinstance(layer, MemberLayer)]
         return copy.deepcopy(self.network, {id(layer): layer.member(m) for layer in layers})
+
+
+def fresh_network(make_net: MakeNet) -> nn.Module:
+    """Return what ``make_net`` makes; raise `ValueError` if an ensemble has taken it over already."""
+    network = call_make_net(make_net)
+    if any(isinstance(layer, MemberLayer) for layer in network.modules()):
+        raise ValueError("make_net must return a fresh network, got one that is another ensemble's already")
+    return network
 
 
 @torch.no_grad()

@@ -16,8 +16,17 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from effens.ensembles.base import Ensemble, MakeNet, call_make_net, check_positive
-from effens.ensembles.layers import MemberLayer, RowEnsemble, chain, has_hooks, refusal, replace_layers, split_rows
+from effens.ensembles.base import Ensemble, MakeNet, check_positive
+from effens.ensembles.layers import (
+    MemberLayer,
+    RowEnsemble,
+    chain,
+    fresh_network,
+    has_hooks,
+    refusal,
+    replace_layers,
+    split_rows,
+)
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 WIDENED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -69,7 +78,7 @@ class MIMO(RowEnsemble):
         check_positive(members=members, repeats=repeats)
         if not 0 <= share <= 1:
             raise ValueError(f"share must be in 0 ... 1, got {share}")
-        network = call_make_net(make_net)
+        network = fresh_network(make_net)
         remedy = "it must be widened where it reads its input and where it answers; first= and last= name these layers"
         super().__init__(widen(network, members, first, last) if members > 1 else network, members, remedy)
         self.share = share
@@ -204,6 +213,8 @@ def why_not_wide(modules: dict[str, nn.Module], name: str) -> str:
         return f"{type(layer).__name__} with hooks, which may change its weight or its result"
     if isinstance(layer, _ConvNd) and layer.groups > 1:
         return f"{type(layer).__name__} with groups={layer.groups}, where only groups=1 can be widened"
+    if not layer.weight.requires_grad:
+        return f"{type(layer).__name__}, which is frozen, where its weights are drawn anew"
     weights = {id(parameter) for parameter in layer.parameters()}
     if any(id(p) in weights for other in {*modules.values()} - {layer} for p in other.parameters(recurse=False)):
         return f"{type(layer).__name__}, whose weights another layer has, too"

@@ -12,13 +12,14 @@ generalization", arXiv:1803.05407.
 import copy
 import math
 from collections.abc import Iterable
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from effens.ensembles.base import Ensemble, MakeNet, OneNetwork, call_make_net, check_positive
-from effens.ensembles.deep import DeepEnsemble
+from effens.ensembles.deep import DeepEnsemble, member_tensors, named_tensors
 
 
 class SWAG(OneNetwork):
@@ -105,6 +106,7 @@ class SWAG(OneNetwork):
         flat = torch.cat(weights)
         if flat.is_complex():
             raise ValueError(f"the network's weights must be real, got {flat.dtype}")
+        self.frozen: list[str] = []  # batch norm that trains in eval mode
         self.shapes = {name: p.shape for name, p in network.named_parameters() if p.requires_grad}
         zeros = torch.zeros_like(flat, dtype=torch.promote_types(flat.dtype, torch.float32))  # half would lose sums
         self.register_buffer("mean", zeros)
@@ -128,6 +130,7 @@ class SWAG(OneNetwork):
             for moment in (self.mean, self.variance, self.deviations, self.count):
                 moment.zero_()
             self.ready = False
+            self.frozen = [name for name, m in self.network.named_modules() if is_norm(m) and not m.training]
         length, left = self.tail_steps(steps), steps - 1 - step
         every = self.every or max(1, length // max(2 * self.rank, 40))
         if left < length and left % every == 0:
@@ -192,8 +195,12 @@ class SWAG(OneNetwork):
         """
         if weights.shape != self.mean.shape:
             raise ValueError(f"weights must be {tuple(self.mean.shape)}, got shape {tuple(weights.shape)}")
-        network = copy.deepcopy(self.network)
+        network = self.samples.member(0)  # no copy of the network in training, which may hold on to its activations
+        for name, tensor in named_tensors(network).items():
+            tensor.copy_(named_tensors(self.network)[name])
         parameters = dict(network.named_parameters())
+        for mine, trained in zip(network.parameters(), self.network.parameters(), strict=True):
+            mine.requires_grad_(trained.requires_grad)
         parts = weights.split([shape.numel() for shape in self.shapes.values()])
         for (name, shape), part in zip(self.shapes.items(), parts, strict=True):
             parameters[name].copy_(part.view(shape))
@@ -215,6 +222,11 @@ class SWAG(OneNetwork):
         for m in range(self.members):
             self.samples.put(m, self.at(self.sample(generator=generator)))
         update_batch_norm(self.samples, batches)
+        kept = {name: t for name, t in named_tensors(self.network).items() if name.rpartition(".")[0] in self.frozen}
+        for m in range(self.members if kept else 0):
+            slots = member_tensors(self.samples.network, m)
+            for name, tensor in kept.items():
+                slots[name].copy_(tensor)
         self.ready = True
 
     def extra_repr(self) -> str:
@@ -227,9 +239,14 @@ class SWAG(OneNetwork):
         return max(1, round(self.tail * steps))
 
 
+def is_norm(layer: nn.Module) -> TypeGuard[_BatchNorm]:
+    """Say whether a layer is batch norm with statistics."""
+    return isinstance(layer, _BatchNorm) and layer.running_mean is not None
+
+
 def update_batch_norm(network: nn.Module, batches: Iterable[Tensor]) -> None:
     """Set all batch-norm statistics of a network in eval mode to their averages over batches."""
-    layers = [layer for layer in network.modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
+    layers = [layer for layer in network.modules() if is_norm(layer)]
     if not layers:
         return
     momenta = [layer.momentum for layer in layers]
