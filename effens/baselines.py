@@ -8,7 +8,9 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from effens.ensembles.base import Ensemble, MakeNet, OneNetwork, call_make_net
+from effens.ensembles.base import Ensemble, MakeNet, call_make_net
+from effens.ensembles.one import OneNetwork
+from effens.inputs import Inputs, call, count_rows, each, logits_of
 from effens.likelihoods import Categorical, Gaussian, Likelihood, StudentT
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
@@ -49,9 +51,10 @@ class MCDropout(OneNetwork):
                 layer.train()
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Inputs) -> Tensor:
         """Answer with every member: ``(batch, ...)`` to ``(members, batch, outputs)``."""
-        return torch.unflatten(self.network(torch.cat([x] * self.members)), 0, (self.members, len(x)))
+        rows = logits_of(call(self.network, each(lambda part: torch.cat([part] * self.members), x)))
+        return torch.unflatten(rows, 0, (self.members, count_rows(x)))
 
     def answering(self) -> tuple[Ensemble, list[float]]:
         """Raise: there is nothing that answers alike twice."""
@@ -161,7 +164,7 @@ class LastLayerLaplace(OneNetwork):
         noise = torch.randn(mean.numel(), self.members, generator=torch.Generator().manual_seed(self.seed))
         shift = torch.linalg.solve_triangular(factor.mT, noise.to(mean), upper=True)  # of covariance information^-1
         self.samples.copy_(mean + shift.mT.reshape(self.members, *mean.shape))
-        self.ready = True
+        self.ready = self.planned
 
 
 def fisher_of(likelihood: Likelihood) -> Callable[[Tensor], Tensor]:

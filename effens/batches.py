@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from effens.ensembles.base import Ensemble
+from effens.inputs import Inputs, count_rows, each, join_inputs, rows_at, tensors_of
 
-Batch = tuple[bool, Tensor, Tensor, Tensor | None]
-Data = tuple[Tensor, Tensor] | Dataset[Any] | DataLoader[Any]
+KEPT = 256  # rows of which a frozen trunk computes the features at once
+Batch = tuple[bool, Inputs, Tensor, Tensor | None]
+Data = tuple[Inputs, Tensor] | Dataset[Any] | DataLoader[Any]
 
 
 class Batches:
@@ -27,12 +29,12 @@ class Batches:
         self.ensemble, self.batch_size, self.device, self.generator = ensemble, batch_size, device, generator
         self.data = data
         self.skipped = 0
-        self.tensors: tuple[Tensor, Tensor] | None = None
+        self.tensors: tuple[Inputs, Tensor] | None = None
         if isinstance(data, tuple | list):
             x, y = as_pair(data)
-            if len(x) != len(y):
-                raise ValueError(f"x and y must have the same length, got {len(x)} and {len(y)}")
-            self.tensors = x.to(device), y.to(device)
+            if count_rows(x) != len(y):
+                raise ValueError(f"x and y must have the same length, got {count_rows(x)} and {len(y)}")
+            self.tensors = each(lambda part: part.to(device), x), y.to(device)
         elif isinstance(data, DataLoader):
             self.skipped = count_skipped(data, ensemble)
         elif not isinstance(data, Sized) or isinstance(data, IterableDataset):
@@ -53,46 +55,81 @@ class Batches:
         if isinstance(self.data, DataLoader):
             yield from self.from_loader(self.data)
         else:
-            yield from map(self.fetch, self.indices())
+            for index in self.indices():
+                unchecked = None if self.looked else self.tensors and self.tensors[1]
+                self.looked = bool(self.tensors)
+                shared, xs, ys = self.fetch(index)
+                yield shared, xs, ys, unchecked if self.tensors else ys
             self.epoch = None
 
     def from_loader(self, loader: DataLoader[Any]) -> Iterator[Batch]:
         """Yield what a `DataLoader` gives."""
         for batch in loader:
             x, y = as_pair(batch)
-            for index in parts_of(self.ensemble, len(x), self.generator):
-                index = to_device(index, self.device)
-                xs = take_rows(to_device(x, self.device), index)
-                yield index.dim() == 1, xs, to_device(y, self.device)[index], y
+            for index in parts_of(self.ensemble, len(y), self.generator):
+                shared, xs, ys = self.pick(x, y, index)
+                yield shared, xs, ys, y
+
+    def pick(self, x: Inputs, y: Tensor, index: Tensor) -> tuple[bool, Inputs, Tensor]:
+        """Return the rows of a loader's batch that each network gets."""
+        index = to_device(index, self.device)
+        xs = each(lambda part: take_rows(to_device(part, self.device), index), x)
+        return index.dim() == 1, xs, to_device(y, self.device)[index]
 
     def indices(self) -> list[Tensor]:
         """Return the next epoch's indices into the data, a step each, as `Ensemble.batches` has them."""
         if self.epoch is None:
-            n = len(self.tensors[0]) if self.tensors else len(cast(Sized, self.data))
+            n = len(self.tensors[1]) if self.tensors else len(cast(Sized, self.data))
             epoch = [index for index in self.ensemble.batches(n, self.batch_size, self.generator) if index.numel()]
             if self.tensors and epoch:  # to a GPU once an epoch, not at every step
                 epoch = list(torch.cat(epoch, -1).to(self.device).split([index.shape[-1] for index in epoch], -1))
             self.epoch = epoch
         return self.epoch
 
-    def fetch(self, index: Tensor) -> Batch:
+    def fetch(self, index: Tensor) -> tuple[bool, Inputs, Tensor]:
         """Return inputs and targets at ``index``."""
         if self.tensors:
-            unchecked = None if self.looked else self.tensors[1]
-            self.looked = True
-            return index.dim() == 1, take_rows(self.tensors[0], index), self.tensors[1][index], unchecked
+            xs = each(lambda part: take_rows(part, index), self.tensors[0])
+            return index.dim() == 1, xs, self.tensors[1][index]
         dataset = cast(Dataset[Any], self.data)
         x, y = as_pair(default_collate([dataset[i] for i in index.flatten().tolist()]))
-        xs, ys = (to_device(part, self.device).unflatten(0, index.shape) for part in (x, y))
-        return index.dim() == 1, xs, ys, y
+        xs, ys = (each(lambda part: to_device(part, self.device).unflatten(0, index.shape), both) for both in (x, y))
+        return index.dim() == 1, xs, ys
 
-    def inputs(self) -> Iterator[Tensor]:
+    @torch.no_grad()
+    def keep_features(self) -> bool:
+        """Put the trunk's features in place of the inputs, where it is frozen and data are tensors; say whether."""
+        trunk = self.ensemble.trunk
+        if trunk is None or not trunk.frozen or self.tensors is None:
+            return False
+        x, y = self.tensors
+        self.tensors = join_inputs([trunk(rows_at(x, slice(i, i + KEPT))) for i in range(0, len(y), KEPT)]), y
+        return True
+
+    def single(self) -> tuple[bool, Inputs] | None:
+        """Return the inputs of the last step of an epoch, if each network gets a single example there, as far as seen.
+
+        In their place may stand others like them.
+        """
+        if not isinstance(self.data, DataLoader):
+            last = self.indices()[-1]
+            return self.fetch(last)[:2] if last.shape[-1] == 1 else None
+        loader = self.data
+        if not loader.batch_size or loader.drop_last or not isinstance(loader.sampler, Sized):
+            return None
+        parts = parts_of(self.ensemble, len(loader.sampler) % loader.batch_size, torch.Generator())
+        if isinstance(loader.dataset, IterableDataset) or not parts or parts[-1].shape[-1] > 1:
+            return None
+        x, y = as_pair(loader.collate_fn([loader.dataset[0]]))
+        return self.pick(x, y, torch.zeros_like(parts[-1]))[:2]
+
+    def inputs(self) -> Iterator[Inputs]:
         """Yield copies of all inputs once, in shuffled batches, for `Ensemble.finish`, which may change them."""
         if isinstance(self.data, DataLoader):
             for batch in self.data:
-                yield to_device(as_pair(batch)[0], self.device).clone()
+                yield each(lambda part: to_device(part, self.device).clone(), as_pair(batch)[0])
         else:
-            n = len(self.tensors[0]) if self.tensors else len(cast(Sized, self.data))
+            n = len(self.tensors[1]) if self.tensors else len(cast(Sized, self.data))
             for part in torch.randperm(n, generator=torch.Generator().manual_seed(0)).split(self.batch_size):
                 yield self.fetch(part.to(self.device) if self.tensors else part)[1]
 
@@ -119,11 +156,15 @@ def parts_of(ensemble: Ensemble, n: int, generator: torch.Generator) -> list[Ten
     return [index for index in ensemble.batches(n, n, generator) if index.numel()]
 
 
-def as_pair(batch: Any) -> tuple[Tensor, Tensor]:
+def as_pair(batch: Any) -> tuple[Inputs, Tensor]:
     """Return a batch as ``(x, y)``; raise `ValueError` if it is anything else."""
+    if isinstance(batch, dict) and "labels" in batch:
+        batch = {name: part for name, part in batch.items() if name != "labels"}, batch["labels"]
     parts = batch if isinstance(batch, tuple | list) else [batch]
-    if len(parts) != 2 or not all(isinstance(part, Tensor) for part in parts):
-        raise ValueError(f"data must give pairs of tensors (x, y), got {[type(part).__name__ for part in parts]}")
+    if len(parts) != 2 or not tensors_of(parts[0]) or not isinstance(parts[1], Tensor):
+        rule = "data must give pairs of tensors (x, y), which torch.as_tensor makes of arrays, or dicts with labels"
+        remedy = "several inputs are packed together, ((x1, x2), y)"
+        raise ValueError(f"{rule}; {remedy}, got {[type(part).__name__ for part in parts]}")
     return parts[0], parts[1]
 
 

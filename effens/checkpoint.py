@@ -1,15 +1,17 @@
 """A training that is killed and continued: what decides it, where it is, and the file in which it is kept."""
 
+import json
 import os
 import time
 import zlib
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from effens.batches import Batches
 from effens.ensembles.base import Ensemble
@@ -52,7 +54,9 @@ class Run:
             "torch": torch.__version__,
             "device": self.batches.device.type,
             **settings,
-            "data": fingerprint(self.batches),
+            "data": fingerprint(
+                (self.batches.tensors and dict(zip("xy", self.batches.tensors, strict=True))) or self.batches.data
+            ),
             "modules": {name: f"{type(m).__name__}({m.extra_repr()})" for name, m in self.ensemble.named_modules()},
             "geometry": {name: m.geometry for name, m in self.ensemble.named_modules() if hasattr(m, "geometry")},
             "tensors": {name: summary(tensor) for name, tensor in self.tensors().items()},
@@ -122,14 +126,36 @@ class Run:
         return found
 
 
-def fingerprint(batches: Batches) -> dict[str, str]:
-    """Describe the data: of tensors the shape and a check sum, of anything else the length."""
-    if batches.tensors is None:
-        return {"kind": type(batches.data).__name__, "length": str(len(cast(Sized, batches.data)))}
-    return {
-        name: f"{summary(t)}, CRC {zlib.crc32(t.cpu().contiguous().flatten().view(torch.uint8).numpy().data):08x}"
-        for name, t in zip("xy", batches.tensors, strict=True)
-    }
+def fingerprint(data: Any) -> Any:
+    """Describe data as far as they can be seen without drawing from them: what tensors and arrays hold, and lengths."""
+    match data:
+        case Tensor():
+            content = data.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+            return f"{summary(data)}, CRC {zlib.crc32(content):08x}"
+        case np.ndarray():
+            return f"{data.dtype} {data.shape}, CRC {zlib.crc32(data.tobytes()):08x}"
+        case dict():
+            return {str(name): fingerprint(part) for name, part in data.items()}
+        case tuple() | list():
+            parts = json.dumps([fingerprint(part) for part in data])
+            return f"{len(data)} parts, CRC {zlib.crc32(parts.encode()):08x}"
+        case DataLoader():
+            how = {name: getattr(data, name) for name in ("batch_size", "drop_last")}
+            return {**how, "sampler": type(data.sampler).__name__, "dataset": fingerprint(data.dataset)}
+        case Dataset():
+            seen = (Tensor, np.ndarray, tuple, Dataset)  # what an object keeps for itself, counters say, may change
+            held = {name: fingerprint(part) for name, part in vars(data).items() if isinstance(part, seen)}
+            picked = fingerprint(list(data.indices)) if isinstance(data, Subset) else ""
+            return {"kind": type(data).__name__, "length": length_of(data), **held, "picked": picked}
+    return repr(data) if isinstance(data, bool | int | float | str) else type(data).__name__
+
+
+def length_of(data: Any) -> int | None:
+    """Return the length, if there is one."""
+    try:
+        return len(data)
+    except TypeError:
+        return None
 
 
 def summary(tensor: Tensor) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from effens.ensembles.base import Ensemble
+from effens.inputs import Inputs, call, count_rows, each, logits_of, rows_at
 from effens.likelihoods import Categorical, Likelihood
 from effens.training import example_losses, make_optimizer
 
@@ -30,10 +31,9 @@ class Alone(Ensemble):
         """One network sees one batch."""
         yield from torch.randperm(n, generator=generator).split(batch_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Inputs) -> Tensor:
         """Answer as the network does: ``(batch, ...)`` to ``(1, batch, outputs)``."""
-        outputs: Tensor = self.network(x)
-        return outputs[None]
+        return logits_of(call(self.network, x))[None]
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Costs:
 
 
 def measure(
-    ensemble: nn.Module, x: Tensor, y: Tensor, *, likelihood: Likelihood | None = None, seconds: float = 0.5
+    ensemble: nn.Module, x: Inputs, y: Tensor, *, likelihood: Likelihood | None = None, seconds: float = 0.5
 ) -> Costs:
     """Count and time an ensemble where it is, without changing it, its gradients or the global random state.
 
@@ -115,21 +115,22 @@ def measure(
         >>> found.parameters
         32
     """
-    if len(x) == 0 or len(x) != len(y):
-        raise ValueError(f"x and y must have the same length >= 1, got {len(x)} and {len(y)}")
+    if not 0 < len(y) == count_rows(x):
+        raise ValueError(f"x and y must have the same length >= 1, got {count_rows(x)} and {len(y)}")
     if not any(parameter.requires_grad for parameter in ensemble.parameters()):
         raise ValueError("the ensemble must have weights to train, got none that require gradients")
     likelihood = Categorical() if likelihood is None else likelihood
     asked = copy.deepcopy(ensemble)
     ensemble = asked if isinstance(asked, Ensemble) else Alone(asked)
     place = next(ensemble.parameters()).device
-    x, y = x.to(place), y.to(place)
+    x, y = each(lambda part: part.to(place), x), y.to(place)
+    first = rows_at(x, slice(1))
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         ensemble.eval()
         with torch.no_grad():
-            ensemble(x[:1])  # a first call may look the network over
+            ensemble(first)  # a first call may look the network over
             with FlopCounterMode(display=False) as counter:
-                outputs = ensemble(x[:1])
+                outputs = ensemble(first)
         likelihood.check(outputs, y)
 
         ensemble.train()
@@ -139,11 +140,12 @@ def measure(
         saved = saved_bytes(ensemble, x, y, likelihood)
 
         ensemble.eval()
+        ask = asked if isinstance(x, Tensor) or asked is ensemble else partial(call, asked)
         latency: dict[int, Tensor] = {}
         with torch.inference_mode():
             for size in BATCHES:
-                rows = x[torch.arange(size, device=place) % len(x)]
-                latency[size] = durations(partial(asked, rows), seconds, place)
+                rows = rows_at(x, torch.arange(size, device=place) % len(y))
+                latency[size] = durations(partial(ask, rows), seconds, place)
     return Costs(
         parameters=sum(p.numel() for p in ensemble.parameters() if p.requires_grad),
         stored_bytes=sum(t.numel() * t.element_size() for t in ensemble.state_dict().values()),
@@ -159,13 +161,13 @@ def measure(
 
 
 def loss_at_batch(
-    ensemble: Ensemble, x: Tensor, y: Tensor, likelihood: Likelihood, batch: int = TRAIN_BATCH
+    ensemble: Ensemble, x: Inputs, y: Tensor, likelihood: Likelihood, batch: int = TRAIN_BATCH
 ) -> Callable[[], Tensor]:
     """Return a function that computes the loss of a batch of examples, as `effens.fit` does."""
-    rows = torch.arange(batch) % len(x)
+    rows = torch.arange(batch) % len(y)
     index, *_ = ensemble.batches(batch, batch)
-    chosen = rows[index].to(x.device)
-    xs, ys = x[chosen], y[chosen]
+    chosen = rows[index].to(y.device)
+    xs, ys = rows_at(x, chosen), y[chosen]
     forward = ensemble if index.dim() == 1 else ensemble.forward_members
 
     def loss() -> Tensor:
@@ -175,7 +177,7 @@ def loss_at_batch(
 
 
 def training_step(
-    ensemble: Ensemble, x: Tensor, y: Tensor, likelihood: Likelihood, batch: int = TRAIN_BATCH
+    ensemble: Ensemble, x: Inputs, y: Tensor, likelihood: Likelihood, batch: int = TRAIN_BATCH
 ) -> Callable[[], None]:
     """Return a function that takes one step of AdamW, with a rate of 0, and leaves no gradients."""
     loss = loss_at_batch(ensemble, x, y, likelihood, batch)
@@ -189,7 +191,7 @@ def training_step(
     return step
 
 
-def saved_bytes(ensemble: Ensemble, x: Tensor, y: Tensor, likelihood: Likelihood) -> int:
+def saved_bytes(ensemble: Ensemble, x: Inputs, y: Tensor, likelihood: Likelihood) -> int:
     """Return the bytes of all storages that a forward pass keeps for the backward pass, parameters not counted."""
     return kept_bytes(loss_at_batch(ensemble, x, y, likelihood), ensemble)
 

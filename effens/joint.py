@@ -7,8 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from effens.ensembles.deep import DeepEnsemble, LoopedLayer
-from effens.ensembles.layers import MemberLayer
+from effens.ensembles.deep import DeepEnsemble, owned
 from effens.likelihoods import Likelihood
 from effens.training import MakeOptimizer, make_optimizer
 
@@ -75,16 +74,10 @@ class PerMember:
 def members_of(ensemble: DeepEnsemble) -> dict[nn.Parameter, Tensor]:
     """Return which member each weight belongs to: its number, or all numbers along a stacked weight's first axis."""
     owners: dict[nn.Parameter, Tensor] = {}
-    for layer in ensemble.network.modules():
-        if isinstance(layer, LoopedLayer):
-            pairs = [(p, torch.tensor(m)) for m, network in enumerate(layer.layers) for p in network.parameters()]
-        elif isinstance(layer, MemberLayer):
-            pairs = [(p, torch.arange(len(p)).view(-1, *[1] * (p.dim() - 1))) for p in layer.parameters()]
-        else:
-            continue
-        for p, owner in pairs:
-            if not torch.equal(owners.setdefault(p, owner), owner):
-                raise ValueError("members with rates or decays of their own must share no weights, got shared ones")
+    for p, m in owned(ensemble.network):
+        owner = torch.arange(len(p)).view(-1, *[1] * (p.dim() - 1)) if m is None else torch.tensor(m)
+        if not torch.equal(owners.setdefault(p, owner), owner):
+            raise ValueError("members with rates or decays of their own must share no weights, got shared ones")
     return {p: owner for p, owner in owners.items() if p.requires_grad}
 
 
@@ -125,11 +118,19 @@ class Lenient(Likelihood):
         self.diverged = torch.tensor(False)
 
     def nll(self, outputs: Tensor, y: Tensor) -> Tensor:
-        """Return the negative log likelihood of each example, ``(streams, batch)``; 0 for those that diverged."""
+        """Return the negative log likelihood of each target, ``(streams, batch, ...)``; 0 for those that diverged."""
+
+        def without(values: Tensor) -> Tensor:
+            return values.masked_fill(self.diverged.view(-1, *[1] * (values.dim() - 1)), 0.0)
+
         self.diverged = self.diverged.to(outputs.device) | ~outputs.detach().isfinite().flatten(1).all(1)
-        losses = self.likelihood.nll(outputs.masked_fill(self.diverged[:, None, None], 0.0), y)
-        self.diverged = self.diverged | ~losses.detach().mean(1).isfinite()
-        return losses.masked_fill(self.diverged[:, None], 0.0)
+        losses = self.likelihood.nll(without(outputs), y)
+        self.diverged = self.diverged | ~losses.detach().flatten(1).mean(1).isfinite()
+        return without(losses)
+
+    def missing(self, y: Tensor) -> Tensor | None:
+        """Return which targets are not there."""
+        return self.likelihood.missing(y)
 
     def check(self, outputs: Tensor, y: Tensor) -> None:
         """Raise `ValueError` unless these targets can be read with these outputs."""

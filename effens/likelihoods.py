@@ -11,9 +11,15 @@ from torch.distributions import Distribution, MixtureSameFamily, Normal
 from torch.distributions import StudentT as StudentTDistribution
 from torch.nn import functional as F
 
+MISSING = -100  # the class of a target that is not there, as of PyTorch's losses
+
 
 class Likelihood:
-    """Base class: a likelihood reads outputs ``(..., batch, outputs)`` for targets ``(batch,)`` or ``(..., batch)``.
+    """Base class: a likelihood reads outputs ``(members, batch, outputs)`` for targets ``(batch,)``, one each.
+
+    Where an example has several targets, such as the pixels of an image, the tokens of a text or several quantities,
+    targets are ``(batch, *positions)`` and outputs ``(members, batch, *positions, outputs)``. Targets may also have the
+    members in front.
 
     Example:
         >>> class Poisson(Likelihood):
@@ -29,17 +35,24 @@ class Likelihood:
     outputs: int | None = None  # how many outputs the network must have; None: any
 
     def nll(self, outputs: Tensor, y: Tensor) -> Tensor:
-        """Return the negative log likelihood of each example, ``(..., batch)``, in nats."""
+        """Return the negative log likelihood of each target, ``(members, batch, *positions)``, in nats."""
         raise NotImplementedError(f"a likelihood must override nll, got none in {type(self).__name__}")
 
     def predict(self, outputs: Tensor) -> Tensor | Distribution:
-        """Return what `effens.predict` answers: probabilities, or a distribution of batch shape ``(..., batch)``."""
+        """Return what `effens.predict` answers: probabilities, or a distribution, ``(members, batch, ...)``."""
         raise NotImplementedError(f"a likelihood must override predict, got none in {type(self).__name__}")
 
     def check(self, outputs: Tensor, y: Tensor) -> None:
         """Raise `ValueError` unless these targets can be read with these outputs; looks at every target's value."""
-        if y.is_floating_point() and not bool(y.isfinite().all()):
-            raise ValueError(f"targets must be finite, got {int((~y.isfinite()).sum())} that are not")
+        gaps = self.missing(y)
+        wrong = ~y.isfinite() if gaps is None else ~y.isfinite() & ~gaps
+        if bool(wrong.any()):
+            rule = "targets must be finite" + ("" if gaps is None else ", or NaN where they are missing")
+            raise ValueError(f"{rule}, got {int(wrong.sum())} that are not")
+
+    def missing(self, y: Tensor) -> Tensor | None:
+        """Return which targets are not there, bool of their shape; None, the default: this likelihood knows no gaps."""
+        return None
 
 
 def check_outputs(likelihood: Likelihood, outputs: Tensor) -> None:
@@ -48,14 +61,12 @@ def check_outputs(likelihood: Likelihood, outputs: Tensor) -> None:
         raise ValueError(f"{type(likelihood).__name__} needs {likelihood.outputs} outputs, got {outputs.shape[-1]}")
 
 
-def check_targets(outputs: Tensor, y: Tensor) -> None:
+def check_targets(outputs: Tensor, y: Tensor, hint: str = "") -> None:
     """Raise `ValueError` unless there is one target per example: a column of targets would broadcast to a square."""
-    if y.shape not in (outputs.shape[-2:-1], outputs.shape[:-1]):
-        rule = f"targets must have shape {tuple(outputs.shape[-2:-1])}, one per example"
+    if y.shape not in (outputs.shape[1:-1], outputs.shape[:-1]):
+        where = f", pixel or token{hint}" if outputs.dim() > 3 else ""
+        rule = f"targets must have shape {tuple(outputs.shape[1:-1])}, one per example{where}"
         raise ValueError(f"{rule}, got {tuple(y.shape)}")
-
-
-NO_LABEL = torch.iinfo(torch.int64).min  # PyTorch would ignore -100, which is out of range as any other
 
 
 def check_integers(y: Tensor) -> None:
@@ -66,45 +77,66 @@ def check_integers(y: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Categorical(Likelihood):
-    r"""Classes: outputs are logits ``(..., batch, classes)``, targets are integers ``0 ... classes - 1``.
+    r"""Classes: outputs are logits ``(members, batch, classes)``, targets are integers ``0 ... classes - 1``.
 
     .. math:: -\log p(y) = -z_y + \log \sum_c e^{z_c}
+
+    A target of -100 is missing: losses and scores are means over what is there.
+
+    Args:
+        axis: of the classes in what the network returns: -1, the last; or 1, as in images
+            ``(batch, classes, height, width)`` with targets ``(batch, height, width)``. Predictions always have them
+            last: ``(members, batch, height, width, classes)``.
 
     Example:
         >>> Categorical().nll(torch.zeros(4, 2), torch.tensor([0, 1, 1, 0]))
         tensor([0.6931, 0.6931, 0.6931, 0.6931])
     """
 
+    axis: int = -1
+
+    def __post_init__(self) -> None:
+        if self.axis == 0:
+            raise ValueError("axis must be one of the classes, got 0, which is the batch's")
+
     def nll(self, outputs: Tensor, y: Tensor) -> Tensor:
-        """Return the cross-entropy of each example, ``(..., batch)``, in nats."""
-        check_targets(outputs, y)
+        """Return the cross-entropy of each target, ``(members, batch, *positions)``, in nats."""
+        logits = self.classes_last(outputs)
+        check_targets(logits, y, " (Categorical(axis=1): classes in front of the pixels)")
         check_integers(y)
-        labels = y.long().expand(outputs.shape[:-1]).flatten()
-        losses = F.cross_entropy(outputs.flatten(0, -2), labels, reduction="none", ignore_index=NO_LABEL)
-        return losses.view(outputs.shape[:-1])
+        labels = y.long().expand(logits.shape[:-1]).flatten()
+        return F.cross_entropy(logits.flatten(0, -2), labels, reduction="none").view(logits.shape[:-1])
+
+    def missing(self, y: Tensor) -> Tensor:
+        """Return which labels are -100."""
+        return y == MISSING
+
+    def classes_last(self, outputs: Tensor) -> Tensor:
+        """Return outputs ``(members, batch, ...)`` with the classes as their last axis."""
+        return outputs if self.axis == -1 else outputs.movedim(self.axis + (self.axis > 0), -1)
 
     def check(self, outputs: Tensor, y: Tensor) -> None:
-        """Raise `ValueError` unless all labels are integers that name a class, one for each row of logits."""
-        if outputs.dim() > 3:
-            raise ValueError(f"outputs must be (members, batch, classes), got shape {tuple(outputs.shape)}")
+        """Raise `ValueError` unless all labels are integers that name a class, or -100."""
         check_integers(y)
-        low, high = (int(y.min()), int(y.max())) if y.numel() else (0, 0)
-        if low < 0 or high >= outputs.shape[-1]:
-            raise ValueError(f"labels must be in 0 ... {outputs.shape[-1] - 1}, got {low} ... {high}")
+        there, classes = y[~self.missing(y)], self.classes_last(outputs).shape[-1]
+        low, high = (int(there.min()), int(there.max())) if there.numel() else (0, 0)
+        if low < 0 or high >= classes:
+            raise ValueError(f"labels must be in 0 ... {classes - 1}, got {low} ... {high}")
 
     def predict(self, outputs: Tensor) -> Tensor:
-        """Return probabilities ``(..., batch, classes)``."""
-        return outputs.softmax(-1)
+        """Return probabilities ``(members, batch, *positions, classes)``."""
+        return self.classes_last(outputs).softmax(-1)
 
 
 @dataclass(frozen=True)
 class Gaussian(Likelihood):
-    r"""Real targets with noise that depends on x: outputs ``(..., batch, 2)`` are the mean and the raw variance.
+    r"""Real targets with noise that depends on x: outputs ``(members, batch, 2)`` are the mean and the raw variance.
 
     .. math:: \sigma^2 = \mathrm{softplus}(\cdot) + 10^{-6}, \qquad
         -\log p(y) = \tfrac12 \log 2 \pi \sigma^2 + \frac{(y - \mu)^2}{2 \sigma^2}
 
-    Lakshminarayanan et al. (2017), section 2.4, with the constant kept, so that it is a density's.
+    Lakshminarayanan et al. (2017), section 2.4, with the constant kept, so that it is a density's. A target of NaN is
+    missing.
 
     Example:
         >>> Gaussian().predict(torch.zeros(3, 10, 2))  # three members, ten examples
@@ -114,24 +146,28 @@ class Gaussian(Likelihood):
     outputs = 2
 
     def nll(self, outputs: Tensor, y: Tensor) -> Tensor:
-        """Return the negative log density of each example, ``(..., batch)``, in nats."""
+        """Return the negative log density of each example, ``(members, batch, *positions)``, in nats."""
         check_targets(outputs, y)
         log_density: Tensor = self.predict(outputs).log_prob(y)
         return -log_density
 
+    def missing(self, y: Tensor) -> Tensor:
+        """Return which targets are NaN."""
+        return y.isnan()
+
     def predict(self, outputs: Tensor) -> Normal:
-        """Return a `torch.distributions.Normal` of batch shape ``(..., batch)``."""
+        """Return a `torch.distributions.Normal` of batch shape ``(members, batch, *positions)``."""
         check_outputs(self, outputs)
         return Normal(outputs[..., 0], (F.softplus(outputs[..., 1]) + 1e-6).sqrt(), validate_args=False)
 
 
 @dataclass(frozen=True)
 class StudentT(Likelihood):
-    r"""Real targets with fat tails: outputs ``(..., batch, 3)`` are the location, raw scale and raw degrees of freedom.
+    r"""Real targets with fat tails: outputs ``(members, batch, 3)``, the location, raw scale and degrees of freedom.
 
     .. math:: \sigma = \mathrm{softplus}(\cdot) + 10^{-3}, \qquad \nu = 2 + 10^{-2} + \mathrm{softplus}(\cdot)
 
-    Degrees of freedom above 2 keep the variance finite.
+    Degrees of freedom above 2 keep the variance finite. A target of NaN is missing.
 
     Example:
         >>> StudentT().predict(torch.zeros(3, 10, 3)).batch_shape
@@ -141,18 +177,22 @@ class StudentT(Likelihood):
     outputs = 3
 
     def nll(self, outputs: Tensor, y: Tensor) -> Tensor:
-        """Return the negative log density of each example, ``(..., batch)``, in nats."""
+        """Return the negative log density of each example, ``(members, batch, *positions)``, in nats."""
         check_outputs(self, outputs)
         check_targets(outputs, y)
         return student_nll(*self.parameters(outputs), y)
 
+    def missing(self, y: Tensor) -> Tensor:
+        """Return which targets are NaN."""
+        return y.isnan()
+
     def predict(self, outputs: Tensor) -> StudentTDistribution:
-        """Return a `torch.distributions.StudentT` of batch shape ``(..., batch)``, whose log densities are `nll`'s."""
+        """Return a `torch.distributions.StudentT` of batch shape ``(members, batch, *positions)``."""
         check_outputs(self, outputs)
         return student_t(*self.parameters(outputs))
 
     def parameters(self, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return degrees of freedom, location and scale, each ``(..., batch)``."""
+        """Return degrees of freedom, location and scale, each ``(members, batch, *positions)``."""
         location, scale, df = outputs.unbind(-1)
         return 2.01 + F.softplus(df), location, F.softplus(scale) + 1e-3
 
@@ -184,30 +224,34 @@ def log_gamma_ratio(x: Tensor) -> Tensor:
 
 
 def mixture(distribution: Distribution) -> MixtureSameFamily:
-    """Return the equal mixture of the members: batch shape ``(members, batch)`` to ``(batch,)``.
+    """Return the equal mixture of the members: batch shape ``(members, batch, ...)`` to ``(batch, ...)``.
 
     Args:
         distribution: what `effens.predict` returns with `Gaussian` or `StudentT`.
 
     Raises:
         TypeError: the distribution is neither normal nor Student's t.
-        ValueError: its batch shape is not ``(members, batch)``.
+        ValueError: its batch shape is not ``(members, batch, ...)``.
 
     Example:
         >>> said = torch.distributions.Normal(torch.tensor([[-1.0], [1.0]]), torch.ones(2, 1))  # two members
         >>> mixture(said).mean, mixture(said).variance  # within 1, between 1
         (tensor([0.]), tensor([2.]))
     """
-    if len(distribution.batch_shape) != 2:
-        raise ValueError(f"batch shape must be (members, batch), got {tuple(distribution.batch_shape)}")
+    if len(distribution.batch_shape) < 2:
+        raise ValueError(f"batch shape must be (members, batch) or longer, got {tuple(distribution.batch_shape)}")
+
+    def last(part: Tensor) -> Tensor:
+        return part.movedim(0, -1)
+
     match distribution:
         case Normal():
-            component: Distribution = Normal(distribution.loc.T, distribution.scale.T, validate_args=False)
+            component: Distribution = Normal(last(distribution.loc), last(distribution.scale), validate_args=False)
         case StudentTDistribution():
-            component = student_t(distribution.df.T, distribution.loc.T, distribution.scale.T)
+            component = student_t(last(distribution.df), last(distribution.loc), last(distribution.scale))
         case _:
             raise TypeError(f"distribution must be Normal or StudentT, got {type(distribution).__name__}")
-    weights = torch.zeros_like(distribution.loc.T)  # equal logits: equal weights
+    weights = torch.zeros_like(last(distribution.loc))  # equal logits: equal weights
     return MixtureSameFamily(
         CategoricalDistribution(logits=weights, validate_args=False), component, validate_args=False
     )

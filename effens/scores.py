@@ -1,7 +1,9 @@
 r"""How good predictions are, and what their uncertainty is made of.
 
 Most scores take ``probs`` (members, n, classes), as `effens.predict` returns them, and labels ``y`` (n,), and judge the
-mean of the members. They are computed in float64 and returned in the precision of ``probs``, float32 at least.
+mean of the members. They are computed in float64 and returned in the precision of ``probs``, float32 at least. With
+several targets an example, pixels or tokens, these are (members, n, ..., classes) and (n, ...), and a score of examples
+is a score of targets. Targets that are missing, labels of -100 and numbers of NaN, do not count.
 
 For every example, exactly:
 
@@ -17,7 +19,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Normal, StudentT
 
+from effens.likelihoods import MISSING
+
 TINY = 1e-38  # the smallest probability that scores tell from 0
+CLOSED = 128  # up to so many normal members CRPS is computed in closed form, whose work grows with their square
+PIECES = 600  # of the integral that takes its place
 
 
 def nll(probs: Tensor, y: Tensor) -> Tensor:
@@ -74,9 +80,9 @@ def brier(probs: Tensor, y: Tensor) -> Tensor:
         >>> brier(torch.tensor([[[0.8, 0.2]]]), torch.tensor([0]))
         tensor(0.0800)
     """
-    check(probs, y)
-    mean = exact(probs).mean(0)
-    hot = torch.nn.functional.one_hot(y.long(), mean.shape[1]).to(mean.device)
+    p, labels = labeled(probs, y)
+    mean = p.mean(0)
+    hot = torch.nn.functional.one_hot(labels, mean.shape[1])
     return as_given((mean - hot).square().sum(1).mean(), probs)
 
 
@@ -88,8 +94,8 @@ def accuracy(probs: Tensor, y: Tensor) -> Tensor:
         >>> accuracy(probs, torch.tensor([0, 0]))
         tensor(0.5000)
     """
-    check(probs, y)
-    return as_given(exact(exact(probs).mean(0).argmax(1).to(y.device) == y).mean(), probs)
+    p, labels = labeled(probs, y)
+    return as_given((p.mean(0).argmax(1) == labels).double().mean(), probs)
 
 
 def ece(probs: Tensor, y: Tensor, bins: int = 15, *, equal: str = "mass") -> Tensor:
@@ -114,12 +120,12 @@ def ece(probs: Tensor, y: Tensor, bins: int = 15, *, equal: str = "mass") -> Ten
         >>> ece(probs, torch.tensor([0, 1] * 5))
         tensor(0.4000)
     """
-    check(probs, y)
+    p, labels = labeled(probs, y)
     if bins < 1:
         raise ValueError(f"bins must be >= 1, got {bins}")
-    confidence, label = exact(probs).mean(0).max(1)
-    surplus = (label == y.to(label.device)).double() - confidence
-    n = len(y)
+    confidence, label = p.mean(0).max(1)
+    surplus = (label == labels).double() - confidence
+    n = len(labels)
     if equal == "mass":
         bin_of = torch.searchsorted(confidence.sort().values, confidence) * bins // n
     elif equal == "width":
@@ -175,8 +181,8 @@ def disagreement(probs: Tensor) -> Tensor:
     """
     check(probs)
     members = probs.shape[0]
-    votes = exact(torch.nn.functional.one_hot(probs.argmax(2), probs.shape[2])).sum(0)  # (n, classes)
-    agreeing = (votes * (votes - 1)).sum(1)
+    votes = exact(torch.nn.functional.one_hot(probs.argmax(-1), probs.shape[-1])).sum(0)  # (n, classes)
+    agreeing = (votes * (votes - 1)).sum(-1)
     return as_given(1 - agreeing / (members * (members - 1)) if members > 1 else 0 * agreeing, probs)
 
 
@@ -198,13 +204,13 @@ def temperature(probs: Tensor, y: Tensor) -> float:
         >>> bool(hot > 1)
         True
     """
-    check(probs, y)
-    logs = clip_probabilities(exact(probs.detach()).mean(0)).log()
+    p, labels = labeled(probs, y)
+    logs = clip_probabilities(p.detach().mean(0)).log()
     if bool((logs == logs[:, :1]).all()):
         return 1.0
     from scipy.optimize import brentq  # here, so that `import effens` loads no scipy
 
-    at_label = logs.gather(1, y.long().to(logs.device)[:, None]).squeeze(1)
+    at_label = logs.gather(1, labels[:, None]).squeeze(1)
 
     def slope(log_inverse: float) -> float:
         """Of the loss, in the inverse temperature."""
@@ -231,7 +237,7 @@ def temper(probs: Tensor, temperature: float) -> Tensor:
     check(probs)
     if not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
-    return as_given((clip_probabilities(exact(probs).mean(0, keepdim=True)).log() / temperature).softmax(2), probs)
+    return as_given((clip_probabilities(exact(probs).mean(0, keepdim=True)).log() / temperature).softmax(-1), probs)
 
 
 def auroc(inside: Tensor, outside: Tensor) -> Tensor:
@@ -284,17 +290,17 @@ def crps(distribution: Distribution, y: Tensor) -> Tensor:
     if not isinstance(distribution, Normal | StudentT):
         raise TypeError(f"distribution must be Normal or StudentT, got {type(distribution).__name__}")
     check_tensors(y=y)
-    shape = tuple(distribution.batch_shape)
-    if len(shape) != 2 or 0 in shape or shape[1:] != tuple(y.shape):
-        raise ValueError(
-            f"y must be (n,) for a distribution of batch shape (members, n), got {tuple(y.shape)} for {shape}"
-        )
-    df = [distribution.df] if isinstance(distribution, StudentT) else []
-    parts = [exact(part) for part in (*df, distribution.loc, distribution.scale, y)]
-    if unknown := sum(int((~part.isfinite()).sum()) for part in parts):
+    shape, there = tuple(distribution.batch_shape), ~y.isnan()
+    if len(shape) < 2 or 0 in shape or shape[1:] != tuple(y.shape) or not bool(there.any()):
+        rule = "y must be (n,) for a distribution of batch shape (members, n), and not all NaN"
+        raise ValueError(f"{rule}, got {tuple(y.shape)} for {shape}")
+    df = exact(distribution.df[..., there]) if isinstance(distribution, StudentT) else None
+    parts = [exact(part[..., there]) for part in (distribution.loc, distribution.scale, y)]
+    if unknown := sum(int((~part.isfinite()).sum()) for part in (*parts, *([] if df is None else [df]))):
         raise ValueError(f"the distribution and y must be finite, got {unknown} numbers that are not")
     check_scales(distribution, least=1)
-    score = crps_of_students(*parts) if df else crps_of_normals(*parts)
+    closed = df is None and shape[0] <= CLOSED
+    score = crps_of_normals(*parts) if closed else crps_by_quadrature(df, *parts)
     return as_given(score.mean(), y)
 
 
@@ -311,30 +317,40 @@ def distance(mean: Tensor, std: Tensor) -> Tensor:
     return std * (2 * density + z * torch.erf(z / math.sqrt(2)))
 
 
-def crps_of_students(df: Tensor, location: Tensor, scale: Tensor, y: Tensor) -> Tensor:
-    """Return the score ``(n,)`` of equal mixtures of Student's t ``(members, n)``.
+def crps_by_quadrature(df: Tensor | None, location: Tensor, scale: Tensor, y: Tensor) -> Tensor:
+    """Return the score ``(n,)`` of equal mixtures of Student's t, or of normals (no df), ``(members, n)``.
 
     The integral is cut at y and around every member at multiples of its own scale, so that each member is resolved
-    wherever it is. What lies beyond 300 scales counts 6e-9 of a scale at 2 degrees of freedom, 7e-4 at 1.
+    wherever it is; with many members at every so many of these places, so that the work grows with their number and
+    not with its square. What lies beyond 300 scales counts 6e-9 of a scale at 2 degrees of freedom, 7e-4 at 1.
     """
-    parts = zip(*(part.detach().split(1000, dim=-1) for part in (df, location, scale, y)), strict=True)
-    return torch.cat([integral(*part) for part in parts])
+    parts = [part.detach().split(1000, dim=-1) for part in (location, scale, y)]
+    dfs = [None] * len(parts[0]) if df is None else df.detach().split(1000, dim=-1)
+    return torch.cat([integral(*part) for part in zip(dfs, *parts, strict=True)])
 
 
-def integral(df: Tensor, location: Tensor, scale: Tensor, y: Tensor) -> Tensor:
-    """Return what `crps_of_students` does, of a number of examples that fits in memory."""
+def integral(df: Tensor | None, location: Tensor, scale: Tensor, y: Tensor) -> Tensor:
+    """Return what `crps_by_quadrature` does, of a number of examples that fits in memory."""
     from scipy.special import stdtr  # here, so that `import effens` loads no scipy
 
-    multiples = torch.tensor([-300, -30, -8, -2.5, 0, 2.5, 8, 30, 300]).to(y)
-    around = (location[..., None] + scale[..., None] * multiples).movedim(0, 1).flatten(1)
+    reach = [1.2, 2.5, 4, 8] if df is None else [2.5, 8, 30, 300]
+    multiples = torch.tensor([-r for r in reversed(reach)] + [0, *reach]).to(y)
+    around = (location[..., None] + scale[..., None] * multiples).movedim(0, 1).flatten(1).sort(dim=1).values
+    if around.shape[1] > PIECES:
+        around = around[:, torch.linspace(0, around.shape[1] - 1, PIECES).round().long()]
     cuts = torch.cat([around, y[:, None]], dim=1).sort(dim=1).values[..., None]  # (n, pieces + 1, 1)
     nodes, weights = (torch.from_numpy(part).to(y) for part in np.polynomial.legendre.leggauss(8))
     half = cuts.diff(dim=1) / 2
     z = cuts[:, :-1] + half * (1 + nodes)  # (n, pieces, nodes)
     side = torch.where(z < y[:, None, None], 1.0, -1.0).to(y)
     tail = torch.zeros_like(z)  # F below y, 1 - F above
-    for d, m, s in zip(df[..., None, None], location[..., None, None], scale[..., None, None], strict=True):
-        tail += torch.from_numpy(stdtr(d.cpu().numpy(), (side * (z - m) / s).cpu().numpy())).to(y) / len(df)
+    for m, (mean, width) in enumerate(zip(location[..., None, None], scale[..., None, None], strict=True)):
+        scaled = side * (z - mean) / width
+        if df is None:
+            tail += torch.special.ndtr(scaled) / len(location)
+        else:
+            values = stdtr(df[m, :, None, None].cpu().numpy(), scaled.cpu().numpy())
+            tail += torch.from_numpy(values).to(y) / len(location)
     return (tail.square() @ weights * half[..., 0]).sum(1)
 
 
@@ -350,10 +366,31 @@ def clip_probabilities(p: Tensor) -> Tensor:
 
 def of_labels(probs: Tensor, y: Tensor) -> Tensor:
     """Return each member's probability of each label, ``(members, n)``."""
-    check(probs, y)
-    p = exact(probs)
-    labels = y.long().to(p.device).expand(p.shape[:2])[..., None]
-    return clip_probabilities(p.gather(2, labels).squeeze(2))
+    p, labels = labeled(probs, y)
+    return clip_probabilities(p.gather(2, labels.expand(p.shape[:2])[..., None]).squeeze(2))
+
+
+def labeled(probs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what has a label: probabilities ``(members, n, classes)`` in float64, and labels ``(n,)``.
+
+    Raises:
+        ValueError: the shapes do not agree, labels are out of range or all missing, or these are no probabilities.
+    """
+    check(probs)
+    check_tensors(y=y)
+    if y.is_floating_point() or y.shape != probs.shape[1:-1]:
+        raise ValueError(f"y must be {tuple(probs.shape[1:-1])} integers, got {y.dtype} of shape {tuple(y.shape)}")
+    p = exact(probs).flatten(1, -2)
+    labels = y.flatten().long().to(p.device)
+    there = labels != MISSING
+    if not bool(there.all()):
+        p, labels = p[:, there], labels[there]
+    if not len(labels):
+        raise ValueError("y must hold at least one label, got none that is not missing")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= p.shape[2]:
+        raise ValueError(f"labels must be in 0 ... {p.shape[2] - 1}, got {low} ... {high}")
+    return p, labels
 
 
 def exact(tensor: Tensor) -> Tensor:
@@ -384,20 +421,13 @@ def check_scales(distribution: Normal | StudentT, least: float = 0) -> None:
             raise ValueError(f"{name} must be > {low:g}, got {part.min().item():.3g}")
 
 
-def check(probs: Tensor, y: Tensor | None = None) -> None:
-    """Raise `ValueError` unless these are probabilities, and labels of theirs."""
-    check_tensors(probs=probs, **({} if y is None else {"y": y}))
-    if probs.dim() != 3 or 0 in probs.shape:
+def check(probs: Tensor) -> None:
+    """Raise `ValueError` unless these are probabilities."""
+    check_tensors(probs=probs)
+    if probs.dim() < 3 or 0 in probs.shape:
         raise ValueError(f"probs must be (members, n, classes), none of them 0, got shape {tuple(probs.shape)}")
     if not (least := probs.min().item()) >= 0:  # NaN included
         raise ValueError(f"probs must be >= 0, got {least:.3g}")
-    off = (exact(probs).sum(2) - 1).abs().max().item()
+    off = (exact(probs).sum(-1) - 1).abs().max().item()
     if not off < 0.02:  # half precision passes
         raise ValueError(f"probs must sum to 1 over classes, got a sum that is off by {off:.3g}")
-    if y is None:
-        return
-    if y.is_floating_point() or tuple(y.shape) != tuple(probs.shape[1:2]):
-        raise ValueError(f"y must be ({probs.shape[1]},) integers, got {y.dtype} of shape {tuple(y.shape)}")
-    low, high = int(y.min()), int(y.max())
-    if low < 0 or high >= probs.shape[2]:
-        raise ValueError(f"labels must be in 0 ... {probs.shape[2] - 1}, got {low} ... {high}")

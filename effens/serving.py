@@ -32,6 +32,7 @@ from torch.distributions import Distribution
 from torch.distributions import StudentT as StudentTDistribution
 
 from effens.ensembles.base import Ensemble, check_positive
+from effens.inputs import Inputs, count_rows, rows_at
 from effens.likelihoods import Categorical, Likelihood
 from effens.storage import check_folder, write_whole
 from effens.training import predict
@@ -140,6 +141,8 @@ def export(
         raise ValueError(f"backend must be 'aoti' or 'onnx', got {backend!r}")
     check_backend(backend)
     check_folder("path", Path(path))
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be one tensor where a file is made, got {type(x).__name__}")
     if x.dim() < 2 or not len(x):
         raise ValueError(f"x must be (batch, ...) with at least one row, got shape {tuple(x.shape)}")
     if unknown := int((~x.isfinite()).sum()):
@@ -184,7 +187,7 @@ def load_served(path: str | os.PathLike[str]) -> Served:
 
 
 def summarize(
-    ensemble: Ensemble, x: Tensor, *, likelihood: Likelihood | None = None, chunk: int = 1024
+    ensemble: Ensemble, x: Inputs, *, likelihood: Likelihood | None = None, chunk: int = 1024
 ) -> tuple[Tensor, Tensor]:
     """Return the members' mean and spread, as `export`'s file does, in chunks of rows.
 
@@ -208,10 +211,11 @@ def summarize(
     """
     check_positive(chunk=chunk)
     wholes: list[Tensor] = []
-    for start in range(0, max(len(x), 1), chunk):
-        part = predict(ensemble, x[start : start + chunk], likelihood=likelihood, chunk=chunk)
-        found = moments(part, None)
-        wholes = wholes or [values.new_empty(len(x), *values.shape[1:]) for values in found]
+    n = count_rows(x)
+    for start in range(0, max(n, 1), chunk):
+        rows = rows_at(x, slice(start, start + chunk))
+        found = moments(predict(ensemble, rows, likelihood=likelihood, chunk=chunk), None)
+        wholes = wholes or [values.new_empty(n, *values.shape[1:]) for values in found]
         for whole, values in zip(wholes, found, strict=True):
             whole[start : start + chunk] = values
     mean, spread = wholes

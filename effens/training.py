@@ -1,9 +1,11 @@
 """The one training loop and the one way to predict, for every method."""
 
+import copy
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -11,14 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from effens.batches import Batches, Data, to_device
 from effens.checkpoint import Run, check_finite, fixed_seed
-from effens.ensembles.base import Ensemble, check_positive, eval_mode
+from effens.ensembles.base import Ensemble, check_positive
+from effens.inputs import Inputs, count_rows, each, rows_at, tensors_of
 from effens.likelihoods import Categorical, Likelihood
+from effens.modes import eval_mode, still_modules
 
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
+Callback = Callable[[int, Ensemble, "History"], object]
 FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
 
 
@@ -75,6 +81,8 @@ def fit(
     weight_decay: float = 0.0,
     optimizer: MakeOptimizer = torch.optim.AdamW,
     likelihood: Likelihood | None = None,
+    clip: float | None = None,
+    callback: Callback | None = None,
     device: torch.device | str | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -91,13 +99,18 @@ def fit(
 
     Args:
         ensemble: any ensemble; it is moved to ``device`` and stays there, in eval mode.
-        data: tensors ``(x, y)``, a map-style `Dataset`, or a `DataLoader`, which is used as it is given.
+        data: tensors ``(x, y)``, a map-style `Dataset`, or a `DataLoader`, which is used as it is given. Where the
+            network takes several tensors, x is a tuple, list or dict of them, ``((numbers, kinds), y)`` say, and the
+            call is ``net(*x)`` or ``net(**x)``. Batches of a `DataLoader` may also be dicts with ``labels``.
         epochs: passes over the data.
         batch_size: examples in a step; a `DataLoader` has its own.
         lr: the highest learning rate; `Ensemble.schedule` moves it at every step.
         weight_decay: the optimizer's, for all but an ensemble's fast weights.
         optimizer: called with parameter groups, ``lr`` and ``weight_decay``.
         likelihood: what the outputs mean; `Categorical` by default.
+        clip: the largest norm of a gradient: of each member by itself, or of all weights where members share them.
+        callback: called after each epoch, from 0, as ``callback(epoch, ensemble, history)``; a true value ends the
+            training, and what was collected by then can predict.
         device: where to train; by default `effens.device`.
         seed: of the shuffles and of dropout. The global random state is left as it was.
         progress: whether to show a progress bar when training takes longer than two seconds.
@@ -129,6 +142,8 @@ def fit(
     check_positive(epochs=epochs, batch_size=batch_size)
     likelihood = check_likelihood(likelihood)
     check_precision(precision)
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip must be > 0, got {clip}")
     device = resolve_device(device)
     ensemble.to(device)
     batches = Batches(ensemble, data, batch_size, device, torch.Generator().manual_seed(seed))
@@ -136,39 +151,49 @@ def fit(
         raise ValueError("the ensemble must have weights to train, got none that require gradients")
     groups = ensemble.parameter_groups(lr, weight_decay)
     descent = make_optimizer(optimizer, groups, lr, weight_decay, sparse=has_sparse(ensemble))
+    if ensemble.noisy and not isinstance(descent, torch.optim.SGD):
+        rule = f"{type(ensemble).__name__} reads the noise of plain SGD: pass optimizer=torch.optim.SGD"
+        warnings.warn(
+            f"{rule} with a learning rate about ten times as high, got {type(descent).__name__}", stacklevel=2
+        )
     highest = [group["lr"] for group in descent.param_groups]
     length = len(batches)
     steps = epochs * length
     run = Run(ensemble, descent, batches)
     if checkpoint is not None:
-        settings = dict(epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed)
+        settings = dict(epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed, clip=clip)
         run.write_to(checkpoint, {**settings, "likelihood": f"{likelihood} {vars(likelihood)}", "precision": precision})
     if ensemble.training:
         ensemble.still = still_modules(ensemble)
+    with fixed_seed(seed, device):
+        check_single(ensemble, batches)
     with fixed_seed(seed, device), progress_bar(steps, progress) as shown:
         run.resume()
         shown.update(len(run.lrs))
         if run.epoch:
             length = len(run.lrs) // run.epoch
             steps = min(steps, length * epochs)
-        last = True  # whether the last step was the schedule's last, too
-        for _ in range(run.epoch, epochs):
-            ensemble.train()
-            for module in ensemble.still:
-                module.training = False
+        fed = run.finished or batches.keep_features()  # whether batches hold the trunk's features
+        ended, gaps = True, False  # whether the schedule has ended; whether targets are missing
+        for epoch in range(epochs if run.finished else run.epoch, epochs):
+            set_training(ensemble)
             before = len(run.lrs)
             for shared, xs, ys, unchecked in batches:
                 step = min(len(run.lrs), steps - 1)  # a loader may give more batches than it says
-                last = step == steps - 1
+                ended = step == steps - 1
                 multiplier = ensemble.schedule(step, steps)
                 for group, top in zip(descent.param_groups, highest, strict=True):
                     group["lr"] = top * multiplier
                 descent.zero_grad()
-                outputs = in_precision(precision, ensemble if shared else ensemble.forward_members, xs)
+                with feeding(ensemble, fed):
+                    outputs = in_precision(precision, ensemble if shared else ensemble.forward_members, xs)
                 if unchecked is not None:
                     likelihood.check(outputs, unchecked)
-                losses = example_losses(likelihood, outputs, ys)  # (streams, batch)
+                    gaps = has_gaps(likelihood, unchecked)
+                losses = example_losses(likelihood, outputs, ys, gaps)  # (streams, batch)
                 ensemble.reduce(losses).backward()
+                if clip is not None:
+                    clip_gradients(ensemble, clip)
                 descent.step()
                 ensemble.collect(step, steps)
                 run.losses.append(losses.detach().mean(1))
@@ -185,20 +210,24 @@ def fit(
                 warnings.warn(f"{rule}: {then}", stacklevel=2)
                 length, steps = taken, min(steps, len(run.lrs) + (epochs - run.epoch) * taken)
             run.write()
+            if callback is not None and callback(epoch, ensemble, history_of(run)):
+                ended = True
+                break
         if not run.finished:
-            if not last:  # the data ended before the schedule did
+            if not ended:  # the data ended before the schedule did
                 ensemble.collect(steps - 1, steps)
             ensemble.eval()
-            ensemble.finish(batches.inputs())
+            with feeding(ensemble, fed):
+                ensemble.finish(batches.inputs())
             run.finished = True
             run.write()
-    return History(torch.stack(run.losses).cpu(), torch.tensor(run.lrs), run.seconds)
+    return history_of(run)
 
 
 @torch.no_grad()
 def predict(
     ensemble: Ensemble,
-    x: Tensor,
+    x: Inputs,
     *,
     likelihood: Likelihood | None = None,
     chunk: int = 1024,
@@ -208,7 +237,7 @@ def predict(
 
     Args:
         ensemble: any ensemble; it stays on its device and in its mode.
-        x: inputs ``(batch, ...)``.
+        x: inputs ``(batch, ...)``; or a tuple, list or dict of them, as in `fit`.
         likelihood: what the outputs mean; `Categorical` by default.
         chunk: rows in a chunk.
         precision: ``"float32"``, the weights' own, or ``"bfloat16"``, as in `fit`; outputs are never below float32.
@@ -218,7 +247,7 @@ def predict(
         `torch.distributions` object of batch shape ``(members, batch)``; either on the device of ``x``.
 
     Raises:
-        TypeError: ``ensemble`` is none, or ``x`` is no tensor, but an array, say.
+        TypeError: ``ensemble`` is none, or ``x`` holds no tensor, but an array, say.
         ValueError: ``chunk`` is below 1, or ``precision`` is unknown.
 
     Example:
@@ -228,23 +257,30 @@ def predict(
         >>> predict(ensemble, torch.randn(10, 3), likelihood=effens.Gaussian()).batch_shape
         torch.Size([4, 10])
     """
-    check_ensemble(ensemble)
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-    check_positive(chunk=chunk)
     likelihood = check_likelihood(likelihood)
+    return likelihood.predict(outputs_of(ensemble, x, chunk, precision))
+
+
+@torch.no_grad()
+def outputs_of(ensemble: Ensemble, x: Inputs, chunk: int = 1024, precision: str = "float32") -> Tensor:
+    """Return what the networks answer, ``(members, batch, outputs)``, on the device of ``x``: see `predict`."""
+    check_ensemble(ensemble)
+    check_positive(chunk=chunk)
     check_precision(precision)
-    device = next(chain(ensemble.parameters(), ensemble.buffers()), x).device
+    n, first, outputs = count_rows(x), tensors_of(x)[0], []
+    home = next(chain(ensemble.parameters(), ensemble.buffers()), first).device
     with eval_mode(ensemble):
-        outputs = [in_precision(precision, ensemble, to_device(rows, device)).to(x.device) for rows in x.split(chunk)]
-    return likelihood.predict(torch.cat(outputs, dim=1))
+        for start in range(0, max(n, 1), chunk):
+            rows = each(lambda part: to_device(part, home), rows_at(x, slice(start, start + chunk)))
+            outputs.append(in_precision(precision, ensemble, rows).to(first.device))
+    return torch.cat(outputs, dim=1)
 
 
-def in_precision(precision: str, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def in_precision(precision: str, forward: Callable[[Inputs], Tensor], x: Inputs) -> Tensor:
     """Return ``forward(x)``, its products taken in this precision; outputs are never below float32."""
     if precision == "float32":
         return forward(x)
-    with torch.autocast(x.device.type, torch.bfloat16):
+    with torch.autocast(tensors_of(x)[0].device.type, torch.bfloat16):
         outputs = forward(x)
     return outputs.float() if outputs.dtype == torch.bfloat16 else outputs
 
@@ -255,13 +291,91 @@ def check_precision(precision: str) -> None:
         raise ValueError(f"precision must be 'float32' or 'bfloat16', got {precision!r}")
 
 
-def example_losses(likelihood: Likelihood, outputs: Tensor, ys: Tensor) -> Tensor:
-    """Return the loss of each example, ``(streams, batch)``; raise `ValueError` if there is not one for each."""
-    losses = likelihood.nll(outputs, ys)
-    if losses.shape != outputs.shape[:2]:
+def example_losses(likelihood: Likelihood, outputs: Tensor, ys: Tensor, gaps: bool = False) -> Tensor:
+    """Return the loss of each example, ``(streams, batch)``: of several targets, the mean.
+
+    Args:
+        likelihood: what the outputs mean.
+        outputs: ``(streams, batch, ..., outputs)``.
+        ys: ``(batch, ...)`` or ``(streams, batch, ...)``.
+        gaps: whether targets are missing. Then losses are weighted so that the mean over examples is the mean over all
+            targets of the batch that are there.
+
+    Raises:
+        ValueError: there is not one loss for each target.
+    """
+    missing = likelihood.missing(ys) if gaps else None
+    losses = likelihood.nll(outputs, ys if missing is None else ys.masked_fill(missing, 0))
+    if losses.shape[:2] != outputs.shape[:2]:
         rule = "outputs must be (members, batch, outputs), with one loss for each"
         raise ValueError(f"{rule}, got outputs {tuple(outputs.shape)} and losses {tuple(losses.shape)}")
-    return losses
+    if missing is not None:
+        there = (~missing).expand_as(losses)
+        share = there.flatten(1).to(losses.dtype).mean(1).clamp_min(1e-12)
+        losses = losses * there / share.view(-1, *[1] * (losses.dim() - 1))
+    return losses.flatten(2).mean(2) if losses.dim() > 2 else losses
+
+
+def has_gaps(likelihood: Likelihood, y: Tensor) -> bool:
+    """Say whether targets are missing."""
+    missing = likelihood.missing(y)
+    return missing is not None and bool(missing.any())
+
+
+def clip_gradients(ensemble: Ensemble, clip: float) -> None:
+    """Scale gradients down to this norm, each list that `Ensemble.gradients` gives by itself."""
+    for gradients in ensemble.gradients():
+        scale = (clip / (nn.utils.get_total_norm(gradients) + 1e-6)).clamp_max(1)
+        for gradient in gradients:
+            gradient.mul_(scale)
+
+
+@contextmanager
+def feeding(ensemble: Ensemble, fed: bool) -> Iterator[None]:
+    """Tell an ensemble that its inputs are the trunk's features, if they are."""
+    ensemble.fed = fed
+    try:
+        yield
+    finally:
+        ensemble.fed = False
+
+
+def set_training(ensemble: Ensemble) -> None:
+    """Put an ensemble into training mode, but for what its network has put into eval mode."""
+    ensemble.train()
+    for module in ensemble.still:
+        module.training = False
+
+
+def check_single(ensemble: Ensemble, batches: Batches) -> None:
+    """Raise `ValueError` if a network is to be trained on a single example that its batch norm cannot take.
+
+    It is tried on a copy, if there is batch norm and a last batch of one.
+    """
+    if not any(isinstance(module, _BatchNorm) for module in ensemble.modules()):
+        return
+    single = batches.single()
+    if single is None:
+        return
+    try:
+        trial = copy.deepcopy(ensemble)
+    except RuntimeError:  # the network keeps what cannot be copied
+        return
+    set_training(trial)
+    shared, xs = single
+    try:
+        (trial if shared else trial.forward_members)(xs)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        rule = "a batch must hold more than one example where batch norm is trained, got a last batch of one"
+        raise ValueError(f"{rule}: choose another batch_size, or drop_last=True in a DataLoader") from error
+
+
+def history_of(run: Run) -> History:
+    """Return what has happened so far."""
+    losses = torch.stack(run.losses).cpu() if run.losses else torch.zeros(0, run.ensemble.streams)
+    return History(losses, torch.tensor(run.lrs), run.seconds)
 
 
 def resolve_device(name: torch.device | str | None) -> torch.device:
@@ -291,12 +405,6 @@ def has_sparse(ensemble: nn.Module) -> bool:
 def progress_bar(steps: int, progress: bool) -> "tqdm[Any]":
     """Return a progress bar that shows up after two seconds."""
     return tqdm(total=steps, desc="fit", unit="step", delay=2, leave=False, disable=not progress)
-
-
-def still_modules(ensemble: nn.Module) -> list[nn.Module]:
-    """Return the modules that their network has put into eval mode, frozen batch norm say; none where all are."""
-    leaves = [module for module in ensemble.modules() if not any(module.children())]
-    return [module for module in ensemble.modules() if not module.training and any(leaf.training for leaf in leaves)]
 
 
 def check_likelihood(likelihood: Likelihood | None) -> Likelihood:

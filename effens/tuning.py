@@ -19,12 +19,12 @@ from effens.batches import Data
 from effens.checkpoint import fixed_seed
 from effens.ensembles.base import call_make_net, check_positive
 from effens.ensembles.deep import DeepEnsemble
-from effens.ensembles.hyper import log_likelihoods
 from effens.identity import describe, digest
 from effens.joint import Lenient, OwnOrders, PerMember
 from effens.likelihoods import Categorical
+from effens.scores import exact
 from effens.storage import load, save
-from effens.training import fit, predict, resolve_device
+from effens.training import example_losses, fit, has_gaps, outputs_of, resolve_device
 
 if TYPE_CHECKING:
     import optuna
@@ -333,13 +333,18 @@ class Recipe:
         return ended
 
     def validation_loss(self, network: nn.Module) -> float:
-        """Return a network's validation NLL, or raise `FloatingPointError` if what it predicts is not finite."""
-        x, y = self.validation
-        prediction = predict(DeepEnsemble.of([network]), x, likelihood=self.options.get("likelihood"))
-        values = prediction if isinstance(prediction, Tensor) else prediction.log_prob(y)
-        if not bool(values.isfinite().all()):
-            raise FloatingPointError(f"predictions must be finite, got {int((~values.isfinite()).sum())} that are not")
-        return -log_likelihoods(prediction, y).mean().item()
+        """Return a network's validation loss, or raise `FloatingPointError` if what it answers is not finite."""
+        outputs = outputs_of(DeepEnsemble.of([network]), self.validation[0])
+        loss = self.losses(outputs).item()
+        if not bool(outputs.isfinite().all()) or not math.isfinite(loss):
+            raise FloatingPointError(f"validation losses must be finite, got {loss}")
+        return loss
+
+    def losses(self, outputs: Tensor) -> Tensor:
+        """Return each network's validation loss by the likelihood with which it was trained."""
+        likelihood, y = self.options.get("likelihood") or Categorical(), self.validation[1].to(outputs.device)
+        gaps = has_gaps(likelihood, y)
+        return example_losses(likelihood, exact(outputs), exact(y) if y.is_floating_point() else y, gaps).mean(1)
 
     def candidates(self, trainings: Sequence[Training]) -> Candidates:
         """Predict the validation data with all networks that were trained."""
@@ -350,10 +355,10 @@ class Recipe:
         )
         if not networks:
             raise FloatingPointError(f"one training at least must end well, got {len(failed)} that failed: lower `lr`")
-        x, y = self.validation
-        probs = predict(DeepEnsemble.of(networks), x, likelihood=self.options.get("likelihood"))
-        losses, seconds = -log_likelihoods(probs, y).mean(1), sum(training.seconds for training in trainings)
-        return Candidates(networks, settings, probs, losses, failed, seconds)
+        outputs = outputs_of(DeepEnsemble.of(networks), self.validation[0])
+        probs = (self.options.get("likelihood") or Categorical()).predict(outputs)
+        seconds = sum(training.seconds for training in trainings)
+        return Candidates(networks, settings, probs, self.losses(outputs), failed, seconds)
 
 
 def build(make_net: Callable[..., nn.Module], settings: Settings, seed: int, options: dict[str, Any]) -> nn.Module:

@@ -37,6 +37,12 @@ def tokens(n: int = 22, *, seed: int = 0) -> tuple[Tensor, Tensor]:
     return x, x.sum(1)[:, :3].argmax(1)
 
 
+def series(n: int = 22, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Series of two channels and 9 points in which the class is the brightest third, in float64."""
+    x = torch.randn(n, 2, 9, generator=generator(seed), dtype=torch.float64)
+    return x, x.sum(1).unflatten(1, (3, 3)).sum(2).argmax(1)
+
+
 def mlp(**options: Any) -> nn.Module:
     return effens_book.nets.mlp(4, 3, width=8, **options).double()
 
@@ -66,6 +72,30 @@ def normed() -> nn.Module:
     """A convolutional network with batch normalization."""
     convolution = nn.Conv2d(1, 4, 3, stride=2, padding=1, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).double()
+
+
+def convnet1d() -> nn.Module:
+    """A convolutional network of series, with batch normalization."""
+    convolution = nn.Conv1d(2, 6, 3, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm1d(6), nn.ReLU(), nn.Flatten(), nn.Linear(54, 3)).double()
+
+
+class Attending(nn.Module):
+    """A small transformer of vectors, with a class token and pre-norm layers."""
+
+    def __init__(self, norm_first: bool = True) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True, norm_first=norm_first)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.head(self.encoder(x).sum(1))
+        return answer
+
+
+def attending() -> nn.Module:
+    return Attending().double()
 
 
 def remembered(make_net: Any, members: int, seed: int = 0) -> tuple[Any, list[nn.Module]]:

@@ -113,7 +113,10 @@ class TestRows:
 
         ensemble = RowEnsemble(Odd(), 2)
         for ask in (lambda: ensemble(torch.zeros(4, 3)), lambda: ensemble.forward_members(torch.zeros(2, 4, 3))):
-            with pytest.raises(ValueError, match=r"one row of outputs per example, \(8, outputs\), got"):
+            with pytest.raises(
+                ValueError,
+                match=r"one row of outputs per example, \(8, outputs\), got|a tensor of outputs, .* got tuple",
+            ):
                 ask()
 
     def test_one_example_s_vector_is_no_batch(self) -> None:
@@ -288,5 +291,5 @@ def test_a_network_that_returns_no_tensor_is_named(of: Any) -> None:
             return super().forward(x), x
 
     data = torch.randn(20, 3), torch.zeros(20).long()
-    with pytest.raises(ValueError, match="the network must return a tensor of outputs, got tuple"):
+    with pytest.raises(ValueError, match="the network must return a tensor of outputs, .* got tuple"):
         effens.fit(of(lambda: Two(3, 2), 2), data, epochs=2, progress=False)

@@ -154,7 +154,9 @@ def test_rows_must_be_divisible() -> None:
 def test_layers_refuse_what_they_cannot_do() -> None:
     with pytest.raises(ValueError, match="members must be >= 1, got 0"):
         BatchEnsembleLinear(3, 2, members=0)
-    with pytest.raises(ValueError, match="init must be 'signs', 'normal' or 'ones', got 'zeros'"):
+    with pytest.raises(
+        ValueError, match="init must be 'signs', 'normal', 'ones' or a standard deviation >= 0, got 'zeros'"
+    ):
         BatchEnsembleLinear(3, 2, init="zeros")
     with pytest.raises(ValueError, match="padding_mode must be 'zeros', got 'reflect'"):
         BatchEnsembleConv2d(3, 2, 3, padding_mode="reflect")
@@ -238,14 +240,18 @@ class TestEnsemble:
             factor = 1.0 if name.endswith((".r", ".s")) else 1 - 0.1 * 0.3
             assert relative(tensor, factor * before[name]) < 1e-12
 
-    def test_only_fast_weights_can_be_trained(self) -> None:
-        ensemble = BatchEnsemble(lambda: mlp().requires_grad_(False), MEMBERS)
+    def test_frozen_layers_stay_as_they_are(self) -> None:
+        def half_frozen() -> nn.Module:
+            network = mlp()
+            network.get_submodule("0").requires_grad_(False)
+            return network
+
+        ensemble = BatchEnsemble(half_frozen, MEMBERS)
         before = copy.deepcopy(ensemble.state_dict())
+        assert type(ensemble.get_submodule("network.0")) is nn.Linear  # shared, and not named: nobody would train it
         effens.fit(ensemble, vectors(), epochs=2, device="cpu", weight_decay=0.1)
-        changed = {
-            name.rsplit(".", 1)[1] for name, t in ensemble.state_dict().items() if not torch.equal(t, before[name])
-        }
-        assert changed == {"r", "s"}
+        changed = {name.split(".")[1] for name, t in ensemble.state_dict().items() if not torch.equal(t, before[name])}
+        assert changed == {"2", "4"}
 
 
 class TestBatches:
@@ -409,9 +415,12 @@ class TestConversion:
     @pytest.mark.parametrize(
         ("make_net", "message"),
         [
-            (lambda: nn.Sequential(nn.MultiheadAttention(4, 2)), "'0', MultiheadAttention, an attention module"),
-            (lambda: nn.TransformerEncoderLayer(4, 2), "'the network', TransformerEncoderLayer, an attention module"),
-            (lambda: nn.Transformer(4, 2, 1, 1, 8, batch_first=True), r"'encoder.layers.0', TransformerEncoderLayer"),
+            (lambda: nn.Sequential(nn.MultiheadAttention(4, 2)), "'0', MultiheadAttention without batch_first=True"),
+            (lambda: nn.TransformerEncoderLayer(4, 2), "'self_attn', MultiheadAttention without batch_first=True"),
+            (
+                lambda: nn.Sequential(nn.MultiheadAttention(4, 2, kdim=3, batch_first=True)),
+                "'0', MultiheadAttention with",
+            ),
             (lambda: nn.Sequential(nn.LSTM(4, 3)), "'0', LSTM, a recurrent module"),
             (lambda: nn.ModuleDict({"cell": nn.GRUCell(4, 3)}), "'cell', GRUCell, a recurrent module"),
             (lambda: nn.Sequential(nn.LazyLinear(3)), "'0', LazyLinear, a lazy module"),
@@ -448,7 +457,9 @@ class TestConversion:
         assert type(ensemble.get_submodule("network.1")) is Special
 
     def test_nothing_to_convert(self) -> None:
-        with pytest.raises(ValueError, match=r"must have an nn.Linear or nn.Conv2d to convert, got Sequential"):
+        with pytest.raises(
+            ValueError, match=r"must have a trained nn.Linear, nn.Conv1d or nn.Conv2d to convert, got Sequential"
+        ):
             BatchEnsemble(lambda: nn.Sequential(nn.ReLU()), 2)
         with pytest.raises(ValueError, match="to convert"):
             BatchEnsemble(lambda: nn.Sequential(nn.Linear(4, 3)), 2, skip="0")

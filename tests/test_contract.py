@@ -11,7 +11,22 @@ from typing import Any
 
 import pytest
 import torch
-from scenarios import cnn, generator, images, indices, mlp, normed, plain_loop, relative, residual, vectors
+from scenarios import (
+    attending,
+    cnn,
+    convnet1d,
+    generator,
+    images,
+    indices,
+    mlp,
+    normed,
+    plain_loop,
+    relative,
+    residual,
+    series,
+    tokens,
+    vectors,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -49,6 +64,10 @@ def frozen_ones(make_net: Callable[[], nn.Module], members: int) -> effens.Ensem
     return ensemble
 
 
+def own_norms(make_net: Callable[[], nn.Module], members: int) -> effens.Ensemble:
+    return effens.BatchEnsemble(make_net, members, norms="own", init=0.3)
+
+
 def split(make_net: Callable[[], nn.Module], members: int) -> effens.Ensemble:
     return effens.BatchEnsemble(make_net, members, split=True)
 
@@ -74,7 +93,12 @@ METHODS = {
     "deep, batch norm": Method(effens.DeepEnsemble, normed, images),
     "deep, own forward": Method(effens.DeepEnsemble, residual),
     "deep, of networks": Method(lambda net, members: effens.DeepEnsemble.of([net() for _ in range(members)])),
+    "deep, series": Method(effens.DeepEnsemble, convnet1d, series),
+    "deep, attention": Method(effens.DeepEnsemble, attending, tokens),
     "batch": Method(effens.BatchEnsemble, plain=False),
+    "batch, series": Method(effens.BatchEnsemble, convnet1d, series, plain=False),
+    "batch, attention": Method(effens.BatchEnsemble, attending, tokens, plain=False),
+    "batch, own norms": Method(own_norms, normed, images, plain=False),
     "batch, convolutions": Method(effens.BatchEnsemble, cnn, images, plain=False),
     "batch, batch norm": Method(effens.BatchEnsemble, normed, images, plain=False),
     "batch, own forward": Method(effens.BatchEnsemble, residual, plain=False),

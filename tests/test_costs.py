@@ -93,10 +93,10 @@ def test_what_snapshots_and_swag_store() -> None:
     one = INPUTS * WIDTH + WIDTH + WIDTH * CLASSES + CLASSES
     snapshot = measured(fitted(effens.SnapshotEnsemble(net, MEMBERS)))
     assert snapshot.parameters == one  # those that are trained
-    assert snapshot.stored_bytes == FLOAT * one * (MEMBERS + 1) + 1  # and a flag
+    assert snapshot.stored_bytes == FLOAT * one * (MEMBERS + 1) + LONG  # and how many there are
     swag = measured(fitted(effens.SWAG(net, MEMBERS, rank=20)))
     assert swag.parameters == one
-    assert swag.stored_bytes == FLOAT * one * (MEMBERS + 1 + 20 + 2) + LONG + 1  # a counter and a flag
+    assert swag.stored_bytes == FLOAT * one * (MEMBERS + 1 + 20 + 2) + 2 * LONG  # two counters
 
 
 def test_what_cannot_be_trained_as_one_says_what_to_measure() -> None:

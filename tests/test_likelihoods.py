@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import effens
 import effens_book.nets
+from effens.training import example_losses, has_gaps
 
 LIKELIHOODS = [effens.Categorical(), effens.Gaussian(), effens.StudentT()]
 
@@ -116,15 +117,47 @@ def test_labels_of_every_integer_type(dtype: torch.dtype) -> None:
     assert torch.equal(effens.Categorical().nll(outputs, y.to(dtype)), effens.Categorical().nll(outputs, y))
 
 
-@pytest.mark.parametrize(("y", "got"), [([0, 4], "0 ... 4"), ([-1, 3], "-1 ... 3"), ([-100, 9], "-100 ... 9")])
+@pytest.mark.parametrize(("y", "got"), [([0, 4], "0 ... 4"), ([-1, 3], "-1 ... 3"), ([-101, 9], "-101 ... 9")])
 def test_labels_out_of_range(y: list[int], got: str) -> None:
     with pytest.raises(ValueError, match=f"labels must be in 0 ... 3, got {got}"):
         effens.Categorical().check(torch.zeros(3, 2, 4), torch.tensor(y))
 
 
-def test_a_class_for_each_pixel_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"outputs must be \(members, batch, classes\), got shape \(3, 2, 5, 4\)"):
-        effens.Categorical().check(torch.zeros(3, 2, 5, 4), torch.zeros(2, 5, dtype=torch.int64))
+def test_classes_in_front_of_the_pixels() -> None:
+    outputs = torch.randn(3, 2, 4, 5, 6)  # members, batch, classes, height, width
+    y = torch.randint(4, (2, 5, 6))
+    pixels, last = effens.Categorical(axis=1), outputs.movedim(2, -1)
+    pixels.check(outputs, y)
+    assert torch.equal(pixels.nll(outputs, y), effens.Categorical().nll(last, y))
+    assert torch.equal(pixels.predict(outputs), effens.Categorical().predict(last))
+    with pytest.raises(ValueError, match=r"one per example, pixel or token \(Categorical\(axis=1\)"):
+        effens.Categorical().nll(outputs, y)
+    with pytest.raises(ValueError, match="axis must be one of the classes, got 0"):
+        effens.Categorical(axis=0)
+
+
+def gap_in(y: Tensor) -> Tensor:
+    y = y.clone()
+    y.view(-1)[::3] = math.nan if y.is_floating_point() else -100
+    return y
+
+
+@pytest.mark.parametrize("likelihood", [effens.Categorical(), effens.Gaussian(), effens.StudentT()], ids=str)
+@pytest.mark.parametrize("positions", [(), (4,)])
+def test_missing_targets_do_not_count(likelihood: Any, positions: tuple[int, ...]) -> None:
+    outputs = torch.randn(3, 6, *positions, likelihood.outputs or 5, dtype=torch.float64, requires_grad=True)
+    y = torch.randint(5, (6, *positions)) if likelihood.outputs is None else torch.randn(6, *positions).double()
+    gaps = gap_in(y)
+    there = ~likelihood.missing(gaps)
+    assert 0 < int(there.sum()) < there.numel()
+    likelihood.check(outputs, gaps)
+    losses = example_losses(likelihood, outputs, gaps, has_gaps(likelihood, gaps))
+    assert losses.shape == (3, 6)
+    torch.testing.assert_close(losses.mean(1), likelihood.nll(outputs, y)[:, there].mean(1))
+    (gradient,) = torch.autograd.grad(losses.mean(1).sum(), outputs)
+    (expected,) = torch.autograd.grad(likelihood.nll(outputs, y)[:, there].mean(1).sum(), outputs)
+    torch.testing.assert_close(gradient, expected)
+    assert not gradient[:, ~there].any()
 
 
 def test_labels_that_are_no_integers() -> None:
@@ -163,7 +196,7 @@ class TestMixture:
         assert torch.allclose(effens.mixture(parts).log_prob(y), parts.log_prob(y)[0])
 
     def test_needs_members_and_examples(self, likelihood: Any) -> None:
-        with pytest.raises(ValueError, match=r"batch shape must be \(members, batch\), got \(7,\)"):
+        with pytest.raises(ValueError, match=r"batch shape must be \(members, batch\) or longer, got \(7,\)"):
             effens.mixture(likelihood.predict(outputs_and_targets(likelihood)[0][0]))
 
 

@@ -350,7 +350,7 @@ def test_every_step_permutes_one_batch(repeats: int, monkeypatch: pytest.MonkeyP
     seen: list[Tensor] = []
     check = ensemble.check_streams
 
-    def spy(xs: Tensor) -> Tensor:
+    def spy(xs: Tensor) -> Any:
         seen.append(xs[..., 0].long())
         return check(xs)
 
@@ -522,11 +522,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "attention first": (
         lambda: nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8), nn.Linear(4, 3)),
-        "MIMO cannot widen '0.self_attn.out_proj', part of '0', TransformerEncoderLayer, an attention module .* first=",
+        "MIMO cannot widen '0.self_attn.out_proj', part of '0', TransformerEncoderLayer, which reads .* first=",
     ),
     "attention last": (
         lambda: nn.Sequential(nn.Linear(4, 4), nn.TransformerEncoderLayer(4, 2, 8)),
-        "MIMO cannot widen '1.linear2', part of '1', TransformerEncoderLayer, an attention module .* last=",
+        "MIMO cannot widen '1.linear2', part of '1', TransformerEncoderLayer, which reads .* last=",
     ),
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 3)), "'0', LazyLinear, a lazy module"),
     "parametrized": (

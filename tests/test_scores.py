@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import Laplace, Normal, StudentT
 
 import effens
+from effens.scores import crps_of_normals
 
 F64 = torch.float64
 CASES = [(1, 50, 2), (5, 200, 10), (64, 30, 3), (3, 1, 4), (2, 20, 1)]  # members, n, classes
@@ -539,11 +540,21 @@ def test_scores_that_cannot_be_ranked_are_refused() -> None:
             effens.auroc(good, bad)
 
 
+def test_crps_of_many_members_is_the_closed_form_s() -> None:
+    generator = torch.Generator().manual_seed(0)
+    location, scale, y = (torch.randn(size, generator=generator).double() for size in ((200, 20), (200, 20), (20,)))
+    for widths in (scale.abs() + 0.01, torch.full_like(scale, 1e-3), scale.abs() * torch.logspace(-3, 1, 200)[:, None]):
+        expected = crps_of_normals(location, widths, y).mean()
+        assert effens.crps(Normal(location, widths), y).sub(expected).abs() < 1e-5 * expected
+
+
 def test_crps_refuses_other_shapes_other_distributions_and_nan() -> None:
     location, y = torch.zeros(2, 3), torch.zeros(3)
     members = Normal(location, 1.0)
     for wrong in (y[:2], y[:, None], y.expand(2, 3)):
-        with pytest.raises(ValueError, match=r"y must be \(n,\) for a distribution of batch shape \(members, n\), got"):
+        with pytest.raises(
+            ValueError, match=r"y must be \(n,\) for a distribution of batch shape \(members, n\), .* got"
+        ):
             effens.crps(members, wrong)
     with pytest.raises(ValueError, match=r"got \(3,\) for \(3,\)"):
         effens.crps(Normal(y, 1.0), y)
@@ -553,9 +564,9 @@ def test_crps_refuses_other_shapes_other_distributions_and_nan() -> None:
         with pytest.raises(TypeError, match=f"distribution must be Normal or StudentT, got {type(other).__name__}"):
             effens.crps(other, y)
     broken = torch.tensor([0.0, math.nan, math.inf])
+    with pytest.raises(ValueError, match="the distribution and y must be finite, got 1 numbers that are not"):
+        effens.crps(members, broken)  # NaN is missing
     message = "the distribution and y must be finite, got 2 numbers that are not"
-    with pytest.raises(ValueError, match=message):
-        effens.crps(members, broken)
     spoiled = torch.stack([y, broken])
     without_df = StudentT(3.0, location, 1.0)
     without_df.df = spoiled

@@ -153,7 +153,7 @@ def test_a_compiled_file_answers_as_the_ensemble(batch: tuple[serving.Served, Pa
 def test_it_says_what_it_is(batch: tuple[serving.Served, Path]) -> None:
     served, path = batch
     assert (served.backend, tuple(served.shape), served.dtype) == ("aoti", (2, 4), torch.float32)
-    assert repr(serving.load_served(path)) == repr(served) == "Served('aoti', (2, 4), members=3, Categorical())"
+    assert repr(serving.load_served(path)) == repr(served) == "Served('aoti', (2, 4), members=3, Categorical(axis=-1))"
 
 
 def test_nothing_is_written_beside_it(batch: tuple[serving.Served, Path]) -> None:

@@ -250,7 +250,7 @@ def test_there_are_no_members_before_training(tmp_path: Path) -> None:
                 ask(untrained)
 
 
-def test_a_training_that_broke_off_has_too_few_members() -> None:
+def test_a_training_that_broke_off_has_the_members_it_has_made() -> None:
     ensemble, (x, y) = effens.SnapshotEnsemble(mlp, 3), vectors()
     effens.fit(ensemble, (x, y), epochs=6, device="cpu")
 
@@ -265,13 +265,22 @@ def test_a_training_that_broke_off_has_too_few_members() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         effens.fit(ensemble, Breaks(x, y), epochs=6, batch_size=22, device="cpu")
-    with pytest.raises(RuntimeError, match="^no members yet: call effens.fit$"):
-        ensemble(x)
-    state = ensemble.state_dict()
     again = effens.SnapshotEnsemble(mlp, 3)
-    again.load_state_dict(state)
-    with pytest.raises(RuntimeError, match="^no members yet: call effens.fit$"):
-        again(x)
+    again.load_state_dict(ensemble.state_dict())
+    for each in (ensemble, again):
+        assert len(each(x)) == each.members == 2  # of the cycles that end after 2, 4 and 6 steps
+        assert torch.equal(each(x)[1], each.member(1)(x))
+        with pytest.raises(IndexError, match="member must be in 0 ... 1, got 2"):
+            each.member(2)
+    effens.fit(again, (x, y), epochs=6, device="cpu")
+    assert len(again(x)) == 3
+
+
+def test_a_training_that_is_stopped_before_the_first_snapshot_keeps_the_network() -> None:
+    ensemble, (x, y) = effens.SnapshotEnsemble(mlp, 3), vectors()
+    effens.fit(ensemble, (x, y), epochs=9, device="cpu", callback=lambda epoch, *_: epoch == 1)
+    assert ensemble.members == 1
+    assert torch.equal(ensemble(x)[0], ensemble.network(x))
 
 
 def test_fitting_again_collects_anew_from_where_it_was() -> None:

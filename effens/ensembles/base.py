@@ -1,22 +1,21 @@
 """What every ensemble shares: it answers with all its members, and differs from plain training in a few small hooks.
 
 ``ensemble(x)`` maps ``(batch, ...)`` to ``(members, batch, outputs)``, never to an average: the reader writes the mean.
+Where a network takes several tensors, ``x`` is a tuple, list or dict of them, all with the batch as their first axis.
 One training loop (`effens.fit`) serves all methods, because each overrides only the hooks it needs.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from threading import Lock
-from typing import Any, Self
-from weakref import WeakKeyDictionary
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from effens.ensembles.trunk import OnTrunk, Trunk
+from effens.inputs import Inputs, count_rows, each, tensors_of
+
 MakeNet = Callable[[], nn.Module]
-MODES: WeakKeyDictionary[nn.Module, tuple[int, list[tuple[nn.Module, bool]]]] = WeakKeyDictionary()
-MODES_LOCK = Lock()  # networks in `eval_mode`: how many threads ask for it, and the modes of before
 
 
 class Ensemble(nn.Module):
@@ -25,6 +24,8 @@ class Ensemble(nn.Module):
     Args:
         members: how many predictions an input gets.
         streams: how many networks are trained at once: ``members``, or 1 where a single network is trained.
+        trunk: a network that all members share: member m is ``make_net()(trunk(x))``. Frozen, it is run once for each
+            row, and once for all epochs where `effens.fit` gets tensors.
 
     Raises:
         ValueError: ``members`` is below 1.
@@ -35,24 +36,47 @@ class Ensemble(nn.Module):
         (True, 4)
     """
 
-    def __init__(self, members: int, streams: int | None = None) -> None:
+    noisy = False  # whether the noise of SGD is what it reads
+
+    def __init__(self, members: int, streams: int | None = None, trunk: nn.Module | None = None) -> None:
         super().__init__()
         check_positive(members=members)
+        self.trunk = None if trunk is None else Trunk(trunk)
+        self.fed = False  # whether the inputs are the trunk's features
         self.members = members
         self.streams = members if streams is None else streams
         self.still: list[nn.Module] = []  # that stay in eval mode when `effens.fit` trains
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Inputs) -> Tensor:
         """Answer with every member: ``(batch, ...)`` to ``(members, batch, outputs)``."""
         raise NotImplementedError(f"an ensemble must override forward, got none in {type(self).__name__}")
 
-    def forward_members(self, xs: Tensor) -> Tensor:
+    def forward_members(self, xs: Inputs) -> Tensor:
         """Give each network its own batch: ``(streams, batch, ...)`` to ``(streams, batch, outputs)``."""
         raise NotImplementedError(f"an ensemble must override forward_members, got none in {type(self).__name__}")
 
     def member(self, m: int) -> nn.Module:
         """Return a copy of member ``m`` as a plain network, equal to ``ensemble(x)[m]``."""
         raise NotImplementedError(f"an ensemble must override member, got none in {type(self).__name__}")
+
+    def features(self, x: Inputs) -> Inputs:
+        """Return what the members read: the trunk's features, or the inputs themselves."""
+        if self.trunk is None or self.fed:
+            return x
+        return self.trunk(x, 1 / float(self.reduce(torch.ones(self.streams, 1))))
+
+    def stream_features(self, xs: Inputs) -> Inputs:
+        """Return what each network reads of its own batch, ``(streams, batch, ...)``."""
+        xs = self.check_streams(xs)
+        if self.trunk is None or self.fed:
+            return xs
+        shape = tensors_of(xs)[0].shape[:2]
+        found = self.features(each(lambda part: part.flatten(0, 1), xs))
+        return each(lambda part: part.unflatten(0, shape), found)
+
+    def on_trunk(self, network: nn.Module) -> nn.Module:
+        """Return a network that reads inputs in place of features."""
+        return network if self.trunk is None else OnTrunk(self.trunk, network)
 
     def batches(self, n: int, batch_size: int, generator: torch.Generator | None = None) -> Iterable[Tensor]:
         """Say who sees which of ``n`` examples, and when: the indices of each step of an epoch.
@@ -83,8 +107,12 @@ class Ensemble(nn.Module):
     def collect(self, step: int, steps: int) -> None:
         """Keep what the method keeps, after ``step`` (from 0) of ``steps``. By default: nothing."""
 
-    def finish(self, batches: Iterable[Tensor]) -> None:
+    def finish(self, batches: Iterable[Inputs]) -> None:
         """Do, once, what is to be done at the end of training with the training inputs. By default: nothing."""
+
+    def gradients(self) -> list[list[Tensor]]:
+        """Return the gradients that are clipped together: by default all, in one list."""
+        return [[parameter.grad for parameter in self.parameters() if parameter.grad is not None]]
 
     def answering(self) -> tuple["Ensemble", list[float]]:
         """Return what computes the answers, and how much each of its members counts. By default: itself, all alike.
@@ -99,76 +127,12 @@ class Ensemble(nn.Module):
             raise IndexError(f"member must be in 0 ... {self.members - 1}, got {m}")
         return m
 
-    def check_streams(self, xs: Tensor) -> Tensor:
+    def check_streams(self, xs: Inputs) -> Inputs:
         """Return ``xs`` if it holds one batch per network trained at once; raise `ValueError` if not."""
-        if xs.dim() < 2 or xs.shape[0] != self.streams:
-            raise ValueError(
-                f"xs must be (streams, batch, ...) with {self.streams} streams, got shape {tuple(xs.shape)}"
-            )
+        if count_rows(xs) != self.streams or any(part.dim() < 2 for part in tensors_of(xs)):
+            shapes = " and ".join(str(tuple(part.shape)) for part in tensors_of(xs))
+            raise ValueError(f"xs must be (streams, batch, ...) with {self.streams} streams, got shape {shapes}")
         return xs
-
-
-class OneNetwork(Ensemble):
-    """An ensemble that trains one network, ``network``, and derives its members from it.
-
-    Args:
-        members: how many members are derived. What holds them is never trained: it stays in eval mode.
-    """
-
-    network: nn.Module
-
-    def __init__(self, members: int) -> None:
-        super().__init__(members, streams=1)
-        self.ready = False  # whether there are members yet
-
-    def derived(self) -> Ensemble:
-        """Return the ensemble of the members, which `forward`, `member` and `answering` ask."""
-        raise NotImplementedError(f"an ensemble must override derived, got none in {type(self).__name__}")
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Answer with every member: ``(batch, ...)`` to ``(members, batch, outputs)``."""
-        self.check_ready()
-        return self.derived().forward(x)
-
-    def member(self, m: int) -> nn.Module:
-        """Return a copy of member ``m`` as a plain network, equal to ``ensemble(x)[m]``, that can be trained."""
-        self.check_ready()
-        member = self.derived().member(m)
-        for parameter, trained in zip(member.parameters(), self.network.parameters(), strict=True):
-            parameter.requires_grad_(trained.requires_grad)
-        return member
-
-    def answering(self) -> tuple[Ensemble, list[float]]:
-        """Return the members without the network that was trained."""
-        self.check_ready()
-        return self.derived().answering()
-
-    def check_ready(self) -> None:
-        """Raise `RuntimeError` unless there are members."""
-        if not self.ready:
-            raise RuntimeError("no members yet: call effens.fit")
-
-    def get_extra_state(self) -> Tensor:
-        """Return whether there are members, for the state dict."""
-        return torch.tensor(self.ready)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Take over whether there are members."""
-        self.ready = bool(state)
-
-    def forward_members(self, xs: Tensor) -> Tensor:
-        """Give the network in training its batch: ``(1, batch, ...)`` to ``(1, batch, outputs)``."""
-        outputs = self.network(self.check_streams(xs)[0])
-        if not isinstance(outputs, Tensor):
-            raise ValueError(f"the network must return a tensor of outputs, got {type(outputs).__name__}")
-        return outputs[None]
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode of the network; members stay as they are, in eval mode."""
-        super().train(mode)
-        for part in self.children():
-            part.train(mode and part is self.network)
-        return self
 
 
 def call_make_net(make_net: MakeNet) -> nn.Module:
@@ -179,27 +143,6 @@ def call_make_net(make_net: MakeNet) -> nn.Module:
     if not isinstance(network, nn.Module):
         raise TypeError(f"make_net must return an nn.Module, got {type(network).__name__}")
     return network
-
-
-@contextmanager
-def eval_mode(network: nn.Module) -> Iterator[None]:
-    """Put a network into eval mode; when the last thread that asked for it is done, put all modules back as before."""
-    with MODES_LOCK:
-        if network not in MODES:
-            MODES[network] = 0, [(module, module.training) for module in network.modules()]
-            network.eval()
-        count, modes = MODES[network]
-        MODES[network] = count + 1, modes
-    try:
-        yield
-    finally:
-        with MODES_LOCK:
-            count, modes = MODES.pop(network)
-            if count > 1:
-                MODES[network] = count - 1, modes
-            else:
-                for module, mode in modes:
-                    module.training = mode
 
 
 def check_positive(**values: int) -> None:

@@ -21,27 +21,37 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
+from effens.ensembles.attention import MemberAttention, why_no_attention
 from effens.ensembles.base import Ensemble, MakeNet, check_positive
+from effens.ensembles.deep import stack
 from effens.ensembles.layers import (
     GEOMETRY,
+    MemberLayer,
+    Plain,
     RowEnsemble,
     WeightLayer,
+    convolve,
     fresh_network,
     refusal,
     replace_layers,
     split_rows,
 )
 
-NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # shared by design
+Init = str | float
+NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 class BatchEnsemble(RowEnsemble):
     """A network whose linear and convolutional layers are shared by all members but for rank-1 factors.
 
-    Every exact `nn.Linear` and `nn.Conv2d` of the network, at any depth, is replaced by its BatchEnsemble layer with
-    the same weight; all other layers are shared, normalization included. A warning names those with weights, but for
-    normalization and what ``skip`` names. Rows must be the first axis and layers called through their `forward`: the
-    first call compares the ensemble with its members.
+    Every exact `nn.Linear`, `nn.Conv1d` and `nn.Conv2d` of the network, at any depth, is replaced by its BatchEnsemble
+    layer with the same weight, and so are the projections of `nn.MultiheadAttention` (``batch_first=True``). All other
+    layers are shared, and so are those that are frozen, which stay as they are. A warning names what stays shared and
+    has weights to train, but for normalization and what ``skip`` names. Rows must be the first axis and layers called
+    through their `forward`: the first call compares the ensemble with its members.
+
+    Around a network that is trained already, ``init=0.1`` keeps what it knows and lets the members part; ``"signs"``
+    would undo it.
 
     Args:
         make_net: () -> nn.Module, a fresh network.
@@ -49,9 +59,12 @@ class BatchEnsemble(RowEnsemble):
         skip: names of modules that stay shared, with all that is inside them; or one name.
         split: False: every member sees every example (tiled). True: each batch is divided among the members, as in the
             paper: a step costs what a single network's does, and each member sees ``1 / members`` of the examples.
-        init: how r and s start: ``"signs"`` (random +1 and -1), ``"normal"`` (mean 1, standard deviation 0.5) or
-            ``"ones"`` (members that start identical, and stay so on a tiled batch without dropout).
+        init: how r and s start: ``"signs"`` (random +1 and -1), ``"normal"`` (mean 1, standard deviation 0.5),
+            ``"ones"`` (members that start identical, and stay so on a tiled batch without dropout), or a number: mean
+            1 and that standard deviation.
+        norms: ``"shared"``, or ``"own"``: every member has its own affine weights and statistics of normalization.
         fast_lr: the learning rate of r and s, as a multiple of the learning rate; they have no weight decay.
+        trunk: a network that all members share: see `Ensemble`.
 
     Raises:
         ValueError: ``members`` is below 1, ``fast_lr`` is negative, ``skip`` names no module, a module must be
@@ -74,14 +87,19 @@ class BatchEnsemble(RowEnsemble):
         *,
         skip: str | Sequence[str] = (),
         split: bool = False,
-        init: str = "signs",
+        init: Init = "signs",
+        norms: str = "shared",
         fast_lr: float = 0.5,
+        trunk: nn.Module | None = None,
     ) -> None:
         check_positive(members=members)
         if not 0 <= fast_lr < math.inf:
             raise ValueError(f"fast_lr must be >= 0 and finite, got {fast_lr}")
         remedy = "rows must be the first axis, and layers called through their forward; skip= leaves some shared"
-        super().__init__(convert(fresh_network(make_net), members, skip, init), members, remedy)
+        if norms not in ("shared", "own"):
+            raise ValueError(f"norms must be 'shared' or 'own', got {norms!r}")
+        network = convert(fresh_network(make_net), members, skip, init, own_norms=norms == "own")
+        super().__init__(network, members, remedy, trunk)
         self.split = split
         self.fast_lr = fast_lr
 
@@ -133,17 +151,17 @@ class RankOneLayer(WeightLayer):
     """What both BatchEnsemble layers are: a shared weight, r ``(members, in)``, s and bias ``(members, out)``.
 
     Args:
-        plain: `nn.Linear` or `nn.Conv2d`, whose weight it shares and whose bias every member starts with.
+        plain: `nn.Linear`, `nn.Conv1d` or `nn.Conv2d`, whose weight it shares and whose bias every member starts with.
         members: how many members.
         init: how r and s start.
     """
 
-    def __init__(self, plain: nn.Linear | nn.Conv2d, members: int, init: str) -> None:
+    def __init__(self, plain: Plain, members: int, init: Init) -> None:
         super().__init__()
         check_positive(members=members)
         self.members, self.geometry = members, None
         inputs, bias = plain.weight.shape[1], plain.bias
-        if isinstance(plain, nn.Conv2d):
+        if not isinstance(plain, nn.Linear):
             if plain.padding_mode != "zeros":
                 raise ValueError(f"padding_mode must be 'zeros', got {plain.padding_mode!r}")
             inputs, self.geometry = plain.in_channels, {name: getattr(plain, name) for name in GEOMETRY}
@@ -156,7 +174,7 @@ class RankOneLayer(WeightLayer):
         self.train(plain.training)
 
     @classmethod
-    def of(cls, plain: nn.Linear | nn.Conv2d, members: int, *, init: str = "signs") -> Self:
+    def of(cls, plain: Plain, members: int, *, init: Init = "signs") -> Self:
         """Make the layer out of a plain one, whose weight it shares and whose bias every member starts with."""
         layer = cls.__new__(cls)
         RankOneLayer.__init__(layer, plain, members, init)
@@ -168,16 +186,17 @@ class RankOneLayer(WeightLayer):
             return self.weight * self.r[:, None] * self.s[:, :, None]
         outputs, groups = len(self.weight), self.geometry["groups"]
         r = self.r.view(self.members, groups, 1, -1).expand(-1, -1, outputs // groups, -1).flatten(1, 2)
-        return self.weight * (r * self.s[:, :, None])[..., None, None]
+        factors = r * self.s[:, :, None]
+        return self.weight * factors.view(*factors.shape, *[1] * (self.weight.dim() - 2))
 
     def forward_each(self, x: Tensor) -> Tensor:
         """Map ``(members or 1, batch, ...)`` to ``(members, batch, ...)``: fold or scale, whichever is faster."""
         if self.folds(x):
             return super().forward_each(x)
         if self.geometry is not None:
-            r, s = self.r[:, None, :, None, None], self.s[:, None, :, None, None]
-            bias = None if self.bias is None else self.bias[:, None, :, None, None]
-            y = F.conv2d((x * r).flatten(0, 1), self.weight, **self.geometry)
+            shape = (self.members, 1, -1, *[1] * (self.weight.dim() - 2))
+            r, s, bias = self.r.view(shape), self.s.view(shape), None if self.bias is None else self.bias.view(shape)
+            y = convolve((x * r).flatten(0, 1), self.weight, None, **self.geometry)
             return scale_and_shift(split_rows(y, self.members), s, bias)
         if x.dim() > 3:
             return self.forward_each(x.flatten(1, -2)).view(self.members, *x.shape[1:-1], len(self.weight))
@@ -199,7 +218,7 @@ class BatchEnsembleLinear(RankOneLayer):
         out_features: size of each output row.
         members: how many members.
         bias: whether to add a bias, one per member.
-        init: how r and s start: ``"signs"``, ``"normal"`` or ``"ones"``.
+        init: how r and s start, as of `BatchEnsemble`.
 
     Shape:
         - ``layer(x)``: ``(members * batch, ..., in)``, member-major, to ``(members * batch, ..., out)``
@@ -214,7 +233,7 @@ class BatchEnsembleLinear(RankOneLayer):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, members: int = 4, bias: bool = True, *, init: str = "signs"
+        self, in_features: int, out_features: int, members: int = 4, bias: bool = True, *, init: Init = "signs"
     ) -> None:
         super().__init__(nn.Linear(in_features, out_features, bias=bias), members, init)
 
@@ -223,6 +242,10 @@ class BatchEnsembleLinear(RankOneLayer):
         if rows.shape[:-1] == (self.members,):  # one row each: no views, which would take a third of the time
             return scale_and_shift(F.linear(rows * self.r, self.weight), self.s, self.bias)
         return super().forward(rows)
+
+
+class BatchEnsembleConv1d(RankOneLayer):
+    """A convolution of series: what `BatchEnsembleConv2d` is to images, made by `of`."""
 
 
 class BatchEnsembleConv2d(RankOneLayer):
@@ -236,7 +259,7 @@ class BatchEnsembleConv2d(RankOneLayer):
         kernel_size: height and width of the kernels.
         members: how many members.
         bias: whether to add a bias, one per member and output channel.
-        init: how r and s start: ``"signs"``, ``"normal"`` or ``"ones"``.
+        init: how r and s start, as of `BatchEnsemble`.
         geometry: stride, padding, dilation, groups, padding_mode, as of `nn.Conv2d`.
 
     Shape:
@@ -259,7 +282,7 @@ class BatchEnsembleConv2d(RankOneLayer):
         members: int = 4,
         bias: bool = True,
         *,
-        init: str = "signs",
+        init: Init = "signs",
         **geometry: Any,
     ) -> None:
         super().__init__(nn.Conv2d(in_channels, out_channels, kernel_size, bias=bias, **geometry), members, init)
@@ -274,19 +297,23 @@ def scale_and_shift(y: Tensor, s: Tensor, bias: Tensor | None) -> Tensor:
     return y * s + bias if y.requires_grad else torch.addcmul(bias, y, s)  # its backward would multiply twice more
 
 
-def init_factors(init: str, members: int, size: int) -> Tensor:
+def init_factors(init: Init, members: int, size: int) -> Tensor:
     """Draw factors ``(members, size)`` as ``init`` says."""
+    if isinstance(init, int | float) and 0 <= init < math.inf:
+        return 1 + init * torch.randn(members, size)
     if init == "signs":
         return torch.randint(0, 2, (members, size)) * 2.0 - 1
     if init == "normal":
         return 1 + 0.5 * torch.randn(members, size)
     if init == "ones":
         return torch.ones(members, size)
-    raise ValueError(f"init must be 'signs', 'normal' or 'ones', got {init!r}")
+    raise ValueError(f"init must be 'signs', 'normal', 'ones' or a standard deviation >= 0, got {init!r}")
 
 
-def convert(network: nn.Module, members: int, skip: str | Sequence[str], init: str) -> nn.Module:
-    """Replace, in place, every exact `nn.Linear` and `nn.Conv2d` that is not skipped. Tied weights stay tied."""
+def convert(
+    network: nn.Module, members: int, skip: str | Sequence[str], init: Init, *, own_norms: bool = False
+) -> nn.Module:
+    """Replace, in place, every layer that has a member layer and is not skipped. Tied weights stay tied."""
     skip = (skip,) if isinstance(skip, str) else skip
     modules = dict(network.named_modules(remove_duplicate=False))
     if unknown := [name for name in skip if name not in modules]:
@@ -294,35 +321,60 @@ def convert(network: nn.Module, members: int, skip: str | Sequence[str], init: s
             f"skip must name modules of the network, got {unknown}, have {[name for name in modules if name]}"
         )
     skipped = {modules[name] for name in skip}
-    biases: dict[int, nn.Parameter] = {}
+    biases: dict[nn.Parameter, nn.Parameter] = {}  # of tied layers
+    refused: dict[str, str] = {}
 
-    def replace(name: str, module: nn.Module) -> nn.Module | None:
-        if module in skipped:
-            return module
-        if reason := refusal(module):
-            remedy = f": leave it shared with skip=({name!r},)" if name else ""
-            raise ValueError(f"BatchEnsemble cannot take {name or 'the network'!r}, {reason}{remedy}")
-        if type(module) is nn.Linear:
-            layer: RankOneLayer = BatchEnsembleLinear.of(module, members, init=init)
-        elif type(module) is nn.Conv2d:
-            layer = BatchEnsembleConv2d.of(module, members, init=init)
-        else:
-            return None
+    def member_layer(plain: Any) -> RankOneLayer:
+        layer = LAYERS[type(plain)].of(plain, members, init=init)
         if layer.bias is not None:
-            layer.bias = biases.setdefault(id(module.bias), layer.bias)
+            layer.bias = biases.setdefault(plain.bias, layer.bias)
         return layer
 
+    def replace(name: str, module: nn.Module) -> nn.Module | None:
+        if module in skipped or is_frozen(module):
+            return module
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # the fast path would read weights without calling their layers
+        attention = module if isinstance(module, nn.MultiheadAttention) else None
+        if reason := why_no_attention(attention) if attention else refusal(module):
+            refused[name] = reason
+            return module
+        if attention:
+            return MemberAttention(attention, members, member_layer)
+        if type(module) in LAYERS:
+            return member_layer(module)
+        if own_norms and isinstance(module, NORMS):
+            return stack([copy.deepcopy(module) for _ in range(members)])
+        return None
+
     network = replace_layers(network, replace)
+    if refused:
+        reasons = "; ".join(f"{name or 'the network'!r}, {reason}" for name, reason in refused.items())
+        remedy = f": leave it shared with skip={tuple(refused)}" if all(refused) else ""
+        raise ValueError(f"BatchEnsemble cannot take {reasons}{remedy}")
     if not any(isinstance(module, RankOneLayer) for module in network.modules()):
-        raise ValueError(f"the network must have an nn.Linear or nn.Conv2d to convert, got {network}")
+        raise ValueError(f"the network must have a trained nn.Linear, nn.Conv1d or nn.Conv2d to convert, got {network}")
     inside = {part for module in skipped for part in module.modules()}
     left = {
-        name: sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        name: sum(p.numel() for p in module.parameters(recurse=False) if p.requires_grad)
         for name, module in network.named_modules()
-        if module not in inside and not isinstance(module, (RankOneLayer, *NORMS))
+        if module not in inside and not isinstance(module, (MemberLayer, *NORMS))
     }
     if shared := {name: size for name, size in left.items() if size}:
         share = sum(shared.values()) / sum(parameter.numel() for parameter in network.parameters())
         rule = f"BatchEnsemble leaves {list(shared)} shared by all members, {share:.0%} of all weights"
         warnings.warn(f"{rule}: name them in skip= if that is wanted", stacklevel=3)
     return network
+
+
+LAYERS: dict[type[nn.Module], type[RankOneLayer]] = {
+    nn.Linear: BatchEnsembleLinear,
+    nn.Conv1d: BatchEnsembleConv1d,
+    nn.Conv2d: BatchEnsembleConv2d,
+}
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Say whether a module has weights, none of which is trained."""
+    trained = [parameter.requires_grad for parameter in module.parameters()]
+    return bool(trained) and not any(trained)

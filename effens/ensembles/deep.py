@@ -8,15 +8,29 @@ ensembles", arXiv:1612.01474. There is no bagging: every member sees every examp
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from effens.ensembles.base import Ensemble, MakeNet, call_make_net, check_positive
-from effens.ensembles.layers import GEOMETRY, MemberLayer, RowEnsemble, WeightLayer, has_hooks, is_rowwise, rows_each
+from effens.ensembles.layers import (
+    GEOMETRY,
+    MemberLayer,
+    Outputs,
+    Plain,
+    RowEnsemble,
+    WeightLayer,
+    has_hooks,
+    is_large,
+    is_rowwise,
+    rows_each,
+)
+from effens.inputs import Inputs, call, each, split_inputs, tensors_of
 
 
 class DeepEnsemble(RowEnsemble):
@@ -29,6 +43,7 @@ class DeepEnsemble(RowEnsemble):
     Args:
         make_net: () -> nn.Module, a fresh network at each call.
         members: how many networks.
+        trunk: a network that all members share: see `Ensemble`.
 
     Raises:
         ValueError: ``members`` is below 1, or ``make_net`` returns the same network twice or networks that differ.
@@ -43,14 +58,14 @@ class DeepEnsemble(RowEnsemble):
         torch.Size([4, 10, 2])
     """
 
-    def __init__(self, make_net: MakeNet, members: int = 5) -> None:
+    def __init__(self, make_net: MakeNet, members: int = 5, *, trunk: nn.Module | None = None) -> None:
         check_positive(members=members)
         networks = [call_make_net(make_net) for _ in range(members)]
         check_fresh(networks)
-        super().__init__(stack(networks), members)
+        super().__init__(stack(networks), members, trunk=trunk)
 
     @classmethod
-    def of(cls, networks: Iterable[nn.Module]) -> Ensemble:
+    def of(cls, networks: Iterable[nn.Module], *, trunk: nn.Module | None = None) -> Ensemble:
         """Put any networks or ensembles side by side, as an equal mixture of all their members.
 
         Plain networks may differ from each other, and can be trained further. Ensembles (of SWAGs, say: MultiSWAG) are
@@ -58,9 +73,10 @@ class DeepEnsemble(RowEnsemble):
 
         Args:
             networks: plain networks, or ensembles.
+            trunk: of plain networks, one that all share: see `Ensemble`.
 
         Raises:
-            ValueError: there are none, or plain networks are mixed with ensembles.
+            ValueError: there are none, one is given twice, or plain networks are mixed with ensembles.
             TypeError: there is anything else among them.
         """
         networks = list(networks)
@@ -68,6 +84,8 @@ class DeepEnsemble(RowEnsemble):
             raise ValueError("networks must hold at least one network, got none")
         if strange := [network for network in networks if not isinstance(network, nn.Module)]:
             raise TypeError(f"networks must be nn.Modules, got {type(strange[0]).__name__}")
+        if len(set(networks)) < len(networks):
+            raise ValueError("networks must be different objects, got the same network twice")
         ensembles = [network for network in networks if isinstance(network, Ensemble)]
         if len(ensembles) == len(networks):
             return Mixture(ensembles)
@@ -76,8 +94,12 @@ class DeepEnsemble(RowEnsemble):
                 f"networks must be all plain or all ensembles, got {len(ensembles)} ensembles of {len(networks)}"
             )
         ensemble = cls.__new__(cls)
-        RowEnsemble.__init__(ensemble, LoopedLayer(networks), len(networks))
+        RowEnsemble.__init__(ensemble, LoopedLayer(networks), len(networks), trunk=trunk)
         return ensemble
+
+    def gradients(self) -> list[list[Tensor]]:
+        """Return each member's gradients, which are clipped by themselves, and the trunk's."""
+        return member_gradients(self)
 
     @torch.no_grad()
     def put(self, m: int, network: nn.Module) -> None:
@@ -106,11 +128,11 @@ class Mixture(Ensemble):
         super().__init__(sum(ensemble.members for ensemble in ensembles))
         self.ensembles = nn.ModuleList(ensembles)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Inputs) -> Tensor:
         """Answer with every member of every ensemble: ``(batch, ...)`` to ``(members, batch, outputs)``."""
         return torch.cat([ensemble(x) for ensemble in self.ensembles])
 
-    def forward_members(self, xs: Tensor) -> Tensor:
+    def forward_members(self, xs: Inputs) -> Tensor:
         """Refuse: ensembles are trained one by one, before they are put side by side."""
         raise RuntimeError("ensembles side by side are not trained together: call effens.fit on each of them first")
 
@@ -137,14 +159,14 @@ class Mixture(Ensemble):
 class StackedLayer(WeightLayer):
     """M plain layers as one, their weights and biases stacked along a new first axis."""
 
-    def __init__(self, layers: Sequence[nn.Linear | nn.Conv2d]) -> None:
+    def __init__(self, layers: Sequence[Plain]) -> None:
         super().__init__()
         self.members = len(layers)
         self.weight = stack_parameters([layer.weight for layer in layers])
         biases = [layer.bias for layer in layers if layer.bias is not None]
         self.bias = stack_parameters(biases) if biases else None
         first = layers[0]
-        self.geometry = {name: getattr(first, name) for name in GEOMETRY} if isinstance(first, nn.Conv2d) else None
+        self.geometry = None if isinstance(first, nn.Linear) else {name: getattr(first, name) for name in GEOMETRY}
         self.train(first.training)
 
     def weights(self) -> Tensor:
@@ -156,12 +178,60 @@ class StackedLinear(StackedLayer):
     """M `nn.Linear` as one: weight ``(members, out, in)``, bias ``(members, out)``."""
 
 
+class StackedConv1d(StackedLayer):
+    """M `nn.Conv1d` as one: weight ``(members, out, in / groups, length)``, bias ``(members, out)``."""
+
+
 class StackedConv2d(StackedLayer):
     """M `nn.Conv2d` as one: weight ``(members, out, in / groups, height, width)``, bias ``(members, out)``."""
 
 
-class Outputs(list[Any]):
-    """What M modules returned, one after the other, where that is no tensor: a recurrent module's tuples, say."""
+class StackedBatchNorm(MemberLayer, _BatchNorm):
+    """M batch norms as one of all members' channels; affine weights and statistics are ``(members, channels)``.
+
+    If the momentum is None, for a cumulative average, members have seen as many batches as each other.
+    """
+
+    def __init__(self, layers: Sequence[_BatchNorm]) -> None:
+        first = layers[0]
+        tracked = first.running_mean is not None
+        _BatchNorm.__init__(self, first.num_features, first.eps, first.momentum, first.affine, tracked)
+        self.members, self.kind = len(layers), type(first)
+        for name, tensor in named_tensors(first).items():
+            parts = [named_tensors(layer)[name].detach() for layer in layers]
+            together = torch.stack(parts)
+            setattr(self, name, nn.Parameter(together, tensor.requires_grad) if name in AFFINE else together)
+        self.train(first.training)
+
+    def forward_each(self, x: Tensor) -> Tensor:
+        """Map ``(members or 1, batch, channels, ...)`` to ``(members, batch, channels, ...)``."""
+        x = x.expand(self.members, *x.shape[1:])
+        factor = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            factor = 1 / float(self.num_batches_tracked[0]) if self.momentum is None else self.momentum
+        fresh = self.training or self.running_mean is None
+        held = (self.running_mean, self.running_var, self.weight, self.bias)
+        if is_large(x[0]):
+            columns: list[Any] = [[None] * self.members if part is None else part.unbind() for part in held]
+            parts = zip(x.unbind(), *columns, strict=True)
+            each = [F.batch_norm(part, mean, var, w, b, fresh, factor, self.eps) for part, mean, var, w, b in parts]
+            return torch.stack(each)
+        mean, variance, weight, bias = (None if part is None else part.view(-1) for part in held)
+        y = F.batch_norm(x.transpose(0, 1).flatten(1, 2), mean, variance, weight, bias, fresh, factor, self.eps)
+        return torch.unflatten(y, 1, (self.members, -1)).transpose(0, 1)
+
+    def member(self, m: int) -> nn.Module:
+        """Return a copy of member ``m``'s layer as a plain one."""
+        plain = self.kind(self.num_features, self.eps, self.momentum, self.affine, self.track_running_stats)
+        for name, tensor in member_tensors(self, m).items():
+            value = tensor.detach().clone()
+            setattr(plain, name, nn.Parameter(value, tensor.requires_grad) if name in AFFINE else value)
+        return plain.train(self.training)
+
+    def extra_repr(self) -> str:
+        """Describe the layer as PyTorch's plain one does."""
+        return f"{_BatchNorm.extra_repr(self)}, members={self.members}"
 
 
 class LoopedLayer(MemberLayer):
@@ -175,15 +245,18 @@ class LoopedLayer(MemberLayer):
         self.members = len(layers)
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, rows: Any) -> Any:
+    def forward(self, *rows: Any, **named: Any) -> Any:
         """Give member m's rows to module m."""
-        if not isinstance(rows, Outputs):  # unlike those of `unbind`, these parts may be changed in place
-            rows = torch.unsafe_split_with_sizes(rows, [rows_each(rows, self.members)] * self.members)
-        return join([layer(part) for layer, part in zip(self.layers, rows, strict=True)])
+        if rows and isinstance(rows[0], Outputs):
+            return join([layer(part) for layer, part in zip(self.layers, rows[0], strict=True)])
+        x = named or (rows[0] if len(rows) == 1 else rows)
+        for tensor in tensors_of(x):
+            rows_each(tensor, self.members)
+        return join([call(layer, part) for layer, part in zip(self.layers, split_inputs(x, self.members), strict=True)])
 
-    def forward_shared(self, x: Tensor) -> Any:
+    def forward_shared(self, x: Inputs) -> Any:
         """Give the same ``x`` to every module, each a copy of its own."""
-        return join([layer(x.clone()) for layer in self.layers])
+        return join([call(layer, each(Tensor.clone, x)) for layer in self.layers])
 
     def member(self, m: int) -> nn.Module:
         """Return a copy of module ``m``."""
@@ -205,24 +278,69 @@ def stack(networks: Sequence[nn.Module]) -> nn.Module:
         return nn.Sequential(OrderedDict((column[0][0], stack([child for _, child in column])) for column in columns))
     if is_rowwise(first):
         return first
-    if type(first) is nn.Linear:
-        return StackedLinear([layer for layer in networks if isinstance(layer, nn.Linear)])
-    if type(first) is nn.Conv2d and first.padding_mode == "zeros":
-        return StackedConv2d([layer for layer in networks if isinstance(layer, nn.Conv2d)])
+    if shares_all(networks):
+        return first
+    if type(first) in STACKED and getattr(first, "padding_mode", "zeros") == "zeros":
+        made: nn.Module = STACKED[type(first)](networks)
+        return made
     return LoopedLayer(networks)
+
+
+def member_gradients(ensemble: RowEnsemble) -> list[list[Tensor]]:
+    """Return the gradients of each member, all of whose weights are its own; and those of the trunk, if any."""
+    found: list[list[Tensor]] = [[] for _ in range(ensemble.members)]
+    for parameter, owner in owned(ensemble.network):
+        if parameter.grad is not None:
+            for m in range(ensemble.members) if owner is None else [owner]:
+                found[m].append(parameter.grad[m] if owner is None else parameter.grad)
+    shared = [] if ensemble.trunk is None else [p.grad for p in ensemble.trunk.parameters() if p.grad is not None]
+    return [*found, shared] if shared else found
+
+
+def owned(network: nn.Module) -> Iterator[tuple[nn.Parameter, int | None]]:
+    """Yield the parameters of what `stack` made, and whose they are; None: all members', along their first axis."""
+    for layer in network.modules():
+        if isinstance(layer, LoopedLayer):
+            yield from ((parameter, m) for m, module in enumerate(layer.layers) for parameter in module.parameters())
+        elif isinstance(layer, MemberLayer):
+            yield from ((parameter, None) for parameter in layer.parameters(recurse=False))
 
 
 def member_tensors(network: nn.Module, m: int) -> dict[str, Tensor]:
     """Return the parts of what `stack` made that are member ``m``'s, by the names they have in its plain network."""
     if isinstance(network, LoopedLayer):
         return named_tensors(network.layers[m])
-    if isinstance(network, StackedLayer):
-        return {name: parameter[m] for name, parameter in network.named_parameters()}
+    if isinstance(network, StackedLayer | StackedBatchNorm):
+        return {name: tensor[m] for name, tensor in named_tensors(network).items()}
+    if not any(network.children()):
+        return named_tensors(network)  # shared by all members
     return {
         f"{name}.{inner}": tensor
         for name, layer in network.named_children()
         for inner, tensor in member_tensors(layer, m).items()
     }
+
+
+STACKED: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
+    nn.Linear: StackedLinear,
+    nn.Conv1d: StackedConv1d,
+    nn.Conv2d: StackedConv2d,
+    nn.BatchNorm1d: StackedBatchNorm,
+    nn.BatchNorm2d: StackedBatchNorm,
+}
+AFFINE = ("weight", "bias")
+
+
+def shares_all(layers: Sequence[nn.Module]) -> bool:
+    """Say whether layers with weights, and nothing else to keep, have the very same ones."""
+    held = [list(layer.parameters()) for layer in layers]
+    same = all(own is one for other in held[1:] for own, one in zip(other, held[0], strict=True))
+    return same and bool(held[0]) and type(layers[0]) in (nn.Linear, nn.Conv1d, nn.Conv2d) and len(layers) > 1
+
+
+def copy_trained(network: nn.Module) -> nn.Module:
+    """Return a copy of a network that shares what is frozen with it."""
+    return copy.deepcopy(network, {id(p): p for p in network.parameters() if not p.requires_grad})
 
 
 def named_tensors(network: nn.Module) -> dict[str, Tensor]:
@@ -242,7 +360,7 @@ def are_alike(networks: Sequence[nn.Module]) -> bool:
         public = [{name: value for name, value in each.items() if name[0] != "_"} for each in shared]
         return str(network), parameters, public
 
-    plain = not any(has_hooks(module) for network in networks for module in network.modules())
+    plain = not any(has_hooks(m) or "forward" in vars(m) for network in networks for m in network.modules())
     untied = len(list(networks[0].parameters())) == len(looks(networks[0])[1])
     return plain and untied and all(looks(network) == looks(networks[0]) for network in networks[1:])
 
@@ -259,7 +377,7 @@ def check_fresh(networks: Sequence[nn.Module]) -> None:
     shapes = [{name: tuple(p.shape) for name, p in network.state_dict().items()} for network in networks]
     seen: dict[nn.Parameter, int] = {}
     for m, network in enumerate(networks):
-        if again := [seen[p] for p in network.parameters() if p in seen]:
+        if again := [seen[p] for p in network.parameters() if p in seen and p.requires_grad]:
             raise ValueError(
                 f"make_net must return a fresh network at each call, got call {again[0]}'s weights again at call {m}"
             )

@@ -28,6 +28,7 @@ from torch.distributions import StudentT as StudentTDistribution
 
 from effens.ensembles.base import Ensemble, check_positive
 from effens.ensembles.deep import DeepEnsemble
+from effens.inputs import Inputs
 from effens.likelihoods import student_t
 from effens.scores import exact, of_labels
 
@@ -45,6 +46,7 @@ class HyperEnsemble(Ensemble):
     Args:
         networks: trained networks, which may differ in architecture; they are taken over, not copied.
         index: which of them, as `greedy_select` returns it.
+        trunk: a network that all members share: see `Ensemble`.
 
     Raises:
         ValueError: there are no networks, the index is empty, or it names a network that is not there.
@@ -60,7 +62,7 @@ class HyperEnsemble(Ensemble):
         torch.Size([3, 10, 2])
     """
 
-    def __init__(self, networks: Sequence[nn.Module], index: Iterable[int]) -> None:
+    def __init__(self, networks: Sequence[nn.Module], index: Iterable[int], *, trunk: nn.Module | None = None) -> None:
         networks = list(networks)
         if not networks:
             raise ValueError("networks must hold at least one, got none")
@@ -72,14 +74,14 @@ class HyperEnsemble(Ensemble):
         unique = list(dict.fromkeys(index))
         self.index = index
         self.rows = [unique.index(i) for i in index]
-        self.chosen = DeepEnsemble.of([networks[i] for i in unique])
+        self.chosen = DeepEnsemble.of([networks[i] for i in unique], trunk=trunk)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Inputs) -> Tensor:
         """Answer with every row: ``(batch, ...)`` to ``(members, batch, outputs)``; each network is computed once."""
         answers: Tensor = self.chosen(x)
         return answers[self.rows]
 
-    def forward_members(self, xs: Tensor) -> Tensor:
+    def forward_members(self, xs: Inputs) -> Tensor:
         """Refuse: each network was trained with settings of its own."""
         raise RuntimeError("networks of a HyperEnsemble are trained already, each with its own settings: effens.search")
 

@@ -13,8 +13,10 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from effens.ensembles.base import Ensemble, MakeNet, call_make_net
+from effens.inputs import Inputs, call, count_rows, each, logits_of, rows_at, tensors_of
 
 GEOMETRY = ("stride", "padding", "dilation", "groups")
+Plain = nn.Linear | nn.Conv1d | nn.Conv2d  # what has member layers of its own
 CHECKING = Lock()  # of several threads that ask first, one checks
 
 
@@ -53,7 +55,7 @@ class WeightLayer(MemberLayer):
     geometry: dict[str, Any] | None
 
     def weights(self) -> Tensor:
-        """Return every member's weight, ``(members, out, in)`` or ``(members, out, in / groups, height, width)``."""
+        """Return every member's weight, ``(members, out, in)``, or ``(members, out, in / groups, *kernel)``."""
         raise NotImplementedError(f"a weight layer must override weights, got none in {type(self).__name__}")
 
     def forward_each(self, x: Tensor) -> Tensor:
@@ -62,19 +64,19 @@ class WeightLayer(MemberLayer):
             if x.dim() < 3:
                 raise ValueError(f"x must be (batch, ..., features), got shape {tuple(x.shape[1:])}")
             return linear_each(x, self.weights(), self.bias)
-        return conv2d_each(x, self.weights(), self.bias, **self.geometry)
+        return conv_each(x, self.weights(), self.bias, **self.geometry)
 
     def member(self, m: int) -> nn.Module:
-        """Return a copy of member ``m`` as a plain `nn.Linear` or `nn.Conv2d`: frozen, or in training, if this is."""
+        """Return a copy of member ``m`` as a plain linear layer or convolution: frozen, or in training, if this is."""
         weight, biased = self.weights()[m].detach().clone(), self.bias is not None
         outputs, inputs = weight.shape[:2]
-        plain: nn.Linear | nn.Conv2d
+        plain: Plain
         if self.geometry is None:
             plain = nn.Linear(inputs, outputs, biased, device="meta")  # which costs nothing
         else:
-            inputs *= self.geometry["groups"]
-            height, width = weight.shape[2:]
-            plain = nn.Conv2d(inputs, outputs, (height, width), bias=biased, device="meta", **self.geometry)
+            inputs, kernel = inputs * self.geometry["groups"], tuple(weight.shape[2:])
+            kind: Any = nn.Conv1d if len(kernel) == 1 else nn.Conv2d
+            plain = kind(inputs, outputs, kernel, bias=biased, device="meta", **self.geometry)
         plain.weight = nn.Parameter(weight, self.weight.requires_grad)
         if self.bias is not None:
             plain.bias = nn.Parameter(self.bias[m].detach().clone(), self.bias.requires_grad)
@@ -82,7 +84,8 @@ class WeightLayer(MemberLayer):
 
     def extra_repr(self) -> str:
         """Describe the layer as PyTorch's plain one does."""
-        outputs, inputs, *kernel = self.weight.shape[-2:] if self.geometry is None else self.weight.shape[-4:]
+        dims = 2 + (0 if self.geometry is None else len(self.geometry["stride"]))
+        outputs, inputs, *kernel = self.weight.shape[-dims:]
         size = f", kernel_size={tuple(kernel)}" if self.geometry else ""
         inputs *= self.geometry["groups"] if self.geometry else 1
         return f"{inputs}, {outputs}{size}, members={self.members}, bias={self.bias is not None}"
@@ -97,49 +100,61 @@ class RowEnsemble(Ensemble):
         members: how many members these layers have.
         remedy: what to do where the network does not treat rows one by one; None: it is known to. Else the first call
             compares the answers with those of the members alone.
+        trunk: a network that all members share: see `Ensemble`.
     """
 
-    def __init__(self, network: nn.Module, members: int, remedy: str | None = None) -> None:
-        super().__init__(members)
+    def __init__(
+        self, network: nn.Module, members: int, remedy: str | None = None, trunk: nn.Module | None = None
+    ) -> None:
+        super().__init__(members, trunk=trunk)
         self.network = network
         self._remedy = remedy
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Inputs) -> Tensor:
         """Answer with every member: ``(batch, ...)`` to ``(members, batch, outputs)``."""
-        if x.dim() < 1:
-            raise ValueError(f"x must be (batch, ...), got shape {tuple(x.shape)}")
+        batch, x = count_rows(x), self.features(x)
         self._check_first_call(x)
-        return self._answers(run_shared(self.network, x, self.members), x.shape[0])
+        return self._answers(run_shared(self.network, x, self.members), batch)
 
-    def forward_members(self, xs: Tensor) -> Tensor:
+    def forward_members(self, xs: Inputs) -> Tensor:
         """Give each member its own batch: ``(members, batch, ...)`` to ``(members, batch, outputs)``."""
-        rows = self.check_streams(xs).flatten(0, 1)
-        self._check_first_call(xs[0])
-        return self._answers(self.network(rows), xs.shape[1])
+        xs = self.stream_features(xs)
+        first = rows_at(xs, 0)
+        self._check_first_call(first)
+        return self._answers(call(self.network, each(lambda part: part.flatten(0, 1), xs)), count_rows(first))
 
-    def _check_first_call(self, x: Tensor) -> None:
+    def _check_first_call(self, x: Inputs) -> None:
         """Compare the ensemble with its members, once, before it answers for the first time."""
-        values = type(x) is Tensor and x.numel() and not x.is_meta  # what is traced has none
-        if self._remedy is None or not values or torch.compiler.is_compiling():
+        if self._remedy is None or torch.compiler.is_compiling():
             return
+        if not all(type(part) is Tensor and len(part) and not part.is_meta for part in tensors_of(x)):
+            return  # what is traced has no values
         with CHECKING:
             if self._remedy is not None:
-                check_members(self, x[[0, -1]], self._remedy)
+                check_members(self, rows_at(x, [0, -1]), self._remedy)
             self._remedy = None
 
     def _answers(self, rows: Any, batch: int) -> Tensor:
         """View what the network returned, rows, as ``(members, batch, outputs)``."""
-        if not isinstance(rows, Tensor) or rows.dim() < 2 or rows.shape[0] != self.members * batch:
-            got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+        rows = torch.cat([logits_of(row) for row in rows]) if isinstance(rows, Outputs) else logits_of(rows)
+        if rows.dim() < 2 or rows.shape[0] != self.members * batch:
             rule = f"the network must return one row of outputs per example, ({self.members * batch}, outputs)"
-            raise ValueError(f"{rule}, got {got}")
-        return rows.view(self.members, batch, *rows.shape[1:])
+            raise ValueError(f"{rule}, got {tuple(rows.shape)}")
+        answers: Tensor = rows.view(self.members, batch, *rows.shape[1:])
+        return answers
 
     def member(self, m: int) -> nn.Module:
         """Return a copy of member ``m`` as a plain network, equal to ``ensemble(x)[m]``."""
-        self.check_member(m)
+        return self.on_trunk(self._plain(self.check_member(m)))
+
+    def _plain(self, m: int) -> nn.Module:
+        """Return a copy of what member ``m`` has behind the trunk."""
         layers = [layer for layer in self.network.modules() if isinstance(layer, MemberLayer)]
         return copy.deepcopy(self.network, {id(layer): layer.member(m) for layer in layers})
+
+
+class Outputs(list[Any]):
+    """What M modules returned, one after the other, where that is no tensor: a recurrent module's tuples, say."""
 
 
 def fresh_network(make_net: MakeNet) -> nn.Module:
@@ -151,21 +166,23 @@ def fresh_network(make_net: MakeNet) -> nn.Module:
 
 
 @torch.no_grad()
-def check_members(ensemble: RowEnsemble, x: Tensor, remedy: str) -> None:
+def check_members(ensemble: RowEnsemble, x: Inputs, remedy: str) -> None:
     """Raise `ValueError` unless an ensemble answers as its members do alone, through the forward of all its layers.
 
     It is a copy that is asked, in eval mode, its members made more different than they may start.
     """
-    ensemble = copy.deepcopy(ensemble).eval()
+    ensemble = copy.deepcopy(ensemble, {id(ensemble.trunk): None}).eval()
     ensemble._remedy = None
     layers = {name: layer for name, layer in ensemble.network.named_modules() if isinstance(layer, MemberLayer)}
     generator = torch.Generator().manual_seed(0)
     for parameter in [p for layer in layers.values() for p in layer.parameters()]:
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64, device="cpu")
-        parameter.mul_(1 + 0.2 * noise.to(parameter))
-    members = [ensemble.member(m) for m in range(ensemble.members)]
+        parameter.mul_(1 + 0.2 * noise.to(parameter)) if parameter.any() else parameter.add_(0.1 * noise.to(parameter))
+    members = [ensemble._plain(m) for m in range(ensemble.members)]
     try:
-        expected, again = (torch.stack([member(x.clone()) for member in members]) for _ in range(2))
+        expected, again = (
+            torch.stack([logits_of(call(member, each(Tensor.clone, x))) for member in members]) for _ in range(2)
+        )
     except Exception:  # the input is wrong, or the network returns no tensor: the call itself says so best
         return
     called: set[str] = set()
@@ -211,7 +228,7 @@ def is_rowwise(layer: nn.Module) -> bool:
     return type(layer) in ROWWISE or (type(layer) is nn.Flatten and layer.start_dim >= 1)
 
 
-def run_shared(network: nn.Module, x: Tensor, members: int) -> Any:
+def run_shared(network: nn.Module, x: Inputs, members: int) -> Any:
     """Run ``x`` (batch, ...), the same for all members, to rows (members * batch, ...).
 
     Where the network begins with a member layer, that layer reads ``x`` once; else ``x`` is repeated, in memory of its
@@ -224,7 +241,8 @@ def run_shared(network: nn.Module, x: Tensor, members: int) -> Any:
         layers.popleft()
         rows = first.forward_shared(x)
     else:
-        rows = torch.cat([x] * members)
+        rows = each(lambda part: torch.cat([part] * members), x)
+        rows = call(layers.popleft(), rows) if layers else rows
     for layer in layers:
         rows = layer(rows)
     return rows
@@ -267,50 +285,58 @@ def linear_each(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if x.dim() == 3 else y.view(*y.shape[:1], *x.shape[1:-1], y.shape[-1])
 
 
-def conv2d_each(x: Tensor, weight: Tensor, bias: Tensor | None, **geometry: Any) -> Tensor:
-    """Convolve with each member's kernels: by one convolution of all channels, or by one a member.
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, **geometry: Any) -> Tensor:
+    """Convolve series ``(batch, in, length)`` or images ``(batch, in, height, width)``."""
+    return (F.conv1d if weight.dim() == 3 else F.conv2d)(x, weight, bias, **geometry)
 
-    On a CPU, a grouped convolution was measured faster only while a member's result is small: beyond 65,536 numbers
-    rearranging them costs more than the calls it saves.
+
+def is_large(x: Tensor, times: float = 1) -> bool:
+    """Say whether a member's numbers, so many times, are too many to be rearranged beside the other members' on a CPU.
+
+    One call for all members was measured faster only while it has up to 65,536 numbers for each.
+    """
+    return x.device.type == "cpu" and x.numel() * times > 65_536
+
+
+def conv_each(x: Tensor, weight: Tensor, bias: Tensor | None, **geometry: Any) -> Tensor:
+    """Convolve with each member's kernels: by one convolution of all channels, or, of much, by one a member.
 
     Args:
-        x: (members or 1, batch, in, height, width).
-        weight: (members, out, in / groups, kernel height, kernel width).
+        x: (members or 1, batch, in, *size), of one dimension or two.
+        weight: (members, out, in / groups, *kernel).
         bias: (members, out) or None.
         geometry: stride, padding, dilation, groups, as in `torch.nn.functional.conv2d`.
 
     Returns:
-        (members, batch, out, height', width')
+        (members, batch, out, *size')
     """
     members, outputs = weight.shape[:2]
     wide, groups = weight.flatten(0, 1), geometry.pop("groups", 1)
     if len(x) == 1 and groups == 1:  # all members read the same channels
-        y = F.conv2d(x[0], wide, None if bias is None else bias.flatten(), **geometry)
+        y = convolve(x[0], wide, None if bias is None else bias.flatten(), **geometry)
         return torch.unflatten(y, 1, (members, outputs)).transpose(0, 1)
     x = x.expand(members, *x.shape[1:])
-    if x.device.type == "cpu" and x[0].numel() // x.shape[2] * outputs > 65_536:
+    if is_large(x[0], outputs / x.shape[2]):
         biases = [None] * members if bias is None else bias.unbind()
         parts = zip(x.unbind(), weight.unbind(), biases, strict=True)
-        return torch.stack([F.conv2d(*part, groups=groups, **geometry) for part in parts])
+        return torch.stack([convolve(*part, groups=groups, **geometry) for part in parts])
     channels = x.transpose(0, 1).flatten(1, 2)  # (batch, members * in, height, width)
-    y = F.conv2d(channels, wide, None if bias is None else bias.flatten(), groups=groups * members, **geometry)
+    y = convolve(channels, wide, None if bias is None else bias.flatten(), groups=groups * members, **geometry)
     return torch.unflatten(y, 1, (members, outputs)).transpose(0, 1)
 
 
 def refusal(module: nn.Module) -> str:
     """Say why a module must not be converted, or nothing if it may."""
-    if isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
-        return f"{type(module).__name__}, an attention module that reads its layers' weights without calling them"
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         return f"{type(module).__name__}, a recurrent module that reads its weights without layers"
     if isinstance(module, LazyModuleMixin):
         return f"{type(module).__name__}, a lazy module whose weights do not exist before its first call"
     if parametrize.is_parametrized(module):
         return f"a parametrized {type(module).__bases__[0].__name__}, whose weight is computed anew at each call"
-    if type(module) in (nn.Linear, nn.Conv2d) and has_hooks(module):
+    if type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d) and has_hooks(module):
         return f"{type(module).__name__} with hooks, which may change its weight or its result"
-    if type(module) is nn.Conv2d and module.padding_mode != "zeros":
-        return f"Conv2d with padding_mode {module.padding_mode!r}, where only 'zeros' is supported"
+    if isinstance(module, nn.Conv1d | nn.Conv2d) and module.padding_mode != "zeros":
+        return f"{type(module).__name__} with padding_mode {module.padding_mode!r}, where only 'zeros' is supported"
     return ""
 
 

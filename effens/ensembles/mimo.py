@@ -9,6 +9,7 @@ Fort et al. (2021), "Training independent subnetworks for robust prediction", ar
 
 import copy
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from effens.ensembles.layers import (
     replace_layers,
     split_rows,
 )
+from effens.inputs import Inputs, call, count_rows, each
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 WIDENED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -51,6 +53,7 @@ class MIMO(RowEnsemble):
         repeats: how many times each example of a batch is seen in a step.
         first: name of the layer to widen on its input; found by default.
         last: name of the layer to widen on its output; found by default.
+        trunk: a network that all members share: see `Ensemble`.
 
     Raises:
         ValueError: a number is out of range, there are no two layers to widen, or a layer cannot be one of them.
@@ -74,13 +77,14 @@ class MIMO(RowEnsemble):
         *,
         first: str | None = None,
         last: str | None = None,
+        trunk: nn.Module | None = None,
     ) -> None:
         check_positive(members=members, repeats=repeats)
         if not 0 <= share <= 1:
             raise ValueError(f"share must be in 0 ... 1, got {share}")
         network = fresh_network(make_net)
         remedy = "it must be widened where it reads its input and where it answers; first= and last= name these layers"
-        super().__init__(widen(network, members, first, last) if members > 1 else network, members, remedy)
+        super().__init__(widen(network, members, first, last) if members > 1 else network, members, remedy, trunk)
         self.share = share
         self.repeats = repeats
 
@@ -100,7 +104,7 @@ class MIMO(RowEnsemble):
         """Return a copy whose first layer reads one input for all slots, the weights that meet it summed."""
         layers = [layer for layer in self.network.modules() if isinstance(layer, FirstLayer)]
         network = copy.deepcopy(self.network, {id(layer): layer.member(0) for layer in layers})
-        return Heads(network, self.members), [1.0] * self.members
+        return cast(Ensemble, self.on_trunk(Heads(network, self.members))), [1.0] * self.members
 
     def extra_repr(self) -> str:
         """Show the settings."""
@@ -110,9 +114,9 @@ class MIMO(RowEnsemble):
 class Heads(RowEnsemble):
     """A network that reads one input and answers with all members' rows: MIMO, its first layer summed."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Inputs) -> Tensor:
         """Answer with every head: ``(batch, ...)`` to ``(members, batch, outputs)``."""
-        return self._answers(self.network(x.clone()), len(x))
+        return self._answers(call(self.network, each(Tensor.clone, x)), count_rows(x))
 
 
 class FirstLayer(MemberLayer):
@@ -202,7 +206,10 @@ def why_not_wide(modules: dict[str, nn.Module], name: str) -> str:
     """Say why a module cannot be widened, or nothing if it can."""
     parts = name.split(".")
     for outer in (".".join(parts[:i]) for i in range(len(parts))):
-        if reason := refusal(modules[outer]):
+        reason = refusal(modules[outer])
+        if isinstance(modules[outer], nn.MultiheadAttention | nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+            reason = f"{type(modules[outer]).__name__}, which reads its layers' weights without calling them"
+        if reason:
             return f"part of {outer or 'the network'!r}, {reason}"
     layer = modules[name]
     if type(layer) not in WIDENED:

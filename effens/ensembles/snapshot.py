@@ -10,11 +10,15 @@ cycles. Garipov, Izmailov, Podoprikhin, Vetrov and Wilson (2018), "Loss surfaces
 of DNNs", arXiv:1802.10026.
 """
 
-import copy
 import math
+from collections.abc import Iterable
 
-from effens.ensembles.base import Ensemble, MakeNet, OneNetwork, call_make_net
-from effens.ensembles.deep import DeepEnsemble
+from torch import nn
+
+from effens.ensembles.base import Ensemble, MakeNet, call_make_net
+from effens.ensembles.deep import DeepEnsemble, copy_trained
+from effens.ensembles.one import OneNetwork
+from effens.inputs import Inputs
 
 
 class SnapshotEnsemble(OneNetwork):
@@ -22,7 +26,8 @@ class SnapshotEnsemble(OneNetwork):
 
     One network is trained, ``network``. Its copies, ``snapshots``, are a `DeepEnsemble`, so that all are asked as one
     batched computation; they are never trained and stay in eval mode. Fitting again starts collecting anew. What is
-    stored is ``members + 1`` networks; to answer, ``snapshots`` suffice.
+    stored is ``members + 1`` networks; to answer, ``snapshots`` suffice. Of a training that was stopped early there are
+    the snapshots that were made by then; if there were none, the network as it was.
 
     Args:
         make_net: () -> nn.Module, a fresh network; it is called once.
@@ -32,6 +37,7 @@ class SnapshotEnsemble(OneNetwork):
         pretrain: of the triangular schedule, the part of all steps after which the cycles begin.
         lrs: of the triangular schedule, the high and the low, as multiples of the learning rate. The defaults
             of these two are the authors' for a wide residual network: from epoch 160 of 200, 0.05 and 0.01 after 0.1.
+        trunk: a network that all members share: see `Ensemble`.
 
     Raises:
         ValueError: ``members`` is below 1, there are fewer cycles than members, ``schedule`` is unknown, ``pretrain``
@@ -58,8 +64,9 @@ class SnapshotEnsemble(OneNetwork):
         schedule: str = "cosine",
         pretrain: float = 0.8,
         lrs: tuple[float, float] = (0.5, 0.1),
+        trunk: nn.Module | None = None,
     ) -> None:
-        super().__init__(members)
+        super().__init__(members, trunk)
         self.cycles = members if cycles is None else cycles
         if self.cycles < members:
             raise ValueError(f"cycles must be >= members, got {self.cycles} cycles and {members} members")
@@ -71,7 +78,7 @@ class SnapshotEnsemble(OneNetwork):
             raise ValueError(f"lrs must be high and low with 1 >= high >= low >= 0, got {lrs}")
         self.triangular, self.pretrain, self.lrs = schedule == "triangular", pretrain, lrs
         self.network = network = call_make_net(make_net)
-        self.snapshots = DeepEnsemble(lambda: copy.deepcopy(network), members).eval().requires_grad_(False)
+        self.snapshots = DeepEnsemble(lambda: copy_trained(network), members).eval().requires_grad_(False)
 
     def derived(self) -> Ensemble:
         """Return the snapshots."""
@@ -90,19 +97,29 @@ class SnapshotEnsemble(OneNetwork):
             ends = [first + (2 * c + 1) * (steps - first) // (2 * self.cycles - 1) for c in range(self.cycles)]
         else:
             ends = [(c + 1) * steps // self.cycles for c in range(self.cycles)]
-        return [end - 1 for end in ends[-self.members :]]
+        return [end - 1 for end in ends[-self.planned :]]
 
     def collect(self, step: int, steps: int) -> None:
         """Copy the network where a cycle's rate is lowest, into the next member; at the first step, begin anew."""
-        ends = self.collected_after(steps)
-        if step in ends:
-            self.snapshots.put(ends.index(step), self.network)
-        self.ready = step >= ends[-1]
+        if step == 0:
+            self.ready = 0
+        if step in self.collected_after(steps):
+            self.take()
+
+    def finish(self, batches: Iterable[Inputs]) -> None:
+        """Where training was stopped before the first snapshot, take the network as it is."""
+        if not self.ready:
+            self.take()
+
+    def take(self) -> None:
+        """Copy the network into the next member; into the last one, if there are all."""
+        self.ready = min(self.ready + 1, self.planned)
+        self.snapshots.put(self.ready - 1, self.network)
 
     def extra_repr(self) -> str:
         """Show the settings."""
         how = f"'triangular', pretrain={self.pretrain}, lrs={self.lrs}" if self.triangular else "'cosine'"
-        return f"members={self.members}, cycles={self.cycles}, schedule={how}"
+        return f"members={self.planned}, cycles={self.cycles}, schedule={how}"
 
 
 def cyclic_cosine(step: int, steps: int, cycles: int) -> float:

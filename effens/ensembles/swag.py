@@ -9,7 +9,6 @@ arXiv:1902.02476. With s = 0 it is SWA: Izmailov et al. (2018), "Averaging weigh
 generalization", arXiv:1803.05407.
 """
 
-import copy
 import math
 from collections.abc import Iterable
 from typing import TypeGuard
@@ -18,8 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from effens.ensembles.base import Ensemble, MakeNet, OneNetwork, call_make_net, check_positive
-from effens.ensembles.deep import DeepEnsemble, member_tensors, named_tensors
+from effens.ensembles.base import Ensemble, MakeNet, call_make_net, check_positive
+from effens.ensembles.deep import DeepEnsemble, copy_trained, member_tensors, named_tensors
+from effens.ensembles.one import OneNetwork
+from effens.inputs import Inputs
 
 
 class SWAG(OneNetwork):
@@ -70,6 +71,7 @@ class SWAG(OneNetwork):
         torch.Size([4, 10, 2])
     """
 
+    noisy = True
     mean: Tensor
     variance: Tensor
     deviations: Tensor
@@ -86,8 +88,9 @@ class SWAG(OneNetwork):
         tail_lr: float = 0.5,
         every: int | None = None,
         seed: int = 0,
+        trunk: nn.Module | None = None,
     ) -> None:
-        super().__init__(members)
+        super().__init__(members, trunk)
         if rank < 0 or rank == 1:
             raise ValueError(f"rank must be 0 or >= 2, for a single deviation has no spread, got {rank}")
         if not 0 <= scale < math.inf:
@@ -99,7 +102,7 @@ class SWAG(OneNetwork):
         self.rank, self.scale = rank, scale
         self.tail, self.tail_lr, self.every, self.seed = tail, tail_lr, every, seed
         self.network = network = call_make_net(make_net)
-        self.samples = DeepEnsemble(lambda: copy.deepcopy(network), members).eval().requires_grad_(False)
+        self.samples = DeepEnsemble(lambda: copy_trained(network), members).eval().requires_grad_(False)
         weights = [p.detach().flatten() for p in network.parameters() if p.requires_grad]
         if not weights:
             raise ValueError("the network must have weights to train, got none that require gradients")
@@ -107,6 +110,7 @@ class SWAG(OneNetwork):
         if flat.is_complex():
             raise ValueError(f"the network's weights must be real, got {flat.dtype}")
         self.frozen: list[str] = []  # batch norm that trains in eval mode
+        self.started = False  # whether there is a training to collect from
         self.shapes = {name: p.shape for name, p in network.named_parameters() if p.requires_grad}
         zeros = torch.zeros_like(flat, dtype=torch.promote_types(flat.dtype, torch.float32))  # half would lose sums
         self.register_buffer("mean", zeros)
@@ -129,7 +133,7 @@ class SWAG(OneNetwork):
         if step == 0:
             for moment in (self.mean, self.variance, self.deviations, self.count):
                 moment.zero_()
-            self.ready = False
+            self.ready, self.started = 0, True
             self.frozen = [name for name, m in self.network.named_modules() if is_norm(m) and not m.training]
         length, left = self.tail_steps(steps), steps - 1 - step
         every = self.every or max(1, length // max(2 * self.rank, 40))
@@ -207,8 +211,10 @@ class SWAG(OneNetwork):
         return network
 
     @torch.no_grad()
-    def finish(self, batches: Iterable[Tensor]) -> None:
+    def finish(self, batches: Iterable[Inputs]) -> None:
         """Draw the members, the same for the same seed, and compute their batch-norm statistics on ``batches``.
+
+        Where training was stopped before the tail, all members are the network as it is.
 
         Args:
             batches: training inputs ``(batch, ...)``; they are not looked at where there is no batch norm.
@@ -217,17 +223,19 @@ class SWAG(OneNetwork):
             RuntimeError: no weights were collected.
             ValueError: there is batch norm, and there are no batches.
         """
-        self.ready = False
+        self.ready = 0
+        if self.started and not self.count:  # stopped before the tail
+            self.collect_from(self.network)
         generator = torch.Generator().manual_seed(self.seed)
         for m in range(self.members):
             self.samples.put(m, self.at(self.sample(generator=generator)))
-        update_batch_norm(self.samples, batches)
+        update_batch_norm(self.samples, map(self.features, batches))
         kept = {name: t for name, t in named_tensors(self.network).items() if name.rpartition(".")[0] in self.frozen}
         for m in range(self.members if kept else 0):
             slots = member_tensors(self.samples.network, m)
             for name, tensor in kept.items():
                 slots[name].copy_(tensor)
-        self.ready = True
+        self.ready = self.planned
 
     def extra_repr(self) -> str:
         """Show the settings."""
@@ -244,7 +252,7 @@ def is_norm(layer: nn.Module) -> TypeGuard[_BatchNorm]:
     return isinstance(layer, _BatchNorm) and layer.running_mean is not None
 
 
-def update_batch_norm(network: nn.Module, batches: Iterable[Tensor]) -> None:
+def update_batch_norm(network: nn.Module, batches: Iterable[Inputs]) -> None:
     """Set all batch-norm statistics of a network in eval mode to their averages over batches."""
     layers = [layer for layer in network.modules() if is_norm(layer)]
     if not layers:

@@ -1,0 +1,130 @@
+r"""LoRA ensembles: one pretrained network, frozen, and for each member its own low-rank change of some layers.
+
+.. math:: W_m = W + B_m A_m
+
+Hu et al. (2022), "LoRA: low-rank adaptation of large language models", arXiv:2106.09685; as an ensemble, Wang,
+Aitchison and Rudolph (2023), "LoRA ensembles for large language model fine-tuning", arXiv:2310.00035. B starts at 0, so
+that every member starts as the pretrained network, and A is drawn for each member, which lets them part.
+"""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from effens.ensembles.attention import MemberAttention, why_no_attention
+from effens.ensembles.base import MakeNet, check_positive
+from effens.ensembles.deep import member_gradients, stack
+from effens.ensembles.layers import MemberLayer, RowEnsemble, fresh_network, linear_each, replace_layers
+
+
+class LoRAEnsemble(RowEnsemble):
+    """A frozen network with a low-rank change of some linear layers, and a head, for each member.
+
+    Args:
+        make_net: () -> nn.Module, the pretrained network.
+        members: how many members.
+        rank: of each member's change.
+        layers: names of linear layers or attention modules, or the last parts of names, ``("query", "value")`` say;
+            None: every `nn.MultiheadAttention`.
+        heads: names of modules that are trained whole, one a member, or the last parts of names.
+        trunk: a network that all members share: see `Ensemble`.
+
+    Raises:
+        ValueError: a number is out of range, a name fits nothing, or a layer is of another kind.
+
+    Shape:
+        - ``ensemble(x)``: ``(batch, ...)`` to ``(members, batch, outputs)``
+        - ``ensemble.forward_members(xs)``: ``(members, batch, ...)`` to ``(members, batch, outputs)``
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> ensemble = LoRAEnsemble(lambda: network, members=4, rank=2, layers=("0",), heads=("2",))
+        >>> ensemble(torch.randn(10, 3)).shape
+        torch.Size([4, 10, 2])
+    """
+
+    def __init__(
+        self,
+        make_net: MakeNet,
+        members: int = 4,
+        *,
+        rank: int = 8,
+        layers: Sequence[str] | None = None,
+        heads: Sequence[str] = ("head",),
+        trunk: nn.Module | None = None,
+    ) -> None:
+        check_positive(members=members, rank=rank)
+        network = fresh_network(make_net).requires_grad_(False)
+        found: set[str] = set()
+
+        def fits(name: str, wanted: Sequence[str]) -> bool:
+            fitting = [each for each in wanted if name == each or name.endswith("." + each)]
+            found.update(fitting)
+            return bool(fitting)
+
+        def low_rank(plain: nn.Linear) -> LoRALinear:
+            return LoRALinear(plain, members, rank)
+
+        def replace(name: str, module: nn.Module) -> nn.Module | None:
+            if fits(name, heads):
+                return stack([copy.deepcopy(module).requires_grad_() for _ in range(members)])
+            if isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False  # the fast path would read weights without calling their layers
+            attention = isinstance(module, nn.MultiheadAttention)
+            if not (attention if layers is None else fits(name, layers)):
+                return None
+            if isinstance(module, nn.MultiheadAttention) and not (reason := why_no_attention(module)):
+                return MemberAttention(module, members, low_rank)
+            if type(module) is nn.Linear:
+                return low_rank(module)
+            raise ValueError(f"layers must be nn.Linear or attention, got {name!r}, {reason if attention else module}")
+
+        network = replace_layers(network, replace)
+        have = [name for name, _ in network.named_modules() if name]
+        if unknown := [name for name in (*heads, *(layers or ())) if name not in found]:
+            raise ValueError(f"layers and heads must name modules of the network, got {unknown}, have {have}")
+        if not any(isinstance(module, LoRALinear) for module in network.modules()):
+            raise ValueError(f"the network must have nn.MultiheadAttention, or layers= name linear layers, have {have}")
+        remedy = "rows must be the first axis, and layers called through their forward"
+        super().__init__(network, members, remedy, trunk)
+
+    def gradients(self) -> list[list[Tensor]]:
+        """Return each member's gradients, which are clipped by themselves, and the trunk's."""
+        return member_gradients(self)
+
+    def extra_repr(self) -> str:
+        """Show the settings."""
+        return f"members={self.members}"
+
+
+class LoRALinear(MemberLayer):
+    """A frozen linear layer and each member's change of it: a ``(members, rank, in)``, b ``(members, out, rank)``."""
+
+    def __init__(self, plain: nn.Linear, members: int, rank: int) -> None:
+        super().__init__()
+        self.members = members
+        self.weight, self.bias = plain.weight.requires_grad_(False), plain.bias
+        bound = plain.in_features**-0.5
+        self.a = nn.Parameter(torch.empty(members, rank, plain.in_features).uniform_(-bound, bound).to(plain.weight))
+        self.b = nn.Parameter(plain.weight.new_zeros(members, plain.out_features, rank))
+        self.train(plain.training)
+
+    def forward_each(self, x: Tensor) -> Tensor:
+        """Map ``(members or 1, batch, ..., in)`` to ``(members, batch, ..., out)``."""
+        return F.linear(x, self.weight, self.bias) + linear_each(linear_each(x, self.a, None), self.b, None)
+
+    def member(self, m: int) -> nn.Linear:
+        """Return a copy of member ``m``'s layer as a plain one, its change added in."""
+        outputs, inputs = self.weight.shape
+        plain = nn.Linear(inputs, outputs, self.bias is not None, device="meta")
+        plain.weight = nn.Parameter((self.weight + self.b[m] @ self.a[m]).detach())
+        if self.bias is not None:
+            plain.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
+        return plain.train(self.training)
+
+    def extra_repr(self) -> str:
+        """Describe the layer."""
+        return f"{self.weight.shape[1]}, {self.weight.shape[0]}, members={self.members}, rank={self.a.shape[1]}"
