@@ -213,14 +213,7 @@ def test_a_class_for_each_pixel(make: Any) -> None:
     torch.testing.assert_close(probs[1], ensemble.member(1)(x).softmax(1).movedim(1, -1))
     there = y != -100
     flat, labels = probs[:, there], y[there]
-    scores: list[Any] = [
-        effens.nll,
-        effens.member_nll,
-        effens.diversity_gain,
-        effens.brier,
-        effens.accuracy,
-        effens.ece,
-    ]
+    scores: Any = [effens.nll, effens.member_nll, effens.diversity_gain, effens.brier, effens.accuracy, effens.ece]
     for score in scores:
         assert torch.equal(score(probs, y), score(flat, labels))
     assert effens.temperature(probs, y) == effens.temperature(flat, labels)
@@ -260,7 +253,7 @@ def test_several_and_missing_numbers() -> None:
 
 
 def test_trees_of_tensors() -> None:
-    x = {"a": torch.arange(6), "b": (torch.zeros(6, 2), None)}
+    x: Any = {"a": torch.arange(6), "b": (torch.zeros(6, 2), None)}
     assert count_rows(x) == 6
     parts = split_inputs(x, 3)
     assert [part["a"].tolist() for part in parts] == [[0, 1], [2, 3], [4, 5]]

@@ -38,6 +38,7 @@ ELSEWHERE = {
     *("Ensemble", "Likelihood", "device"),
     # Minutes, compilers or processes: shapes, kinds of numbers and layouts are in the tests of their files.
     *("search", "stratify", "export", "fit_each"),
+    "LoRAEnsemble",  # against explicit networks, in test_lora.py
     *("Comparison", "Conformal", "LikelihoodRatio"),
 }
 
@@ -51,7 +52,11 @@ def test_every_public_function_has_a_property_here() -> None:
 
 DEFAULTS: dict[Any, dict[str, Any]] = {
     effens.DeepEnsemble: {"members": 5},
-    effens.BatchEnsemble: {"members": 5, "skip": (), "split": False, "init": "signs", "fast_lr": 0.5},
+    effens.BatchEnsemble: {
+        **{"members": 5, "skip": (), "split": False, "init": "signs", "norms": "shared", "fast_lr": 0.5},
+        "trunk": None,
+    },
+    effens.LoRAEnsemble: {"members": 4, "rank": 8, "layers": None, "heads": ("head",), "trunk": None},
     effens.BatchEnsembleLinear: {"members": 4, "bias": True, "init": "signs"},
     effens.BatchEnsembleConv2d: {"members": 4, "bias": True, "init": "signs"},
     effens.SnapshotEnsemble: {
@@ -62,10 +67,11 @@ DEFAULTS: dict[Any, dict[str, Any]] = {
         **{"members": 30, "rank": 20, "scale": 0.5},
         **{"tail": 0.5, "tail_lr": 0.5, "every": None, "seed": 0},
     },
-    effens.MIMO: {"members": 3, "share": 0.0, "repeats": 1, "first": None, "last": None},
+    effens.MIMO: {"members": 3, "share": 0.5, "repeats": 1, "first": None, "last": None},
     effens.fit: {
         **{"epochs": 20, "batch_size": 128, "lr": 1e-3, "weight_decay": 0.0, "optimizer": torch.optim.AdamW},
-        **{"likelihood": None, "device": None, "seed": 0, "progress": True},
+        **{"likelihood": None, "clip": None, "callback": None, "device": None, "seed": 0, "progress": True},
+        **{"precision": "float32", "checkpoint": None},
     },
     effens.predict: {"likelihood": None, "chunk": 1024},
     effens.ece: {"bins": 15, "equal": "mass"},

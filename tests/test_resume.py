@@ -298,7 +298,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "a dataset": ({"data": TensorDataset(*vectors())}, "data.kind None instead of TensorDataset"),
     "method": ({"ensemble": effens.DeepEnsemble(mlp, 2)}, r"modules\. MIMO\(.*\) instead of DeepEnsemble\(\)"),
     "members": ({"ensemble": effens.MIMO(mlp, 3)}, "members=2.* instead of MIMO.members=3"),
-    "share": ({"ensemble": effens.MIMO(mlp, 2, share=0.5)}, r"share=0\.0.* instead of MIMO.*share=0\.5"),
+    "share": ({"ensemble": effens.MIMO(mlp, 2, share=0.0)}, r"share=0\.5.* instead of MIMO.*share=0\.0"),
     "dropout": (
         {"ensemble": effens.MIMO(partial(mlp, dropout=0.5), 2)},
         r"modules\.network\.\d .* instead of Dropout\(p=0\.5",

@@ -172,7 +172,7 @@ def test_a_tail_that_diverges_says_so(bank: Path) -> None:
 def test_one_head_is_the_plain_network(bank: Path) -> None:
     (one,) = studies.capacity(width=4, members=1, share=0.0, seed=0)
     task = replace(TASKS["digits"], width=4)
-    plain = studies.train(task, lambda: effens.MIMO(task.make_net, 1), SETTINGS, 0)
+    plain = studies.train(task, lambda: effens.MIMO(task.make_net, 1, 0.0), SETTINGS, 0)
     assert one["nll"] == pytest.approx(studies.score_ensemble(task, plain, 0)["nll"])
     assert one["diversity_gain"] == pytest.approx(0, abs=1e-9)
 

@@ -702,3 +702,117 @@ def test_what_is_no_likelihood_is_refused(likelihood: Any) -> None:
 def test_what_is_no_optimizer_is_refused(optimizer: Any, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         effens.fit(effens.DeepEnsemble(mlp, 2), vectors(), optimizer=optimizer)
+
+
+class TestClipAndCallback:
+    """Clipping, callbacks and what the last batch may be."""
+
+    @pytest.mark.parametrize("make_net", [mlp, residual])
+    def test_each_member_is_clipped_by_itself(self, make_net: Any) -> None:
+        make, plain = remembered(make_net, 3)
+        (x, y), ensemble = vectors(), effens.DeepEnsemble(make, 3)
+        options: dict[str, Any] = {"epochs": 3, "batch_size": 8, "lr": 0.5, "optimizer": torch.optim.SGD}
+        effens.fit(ensemble, (x, y), clip=0.1, device="cpu", **options)
+        steps = indices(ensemble, 22, 8, 3)
+        for m, network in enumerate(plain):
+            descent = torch.optim.SGD(network.parameters(), lr=0.5)
+            for step, index in enumerate(steps):
+                descent.param_groups[0]["lr"] = 0.25 * (1 + math.cos(math.pi * step / len(steps)))
+                descent.zero_grad()
+                torch.nn.functional.cross_entropy(network(x[index[m]]), y[index[m]]).backward()
+                nn.utils.clip_grad_norm_(network.parameters(), 0.1)
+                descent.step()
+            assert relative(ensemble.member(m)(x), network(x)) < 1e-6
+
+    def test_shared_weights_are_clipped_together(self) -> None:
+        x, y = vectors()
+        moved = []
+        for clip in (1e-3, None):
+            torch.manual_seed(0)
+            ensemble = effens.BatchEnsemble(mlp, 3, fast_lr=1.0)
+            before = [parameter.clone() for parameter in ensemble.parameters()]
+            effens.fit(ensemble, (x, y), epochs=1, batch_size=22, lr=1.0, optimizer=torch.optim.SGD, clip=clip)
+            steps = [b - a for a, b in zip(before, ensemble.parameters(), strict=True)]
+            moved.append(float(torch.cat([step.flatten() for step in steps]).norm().detach()))
+        assert moved[0] == pytest.approx(1e-3, rel=1e-3)
+        assert moved[1] > 1e-2
+
+    @pytest.mark.parametrize("clip", [0.0, -1.0, math.nan])
+    def test_a_norm_is_above_0(self, clip: float) -> None:
+        with pytest.raises(ValueError, match=f"clip must be > 0, got {clip}"):
+            effens.fit(effens.DeepEnsemble(mlp, 2), vectors(), clip=clip)
+
+    @pytest.mark.parametrize(
+        "make", [effens.DeepEnsemble, effens.BatchEnsemble, effens.SnapshotEnsemble, effens.SWAG, effens.MIMO]
+    )
+    def test_a_callback_sees_every_epoch_and_may_stop(self, make: Any) -> None:
+        x, y = vectors()
+        seen: list[tuple[int, int, int]] = []
+
+        def watch(epoch: int, ensemble: Any, history: effens.History) -> bool:
+            seen.append((epoch, history.steps, len(history.losses)))
+            if ensemble.streams > 1:
+                assert effens.predict(ensemble, x).shape == (3, 22, 3)
+                assert ensemble.training
+            return epoch == 4
+
+        ensemble = make(mlp, 3)
+        history = effens.fit(ensemble, (x, y), epochs=9, batch_size=11, device="cpu", callback=watch)
+        assert seen == [(epoch, 2 * epoch + 2, 2 * epoch + 2) for epoch in range(5)]
+        assert history.steps == 10
+        assert not ensemble.training
+        assert bool(effens.predict(ensemble, x).isfinite().all())
+
+    def test_a_callback_that_only_looks_changes_nothing(self) -> None:
+        answers = []
+        for callback in (None, lambda *_: None):
+            torch.manual_seed(0)
+            ensemble = effens.DeepEnsemble(mlp, 2)
+            effens.fit(ensemble, vectors(), epochs=3, device="cpu", callback=callback)
+            answers.append(ensemble(vectors()[0]))
+        assert torch.equal(*answers)
+
+    def test_a_run_that_was_stopped_is_finished(self, tmp_path: Any) -> None:
+        x, y = vectors()
+        options: dict[str, Any] = {"epochs": 9, "device": "cpu", "checkpoint": tmp_path / "run.safetensors"}
+        answers = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            ensemble = effens.SnapshotEnsemble(mlp, 3)
+            history = effens.fit(ensemble, (x, y), callback=lambda epoch, *_: epoch == 3, **options)
+            assert history.steps == 4
+            answers.append(ensemble(x))
+        assert torch.equal(*answers)
+        assert len(answers[0]) == 1
+
+    @pytest.mark.parametrize("kind", ["tensors", "dataset", "loader"])
+    @pytest.mark.parametrize(
+        "make", [effens.DeepEnsemble, effens.SnapshotEnsemble, effens.SWAG, effens.MIMO, effens.BatchEnsemble]
+    )
+    def test_a_last_batch_of_one_is_named_before_training(self, make: Any, kind: str) -> None:
+        def batch_normed() -> nn.Module:
+            return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).double()
+
+        x, y = vectors(17)
+        data: Any = {"tensors": (x, y), "dataset": TensorDataset(x, y)}.get(kind)
+        ensemble = make(batch_normed, 2)
+        before = copy.deepcopy(ensemble.state_dict())
+        data = DataLoader(TensorDataset(x, y), 8) if data is None else data
+        if make is effens.BatchEnsemble:  # whose rows are two
+            effens.fit(ensemble, data, epochs=1, batch_size=8, device="cpu")
+            return
+        with pytest.raises(ValueError, match="got a last batch of one: choose another batch_size, or drop_last=True"):
+            effens.fit(ensemble, data, epochs=1, batch_size=8, device="cpu")
+        assert all(torch.equal(tensor, before[name]) for name, tensor in ensemble.state_dict().items())
+        if kind == "loader":
+            effens.fit(ensemble, DataLoader(TensorDataset(x, y), 8, drop_last=True), epochs=1, device="cpu")
+
+    def test_a_last_batch_of_one_image_is_trained(self) -> None:
+        x, y = images(17)
+        effens.fit(effens.DeepEnsemble(normed, 2), (x, y), epochs=1, batch_size=8, device="cpu")
+
+    def test_swag_asks_for_sgd(self) -> None:
+        with pytest.warns(
+            UserWarning, match="SWAG reads the noise of plain SGD: pass optimizer=torch.optim.SGD .*AdamW"
+        ):
+            effens.fit(effens.SWAG(mlp, 2), vectors(), epochs=1, device="cpu")

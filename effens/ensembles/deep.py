@@ -68,15 +68,15 @@ class DeepEnsemble(RowEnsemble):
     def of(cls, networks: Iterable[nn.Module], *, trunk: nn.Module | None = None) -> Ensemble:
         """Put any networks or ensembles side by side, as an equal mixture of all their members.
 
-        Plain networks may differ from each other, and can be trained further. Ensembles (of SWAGs, say: MultiSWAG) are
-        trained before they are put together.
+        Plain networks may differ from each other, and can be trained further, if none is given twice. Ensembles (of
+        SWAGs, say: MultiSWAG) are trained before they are put together.
 
         Args:
             networks: plain networks, or ensembles.
             trunk: of plain networks, one that all share: see `Ensemble`.
 
         Raises:
-            ValueError: there are none, one is given twice, or plain networks are mixed with ensembles.
+            ValueError: there are none, or plain networks are mixed with ensembles.
             TypeError: there is anything else among them.
         """
         networks = list(networks)
@@ -84,8 +84,6 @@ class DeepEnsemble(RowEnsemble):
             raise ValueError("networks must hold at least one network, got none")
         if strange := [network for network in networks if not isinstance(network, nn.Module)]:
             raise TypeError(f"networks must be nn.Modules, got {type(strange[0]).__name__}")
-        if len(set(networks)) < len(networks):
-            raise ValueError("networks must be different objects, got the same network twice")
         ensembles = [network for network in networks if isinstance(network, Ensemble)]
         if len(ensembles) == len(networks):
             return Mixture(ensembles)
@@ -96,6 +94,12 @@ class DeepEnsemble(RowEnsemble):
         ensemble = cls.__new__(cls)
         RowEnsemble.__init__(ensemble, LoopedLayer(networks), len(networks), trunk=trunk)
         return ensemble
+
+    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Return the optimizer's one group; raise `ValueError` if a network is there twice."""
+        if isinstance(self.network, LoopedLayer) and len({*self.network.layers}) < self.members:
+            raise ValueError("networks must be different objects where they are trained, got the same network twice")
+        return super().parameter_groups(lr, weight_decay)
 
     def gradients(self) -> list[list[Tensor]]:
         """Return each member's gradients, which are clipped by themselves, and the trunk's."""

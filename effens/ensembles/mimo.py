@@ -49,7 +49,8 @@ class MIMO(RowEnsemble):
     Args:
         make_net: () -> nn.Module, a fresh network.
         members: how many inputs and answers.
-        share: fraction of the examples of a step that is the same in every slot: 0 independent, 1 identical.
+        share: fraction of the examples of a step that is the same in every slot: 0 independent, as in the paper, 1
+            identical. Small networks want half or more.
         repeats: how many times each example of a batch is seen in a step.
         first: name of the layer to widen on its input; found by default.
         last: name of the layer to widen on its output; found by default.
@@ -72,7 +73,7 @@ class MIMO(RowEnsemble):
         self,
         make_net: MakeNet,
         members: int = 3,
-        share: float = 0.0,
+        share: float = 0.5,
         repeats: int = 1,
         *,
         first: str | None = None,
