@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import effens
+import effens_book.nets
 from effens import BatchEnsemble, BatchEnsembleConv2d, BatchEnsembleLinear
 from effens.ensembles.batch import RankOneLayer
 
@@ -610,3 +611,65 @@ def test_a_network_that_another_ensemble_has_taken_is_refused(method: Any) -> No
     method(lambda: network, 2)
     with pytest.raises(ValueError, match="must return a fresh network, got one that is another ensemble's already"):
         method(lambda: network, 3)
+
+
+class TestTrainedWeights:
+    """Starts that keep what a network has learned."""
+
+    def test_a_small_spread_keeps_the_accuracy_and_lets_members_part(self) -> None:
+        x = torch.randn(600, 4, generator=generator(), dtype=torch.float64)
+        y = (x[:, :3] + x[:, 1:].roll(1, 1)).argmax(1)
+        torch.manual_seed(0)
+        known = effens_book.nets.mlp(4, 3, width=64).double()
+        options: dict[str, Any] = {"epochs": 20, "lr": 1e-2, "device": "cpu"}
+        effens.fit(effens.DeepEnsemble.of([known]), (x, y), **options)
+        accuracy = float((known(x).argmax(1) == y).double().mean())
+        assert accuracy > 0.95
+        ensemble = BatchEnsemble(lambda: copy.deepcopy(known), 4, init=0.1)
+        probs = effens.predict(ensemble, x)
+        assert float(effens.accuracy(probs, y)) > accuracy - 0.01
+        assert min(float(effens.accuracy(member[None], y)) for member in probs) > accuracy - 0.05
+        assert float(probs.std(0).max()) > 1e-3
+        effens.fit(ensemble, (x, y), **options)
+        assert float(effens.accuracy(effens.predict(ensemble, x), y)) > accuracy - 0.01
+        signs = BatchEnsemble(lambda: copy.deepcopy(known), 4)
+        assert float(effens.accuracy(effens.predict(signs, x), y)) < accuracy - 0.1
+
+    def test_numbers_are_the_spread_around_one(self) -> None:
+        torch.manual_seed(0)
+        layer = BatchEnsembleLinear(300, 300, 40, init=0.2)
+        for factors in (layer.r, layer.s):
+            assert float(factors.detach().mean()) == pytest.approx(1, abs=0.01)
+            assert float(factors.detach().std()) == pytest.approx(0.2, rel=0.03)
+
+
+def test_norms_of_each_member_s_own() -> None:
+    def network() -> nn.Module:
+        layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(144, 5)]
+        return nn.Sequential(*layers, nn.LayerNorm(5), nn.Linear(5, 3)).double()
+
+    torch.manual_seed(0)
+    ensemble, (x, y) = BatchEnsemble(network, MEMBERS, norms="own"), images()
+    effens.fit(ensemble, (x, y), epochs=3, device="cpu")
+    members = [ensemble.member(m) for m in range(MEMBERS)]
+    for name in ("1.weight", "1.running_mean", "2.bias", "5.weight"):
+        values = [member.state_dict()[name] for member in members]
+        assert not torch.equal(values[0], values[1])
+    for m, member in enumerate(members):
+        assert relative(ensemble(x)[m], member(x)) < 1e-12
+    with pytest.raises(ValueError, match="norms must be 'shared' or 'own', got 'none'"):
+        BatchEnsemble(network, MEMBERS, norms="none")
+
+
+def test_a_refusal_names_all_layers_at_once() -> None:
+    def network() -> nn.Module:
+        return nn.Sequential(nn.GRU(4, 4), nn.Linear(4, 4), nn.LSTM(4, 3))
+
+    with pytest.raises(ValueError, match=r"'0', GRU.*; '2', LSTM.*: leave it shared with skip=\('0', '2'\)"):
+        BatchEnsemble(network, 2)
+
+
+def test_what_stays_shared_is_in_its_description() -> None:
+    ensemble = BatchEnsemble(lambda: nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 3, bias=False)), 2, skip="0")
+    assert "left shared=" in repr(ensemble)
+    assert "left shared" not in repr(BatchEnsemble(mlp, 2))

@@ -3,7 +3,10 @@
 import contextlib
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from docutils import nodes
 from docutils.utils import new_document
 from PIL import Image
 from pybtex.database import Entry, parse_file
+from safetensors.torch import load_file
 
 import effens
 from effens_book import pages, theme
@@ -52,6 +56,43 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page: Path, registries_as_th
             with contextlib.redirect_stdout(output):
                 exec(compile(code, str(page), "exec"), names)
             assert output.getvalue() == printed, code
+
+
+RANK = r"""
+import re, sys, torch
+rank, world, page, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+torch.set_num_threads(1)
+wanted = ("x, x_new =", "def make_net", "def train_in_processes")
+blocks = re.findall(r"```python\n(.*?)```", open(page, encoding="utf-8").read(), re.S)
+names = {}
+exec("import effens", names)
+for block in blocks:
+    if any(each in block for each in wanted):
+        exec(block, names)
+for method in ("DeepEnsemble", "BatchEnsemble"):
+    make = lambda: getattr(names["effens"], method)(names["make_net"], members=3)
+    ensemble = names["train_in_processes"](rank, world, f"{folder}/{method}-{world}", make)
+    if rank == 0:
+        names["effens"].save(ensemble, f"{folder}/{method}-{world}.safetensors")
+"""
+
+
+def test_the_recipe_for_several_processes_trains_as_one_does(tmp_path: Path) -> None:
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(world), str(ROOT / "chapters/your_loop.md"), str(tmp_path)],
+            env=environment,
+        )
+        for world in (1, 2)
+        for rank in range(world)
+    ]
+    assert [process.wait(120) for process in started] == [0, 0, 0]
+    for method in ("DeepEnsemble", "BatchEnsemble"):
+        one, two = (load_file(tmp_path / f"{method}-{world}.safetensors") for world in (1, 2))
+        assert one.keys() == two.keys()
+        for name, tensor in one.items():
+            torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_the_pages_with_code_are_these() -> None:

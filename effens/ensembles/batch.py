@@ -136,8 +136,12 @@ class BatchEnsemble(RowEnsemble):
         return ensemble, weights
 
     def extra_repr(self) -> str:
-        """Show the settings."""
-        return f"members={self.members}, split={self.split}, fast_lr={self.fast_lr}"
+        """Show the settings, and how much of the weights all members share unchanged."""
+        own = {p for layer in self.network.modules() if isinstance(layer, MemberLayer) for p in layer.parameters()}
+        total = sum(p.numel() for p in self.network.parameters())
+        left = sum(p.numel() for p in self.network.parameters() if p not in own) / total
+        shared = f", left shared={left:.0%} of the weights" if left else ""
+        return f"members={self.members}, split={self.split}, fast_lr={self.fast_lr}{shared}"
 
     def reduce(self, losses: Tensor) -> Tensor:
         """Reduce losses ``(members, batch)`` to their mean over both.
