@@ -625,10 +625,10 @@ class TestTrainedWeights:
         effens.fit(effens.DeepEnsemble.of([known]), (x, y), **options)
         accuracy = float((known(x).argmax(1) == y).double().mean())
         assert accuracy > 0.95
-        ensemble = BatchEnsemble(lambda: copy.deepcopy(known), 4, init=0.1)
+        ensemble = BatchEnsemble(lambda: copy.deepcopy(known), 4, init=0.05)
         probs = effens.predict(ensemble, x)
         assert float(effens.accuracy(probs, y)) > accuracy - 0.01
-        assert min(float(effens.accuracy(member[None], y)) for member in probs) > accuracy - 0.05
+        assert min(float(effens.accuracy(member[None], y)) for member in probs) > accuracy - 0.03
         assert float(probs.std(0).max()) > 1e-3
         effens.fit(ensemble, (x, y), **options)
         assert float(effens.accuracy(effens.predict(ensemble, x), y)) > accuracy - 0.01

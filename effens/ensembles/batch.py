@@ -50,7 +50,7 @@ class BatchEnsemble(RowEnsemble):
     has weights to train, but for normalization and what ``skip`` names. Rows must be the first axis and layers called
     through their `forward`: the first call compares the ensemble with its members.
 
-    Around a network that is trained already, ``init=0.1`` keeps what it knows and lets the members part; ``"signs"``
+    Around a network that is trained already, ``init=0.05`` keeps what it knows and lets the members part; ``"signs"``
     would undo it.
 
     Args:
