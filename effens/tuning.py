@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,6 @@ from effens.checkpoint import fixed_seed
 from effens.ensembles.base import call_make_net, check_positive
 from effens.ensembles.deep import DeepEnsemble
 from effens.identity import describe, digest
-from effens.joint import Lenient, OwnOrders, PerMember
 from effens.likelihoods import Categorical
 from effens.scores import exact
 from effens.storage import load, save
@@ -31,12 +30,9 @@ if TYPE_CHECKING:
 
 Settings = Mapping[str, float]
 Space = Mapping[str, tuple[float, float]]
-Pair = tuple[Settings, int]  # and the seed of start and shuffles
 SPACE: Space = {"lr": (3e-4, 3e-2), "weight_decay": (1e-4, 1.0), "dropout": (0.0, 0.5), "width": (16, 256)}
 OF_FIT = ("lr", "weight_decay")  # settings that `effens.fit` gets; all others are `make_net`'s
-DEFAULTS = (("lr", 1e-3), ("weight_decay", 0.0))  # of `effens.fit`
 FAILURES = (FloatingPointError, torch.OutOfMemoryError)  # what a poor choice of settings can raise
-TOGETHER = 64  # networks that are trained as one batched computation, at most
 
 
 @dataclass(frozen=True)
@@ -87,7 +83,6 @@ def search(
     space: Space = SPACE,
     trials: int = 20,
     sampler: str = "random",
-    batched: bool = False,
     storage: "str | optuna.storages.BaseStorage | None" = None,
     name: str = "search",
     folder: str | os.PathLike[str] | None = None,
@@ -102,14 +97,6 @@ def search(
     same storage and folder; a trial that was cut off is lost, save that of the default settings, which is tried again
     at the end. Several processes, on any machines that share the two, share the trials.
 
-    With ``batched``, up to 64 trials are drawn at once, and those that agree in all but rate and decay are trained as
-    one `DeepEnsemble`. Each network is the one that it would be alone, to rounding, save where dropout, or a loader
-    that shuffles, draws for all of them. It pays for small networks, whose steps are mostly overhead: on one thread 16
-    multilayer perceptrons took a fifth of the time at width 32 and two thirds at width 256, and convolutional networks
-    of 32 channels as long as one by one. And it pays in a space of rate and decay, or with few other settings:
-    widths drawn from 16 ... 256 hardly ever agree. A group that is cut off is lost as a whole, and a process that joins
-    draws as many trials as are not finished yet, up to 64.
-
     Args:
         make_net: (width=..., dropout=...) -> nn.Module: gets all settings but ``lr`` and ``weight_decay``.
         data: to train on, as of `effens.fit`.
@@ -118,7 +105,6 @@ def search(
         space: name to (lowest, highest): integers where both are; on a log scale where the lowest is above 0.
         trials: how many in all, those that a storage already holds and those that fail included.
         sampler: ``"random"``, as in the paper, or ``"tpe"``, which looks where trials were good.
-        batched: whether to train trials together; with ``"random"`` only, for ``"tpe"`` waits for each.
         storage: any Optuna storage, or its address, ``"sqlite:///search.db"`` say; by default the study is in memory.
         name: of the study in the storage.
         folder: where the weights are kept, a file for each trial; a storage needs one.
@@ -132,8 +118,7 @@ def search(
     Raises:
         ImportError: Optuna is not installed.
         ValueError: ``default`` is outside the space, a storage has no folder, it holds another search by this name
-            (of other data, say, or options; ``make_net``, ``trials``, ``batched`` and ``device`` may differ);
-            or ``batched`` with ``"tpe"``, with an optimizer other than AdamW or SGD, with networks that share weights.
+            (of other data, say, or options; ``make_net``, ``trials`` and ``device`` may differ).
         FloatingPointError: every trial failed.
 
     Example:
@@ -153,8 +138,6 @@ def search(
     default = check_default(default, space)
     if storage is not None and folder is None:
         raise ValueError("a storage needs a folder that keeps the weights, got folder=None")
-    if batched and sampler == "tpe":
-        raise ValueError("sampler must be 'random' for a batched search, got 'tpe', which waits for each trial")
     facts = {"default": default, "space": space, "sampler": sampler, "seed": seed}
     if storage is not None:
         facts |= {"data": digest(data), "validation": digest(validation)}
@@ -165,28 +148,22 @@ def search(
     with tqdm(total=trials, desc="search", unit="trial", delay=2, leave=False, disable=not progress) as shown:
         while (done := sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))) < trials:
             shown.update(done - shown.n)
-            size = min(trials - done, TOGETHER) if batched else 1
-            if done + size == trials and default_was_lost(study, default, space):
+            if done + 1 == trials and default_was_lost(study, default, space):
                 study.enqueue_trial(default)
-            asked: list[optuna.Trial] = []
-            pairs: list[Pair] = []
-            for _ in range(size):
-                asked.append(study.ask())
-                sampling, starting = seeds_of(seed, asked[-1].number)
-                study.sampler = make_sampler(sampler, sampling)
-                pairs.append(({**default, **suggest(asked[-1], space)}, starting))
-            for i, training in recipe.train_all(pairs, batched):
-                trial = asked[i]
-                ended[trial.number] = training
-                trial.set_user_attr("seconds", training.seconds)
-                if training.network is None:
-                    trial.set_user_attr("error", training.error)
-                    study.tell(trial, state=TrialState.FAIL)
-                    continue
-                if folder is not None:  # before the trial counts as done
-                    Path(folder).mkdir(parents=True, exist_ok=True)
-                    save(training.network, weights_file(folder, name, trial.number))
-                study.tell(trial, training.loss)
+            trial = study.ask()
+            sampling, starting = seeds_of(seed, trial.number)
+            study.sampler = make_sampler(sampler, sampling)
+            training = recipe.train({**default, **suggest(trial, space)}, starting)
+            ended[trial.number] = training
+            trial.set_user_attr("seconds", training.seconds)
+            if training.network is None:
+                trial.set_user_attr("error", training.error)
+                study.tell(trial, state=TrialState.FAIL)
+                continue
+            if folder is not None:  # before the trial counts as done
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                save(training.network, weights_file(folder, name, trial.number))
+            study.tell(trial, training.loss)
     for kept in study.get_trials(states=(TrialState.COMPLETE, TrialState.FAIL)):
         if kept.number in ended:
             continue
@@ -206,7 +183,6 @@ def stratify(
     settings: Iterable[Settings],
     *,
     seeds: Iterable[int],
-    batched: bool = False,
     progress: bool = True,
     **options: Any,
 ) -> Candidates:
@@ -218,7 +194,6 @@ def stratify(
         validation: (x, y), to select with.
         settings: those that `greedy_select` chose, say.
         seeds: of starts and shuffles; each of the settings gets all of them.
-        batched: whether to train together what agrees in all but rate and decay, as `search` can, all seeds at once.
         progress: whether to show a progress bar when it takes longer than two seconds.
         options: of `effens.fit`: ``epochs``, ``batch_size``, ``optimizer``, ``likelihood``, ``device``.
 
@@ -242,10 +217,8 @@ def stratify(
     if not pairs:
         raise ValueError(f"there must be settings and seeds, got {len(seeds)} seeds and nothing to train")
     recipe = Recipe(make_net, data, validation, options)
-    runs = recipe.train_all(pairs, batched)
-    with tqdm(runs, "stratify", len(pairs), unit="training", delay=2, leave=False, disable=not progress) as shown:
-        ended = dict(shown)
-    return recipe.candidates([ended[i] for i in range(len(pairs))])
+    with tqdm(pairs, "stratify", unit="training", delay=2, leave=False, disable=not progress) as shown:
+        return recipe.candidates([recipe.train(*pair) for pair in shown])
 
 
 @dataclass(frozen=True)
@@ -256,7 +229,7 @@ class Training:
         settings: of the training.
         network: in eval mode; None if it diverged, or did not fit into memory.
         error: what went wrong.
-        seconds: its time; of networks that were trained together, each one's share.
+        seconds: its time.
         loss: validation NLL in nats.
     """
 
@@ -276,22 +249,8 @@ class Recipe:
     validation: tuple[Tensor, Tensor]
     options: dict[str, Any]
 
-    def train_all(self, pairs: Sequence[Pair], batched: bool) -> Iterator[tuple[int, Training]]:
-        """Train each of the settings from its seed; give each place in ``pairs`` and its training when it ended."""
-        groups: dict[Any, list[int]] = {}
-        for i, (settings, _) in enumerate(pairs):
-            alike = tuple(sorted((key, value) for key, value in settings.items() if key not in OF_FIT))
-            groups.setdefault(alike if batched else i, []).append(i)
-        for group in groups.values():
-            for start in range(0, len(group), TOGETHER):
-                part = group[start : start + TOGETHER]
-                chosen = [pairs[i] for i in part]
-                together = self.train_together(chosen) if len(part) > 1 else None
-                yield from zip(part, together or map(self.train, chosen), strict=True)
-
-    def train(self, pair: Pair) -> Training:
+    def train(self, settings: Settings, seed: int) -> Training:
         """Train one network."""
-        settings, seed = pair
         own: dict[str, Any] = {key: settings[key] for key in OF_FIT if key in settings}
         began = time.perf_counter()
         try:
@@ -301,36 +260,6 @@ class Recipe:
         except FAILURES as error:
             return Training(settings, None, str(error), time.perf_counter() - began)
         return Training(settings, network, "", time.perf_counter() - began, loss)
-
-    def train_together(self, pairs: Sequence[Pair]) -> list[Training] | None:
-        """Train networks as one batched computation; return None where they are to be trained one by one after all.
-
-        Their settings differ in nothing but learning rate and decay. One that diverges leaves the others as they are.
-        Where memory does not suffice for all of them, it may for each.
-        """
-        began, options = time.perf_counter(), self.options
-        lrs, decays = ([settings.get(key, options.get(key, usual)) for settings, _ in pairs] for key, usual in DEFAULTS)
-        rule = options.get("optimizer", torch.optim.AdamW)
-        likelihood = Lenient(options.get("likelihood") or Categorical())
-        try:
-            networks = [build(self.make_net, settings, seed, options) for settings, seed in pairs]
-            ensemble = OwnOrders(networks, [seed for _, seed in pairs])
-            how = {**options, "likelihood": likelihood, "lr": 1.0, "weight_decay": 0.0}
-            how["optimizer"] = lambda groups, **_: PerMember(ensemble, rule, lrs, decays)
-            fit(ensemble, self.data, seed=pairs[0][1], progress=False, **how)
-        except FAILURES:
-            return None
-        share = (time.perf_counter() - began) / len(pairs)
-        ended: list[Training] = []
-        for m, ((settings, _), diverged) in enumerate(zip(pairs, likelihood.diverged.tolist(), strict=True)):
-            try:
-                if diverged:
-                    raise FloatingPointError("losses must be finite, got one that is not: lower the learning rate")
-                network = ensemble.member(m)
-                ended.append(Training(settings, network, "", share, self.validation_loss(network)))
-            except FAILURES as error:
-                ended.append(Training(settings, None, str(error), share))
-        return ended
 
     def validation_loss(self, network: nn.Module) -> float:
         """Return a network's validation loss, or raise `FloatingPointError` if what it answers is not finite."""

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 import effens
 import effens_book.nets
-from effens.joint import PerMember
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -145,10 +144,3 @@ def relative(a: Tensor, b: Tensor) -> float:
     """The largest difference, as a fraction of the largest number."""
     assert a.shape == b.shape, f"{tuple(a.shape)} against {tuple(b.shape)}"
     return float((a - b).detach().abs().max() / b.detach().abs().max().clamp_min(1e-300))
-
-
-def fit_own(ensemble: Any, data: Any, lrs: Any, decays: Any, **options: Any) -> Any:
-    """Train members each with a learning rate and a decay of its own, as a search does."""
-    rule = options.pop("optimizer", torch.optim.AdamW)
-    make: Any = lambda groups, **_: PerMember(ensemble, rule, lrs, decays)  # noqa: E731
-    return effens.fit(ensemble, data, lr=1.0, weight_decay=0.0, optimizer=make, **options)

@@ -471,14 +471,14 @@ def searched(
 
     With a place, the first training waits until another process is in its first, too.
     """
-    trained: list[tuning.Pair] = []
+    trained: list[int] = []
     train = tuning.Recipe.train
 
-    def counted(recipe: tuning.Recipe, pair: tuning.Pair) -> tuning.Training:
+    def counted(recipe: tuning.Recipe, settings: tuning.Settings, seed: int) -> tuning.Training:
         if place is not None and not trained:
             meet(place)
-        trained.append(pair)
-        return train(recipe, pair)
+        trained.append(seed)
+        return train(recipe, settings, seed)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuning.Recipe, "train", counted)

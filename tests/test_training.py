@@ -12,20 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scenarios import (
-    cnn,
-    fit_own,
-    generator,
-    images,
-    indices,
-    mlp,
-    normed,
-    plain_loop,
-    relative,
-    remembered,
-    residual,
-    vectors,
-)
+from scenarios import generator, images, indices, mlp, normed, plain_loop, relative, remembered, residual, vectors
 from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -228,96 +215,6 @@ class TestLoop:
         assert "step" in capfd.readouterr().err
 
 
-OPTIMIZERS = {
-    "AdamW": torch.optim.AdamW,
-    "AdamW, betas": partial(torch.optim.AdamW, betas=(0.5, 0.9), amsgrad=True),
-    "SGD": torch.optim.SGD,
-    "momentum": partial(torch.optim.SGD, momentum=0.9),
-    "nesterov": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
-}
-RATES, DECAYS = [0.03, 1e-5, 0.1], [0.0, 3.0, 0.5]
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=list(OPTIMIZERS))
-class TestRatesOfTheMembersOwn:
-    @pytest.mark.parametrize(
-        ("make_net", "data"),
-        [(mlp, vectors), (cnn, images), (residual, vectors), (normed, images)],
-        ids=["linear", "convolutions", "own forward", "batch norm"],
-    )
-    def test_equal_training_one_by_one(self, optimizer: Any, make_net: Any, data: Any) -> None:
-        make, plain = remembered(make_net, 3)
-        ensemble, (x, y) = effens.DeepEnsemble(make, 3), data(22)
-        options: dict[str, Any] = {"epochs": 15, "batch_size": 8, "optimizer": optimizer, "device": "cpu"}
-        fit_own(ensemble, (x, y), RATES, DECAYS, **options)
-        steps = indices(ensemble, 22, 8, 15)
-        assert len(steps) == 45
-        for m, network in enumerate(plain):
-            batches = [index[m] for index in steps]
-            plain_loop(network, x, y, batches, lr=RATES[m], weight_decay=DECAYS[m], optimizer=optimizer)
-            assert relative(ensemble.member(m)(x), network(x)) < 1e-10
-
-    def test_equal_it_in_single_precision(self, optimizer: Any) -> None:
-        make, plain = remembered(lambda: mlp().float(), 3)
-        ensemble, (x, y) = effens.DeepEnsemble(make, 3), vectors(22)
-        x = x.float()
-        options: dict[str, Any] = {"epochs": 15, "batch_size": 8, "optimizer": optimizer, "device": "cpu"}
-        fit_own(ensemble, (x, y), RATES, DECAYS, **options)
-        for m, network in enumerate(plain):
-            batches = [index[m] for index in indices(ensemble, 22, 8, 15)]
-            plain_loop(network, x, y, batches, lr=RATES[m], weight_decay=DECAYS[m], optimizer=optimizer)
-            assert relative(ensemble.member(m)(x), network(x)) < 1e-4
-
-    def test_equal_one_for_all_where_they_are_equal(self, optimizer: Any) -> None:
-        x, y = vectors(22)
-        options: dict[str, Any] = {"epochs": 5, "batch_size": 8, "optimizer": optimizer, "device": "cpu"}
-        one, each = (effens.DeepEnsemble(remembered(mlp, 3)[0], 3) for _ in "12")
-        effens.fit(one, (x, y), lr=0.02, weight_decay=0.3, **options)
-        fit_own(each, (x, y), [0.02] * 3, [0.3] * 3, **options)
-        assert relative(each(x), one(x)) < 1e-12
-
-    def test_networks_that_differ(self, optimizer: Any) -> None:
-        """Of `DeepEnsemble.of`, with one weight frozen, one without a gradient, and weights tied within a network."""
-
-        class Tied(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.first = nn.Linear(4, 4).double()
-                self.second = nn.Linear(4, 4).double()
-                self.second.weight = self.first.weight
-                self.idle = nn.Linear(2, 2)
-
-            def forward(self, x: Tensor) -> Tensor:
-                answer: Tensor = self.second(self.first(x).tanh())[:, :3]
-                return answer
-
-        torch.manual_seed(0)
-        networks = [Tied(), mlp(), residual()]
-        next(networks[1].parameters()).requires_grad_(False)
-        plain, (x, y) = copy.deepcopy(networks), vectors(22)
-        ensemble = effens.DeepEnsemble.of(networks)
-        options: dict[str, Any] = {"epochs": 5, "batch_size": 8, "optimizer": optimizer, "device": "cpu"}
-        fit_own(ensemble, (x, y), RATES, DECAYS, **options)
-        for m, network in enumerate(plain):
-            batches = [index[m] for index in indices(ensemble, 22, 8, 5)]
-            plain_loop(network, x, y, batches, lr=RATES[m], weight_decay=DECAYS[m], optimizer=optimizer)
-            for p, q in zip(networks[m].parameters(), network.parameters(), strict=True):
-                assert relative(p, q) < 1e-10
-
-
-@pytest.mark.parametrize("rule", [torch.optim.AdamW, torch.optim.SGD])
-def test_weights_decay_also_where_a_loss_is_maximized(rule: Any) -> None:
-    optimizer = partial(rule, maximize=True)
-    make, plain = remembered(mlp, 3)
-    ensemble, (x, y) = effens.DeepEnsemble(make, 3), vectors(22)
-    options: dict[str, Any] = {"epochs": 3, "batch_size": 8, "optimizer": optimizer, "device": "cpu"}
-    fit_own(ensemble, (x, y), RATES, DECAYS, **options)
-    for m, network in enumerate(plain):
-        batches = [index[m] for index in indices(ensemble, 22, 8, 3)]
-        plain_loop(network, x, y, batches, lr=RATES[m], weight_decay=DECAYS[m], optimizer=optimizer)
-        assert relative(ensemble.member(m)(x), network(x)) < 1e-10
-
-
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_it_trains_also_where_gradients_are_off(mode: Any) -> None:
     x, y = vectors()
@@ -518,36 +415,6 @@ class TestMistakes:
 
         with pytest.raises(FloatingPointError, match=rf"got \[inf, inf\] at step {bad}"):
             effens.fit(effens.DeepEnsemble(mlp, 2), vectors(), batch_size=8, likelihood=Broken(), device="cpu")
-
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            ({"lrs": [0.1]}, "lr must hold one value for each of 2 members, got 1"),
-            ({"lrs": []}, "lr must hold one value for each of 2 members, got 0"),
-            ({"decays": (0.1, 0.1, 0.1)}, "weight_decay must hold one value for each of 2 members, got 3"),
-            ({"lrs": [0.1, 0.0]}, "lr must be > 0 and finite, got 0.0"),
-            ({"lrs": [-0.1, 0.1]}, "lr must be > 0 and finite, got -0.1"),
-            ({"lrs": [0.1, math.nan]}, "lr must be > 0 and finite, got nan"),
-            ({"decays": [0.0, -0.1]}, "weight_decay must be >= 0 and finite, got -0.1"),
-            ({"decays": [0.0, math.inf]}, "weight_decay must be >= 0 and finite, got inf"),
-            ({"optimizer": torch.optim.Adam}, "optimizer must be AdamW or SGD .*, got Adam$"),
-            ({"optimizer": partial(torch.optim.RMSprop, alpha=0.9)}, "optimizer must be AdamW or SGD .*, got RMSprop"),
-            ({"optimizer": lambda p, **options: torch.optim.SGD(p, **options)}, "got <lambda>"),
-        ],
-    )
-    def test_rates_of_the_members_own(self, options: dict[str, Any], message: str) -> None:
-        ensemble = effens.DeepEnsemble(mlp, 2)
-        before = copy.deepcopy(ensemble.state_dict())
-        with pytest.raises(ValueError, match=message):
-            fit_own(ensemble, vectors(), device="cpu", **{"lrs": [0.1, 0.1], "decays": [0.0, 0.0], **options})
-        assert all(torch.equal(tensor, before[name]) for name, tensor in ensemble.state_dict().items())
-
-    def test_rates_of_networks_that_share_weights(self) -> None:
-        network, other = mlp(), mlp()
-        other.load_state_dict(network.state_dict())
-        other.get_submodule("0").weight = network.get_submodule("0").weight
-        with pytest.raises(ValueError, match="members with rates or decays of their own must share no weights"):
-            fit_own(effens.DeepEnsemble.of([network, other]), vectors(), [0.1, 0.2], [0.0, 0.0], device="cpu")
 
     def test_a_plain_network(self) -> None:
         network: Any = mlp()

@@ -10,14 +10,14 @@ from typing import Any
 import optuna
 import pytest
 import torch
-from scenarios import cnn, images, mlp, normed, relative, residual, vectors
+from scenarios import mlp, relative, vectors
 from sqlalchemy.exc import SQLAlchemyError
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 import effens
 import effens_book.nets
-from effens import joint, tuning
+from effens import tuning
 
 DEFAULT = {"lr": 1e-2, "weight_decay": 1e-2, "dropout": 0.0, "width": 8}
 SMALL: tuning.Space = {"lr": (1e-3, 3e-2), "weight_decay": (1e-4, 1.0), "dropout": (0.0, 0.5), "width": (4, 16)}
@@ -341,7 +341,6 @@ def test_stratify_marks_what_diverges() -> None:
     [
         ({"trials": 0}, "trials must be >= 1, got 0"),
         ({"sampler": "grid"}, "sampler must be 'random' or 'tpe', got 'grid'"),
-        ({"sampler": "tpe", "batched": True}, "sampler must be 'random' for a batched search, got 'tpe'"),
         ({"storage": "sqlite:///nowhere.db"}, "a storage needs a folder"),
         ({"default": {**DEFAULT, "lr": 1.0}}, "default must have lr in 0.001 ... 0.03, got 1.0"),
         ({"default": {**DEFAULT, "width": 8.5}}, "default must have an integer width in 4 ... 16, got 8.5"),
@@ -374,329 +373,44 @@ def test_search_takes_no_rate_beside_its_settings() -> None:
         make(lr=0.1)
 
 
-# ---- Candidates that are trained together. ----
+class Several(effens.Likelihood):
+    """Several labels at once, which are no classes that exclude each other."""
 
-TUNED: tuning.Space = {"lr": (1e-3, 3e-2), "weight_decay": (1e-4, 1.0)}
-MOMENTUM = partial(torch.optim.SGD, momentum=0.9)
+    def nll(self, outputs: Tensor, y: Tensor) -> Tensor:
+        losses = nn.functional.binary_cross_entropy_with_logits(outputs, y.expand_as(outputs), reduction="none")
+        return losses.sum(-1)
 
-
-def tuned(make: Any = mlp, data: Any = vectors, **changes: Any) -> effens.Candidates:
-    arguments = {"default": {"lr": 1e-2, "weight_decay": 1e-2}, "space": TUNED, "trials": 6, **OPTIONS, **changes}
-    validation = arguments.pop("validation", data(40, seed=2))
-    return effens.search(make, arguments.pop("train", data(60, seed=1)), validation, **arguments)
-
-
-def close(a: effens.Candidates, b: effens.Candidates) -> bool:
-    """Say whether these are the same networks, to rounding."""
-    same_weights = all(
-        relative(p, q) < 1e-9
-        for one, other in zip(a.networks, b.networks, strict=True)
-        for p, q in zip(one.state_dict().values(), other.state_dict().values(), strict=True)
-    )
-    return a.settings == b.settings and a.failed == b.failed and same_weights and relative(a.probs, b.probs) < 1e-9
+    def predict(self, outputs: Tensor) -> Tensor:
+        return outputs.sigmoid()
 
 
-@pytest.fixture
-def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many networks each call of fit trained."""
-    members: list[int] = []
-
-    def counted(ensemble: effens.Ensemble, *args: Any, **options: Any) -> effens.History:
-        members.append(ensemble.members)
-        return effens.fit(ensemble, *args, **options)
-
-    monkeypatch.setattr(tuning, "fit", counted)
-    return members
+def test_candidates_are_judged_by_the_likelihood_they_are_trained_with() -> None:
+    x, _ = vectors(60, seed=1)
+    y = (x[:, :3] > 0).double()
+    options: dict[str, Any] = {"default": {"lr": 1e-2}, "space": {"lr": (1e-3, 1e-1)}, "trials": 3, **OPTIONS}
+    found = effens.search(mlp, (x, y), (x, y), likelihood=Several(), **options)
+    for network, loss, probs in zip(found.networks, found.losses, found.probs, strict=True):
+        assert relative(loss, Several().nll(network(x), y).mean()) < 1e-6
+        assert relative(probs, network(x).sigmoid()) < 1e-12
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, MOMENTUM])
-@pytest.mark.parametrize(
-    ("make", "data"),
-    [(mlp, vectors), (cnn, images), (residual, vectors), (normed, images)],
-    ids=["linear", "convolutions", "own forward", "batch norm"],
-)
-def test_batched_is_one_by_one(make: Any, data: Any, optimizer: Any, together: list[int]) -> None:
-    alone = tuned(make, data, optimizer=optimizer)
-    assert together == [1] * 6
-    batched = tuned(make, data, optimizer=optimizer, batched=True)
-    assert together == [1] * 6 + [6]
-    assert close(batched, alone)
-    assert not torch.equal(batched.probs[0], batched.probs[1])
-    assert [type(network) for network in batched.networks] == [type(network) for network in alone.networks]
-    assert not any(module.training for network in batched.networks for module in network.modules())
-    assert relative(batched.losses, alone.losses) < 1e-9
-    assert batched.seconds > 0
+def test_missing_targets_are_not_judged() -> None:
+    x, y = vectors(60, seed=1)
+    holes = y.clone()
+    holes[::3] = -100
+    options: dict[str, Any] = {"default": {"lr": 1e-2}, "space": {"lr": (1e-3, 1e-1)}, "trials": 2, **OPTIONS}
+    found = effens.search(mlp, (x, holes), (x, holes), **options)
+    for network, loss in zip(found.networks, found.losses, strict=True):
+        assert relative(loss, nn.functional.cross_entropy(network(x), holes)) < 1e-6
 
 
-@pytest.mark.parametrize("kind", [TensorDataset, lambda x, y: DataLoader(TensorDataset(x, y), batch_size=25)])
-def test_batched_with_a_dataset_or_a_loader_is_one_by_one(kind: Any) -> None:
-    train = kind(*vectors(60, seed=1))
-    assert close(tuned(train=train, batched=True), tuned(train=train))
-
-
-def test_batched_regression_is_one_by_one() -> None:
-    def data(n: int, *, seed: int) -> tuple[Tensor, Tensor]:
-        x, _ = vectors(n, seed=seed)
-        return x, x.sum(1)
-
-    options: dict[str, Any] = {"data": data, "likelihood": effens.Gaussian()}
-    alone, batched = (
-        tuned(lambda: effens_book.nets.mlp(4, 2, width=8).double(), batched=b, **options) for b in (False, True)
-    )
-    assert alone.settings == batched.settings
-    assert relative(batched.probs.mean, alone.probs.mean) < 1e-9
-    assert relative(batched.probs.stddev, alone.probs.stddev) < 1e-9
-
-
-def test_batched_groups_what_agrees(together: list[int]) -> None:
-    space: tuning.Space = {**TUNED, "width": (7, 9), "dropout": (0.0, 0.0)}
-    default = {"lr": 1e-2, "weight_decay": 1e-2, "width": 8, "dropout": 0.0}
-    batched = searched(space=space, default=default, trials=10, batched=True)
-    widths = [each["width"] for each in batched.settings]
-    assert together == [widths.count(width) for width in dict.fromkeys(widths)]
-    assert len(together) == 3
-    assert close(batched, searched(space=space, default=default, trials=10))
-
-
-def test_batched_trains_alone_what_agrees_with_nothing(together: list[int]) -> None:
-    assert same(searched(batched=True), found())  # a dropout of its own for each: even what dropout drew is the same
-    assert together == [1] * 6
-
-
-def test_batched_with_dropout(together: list[int]) -> None:
-    options: dict[str, Any] = {"space": TUNED, "default": {**DEFAULT, "dropout": 0.5}, "batched": True}
-    batched = searched(**options)
-    assert together == [6]
-    assert same(batched, searched(**options))
-    assert {layer.p for layer in batched.networks[3].modules() if isinstance(layer, nn.Dropout)} == {0.5}
-
-
-def test_batched_takes_so_many_at_a_time(together: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "TOGETHER", 4)
-    batched = tuned(trials=11, batched=True)
-    assert together == [4, 4, 3]
-    assert close(batched, tuned(trials=11))
-
-
-def test_batched_leaves_the_random_state() -> None:
-    torch.manual_seed(0)
-    state = torch.get_rng_state()
-    tuned(batched=True)
-    assert torch.equal(state, torch.get_rng_state())
-
-
-def big_images(n: int, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Images so large that members run one after the other."""
-    x, y = images(n, seed=seed)
-    return nn.functional.interpolate(x, scale_factor=4.0), y
-
-
-def striding(width: int) -> Any:
-    """A network that convolves with strides, of any width: grouped convolutions take paths of their own."""
-    first, second = nn.Conv2d(1, width, 3, stride=2), nn.Conv2d(width, width, 3, stride=2, padding=1, groups=width)
-    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.LazyLinear(3))
-
-
-def strided(width: int, dtype: torch.dtype = torch.float64) -> nn.Module:
-    network = striding(width)
-    network(torch.zeros(1, 1, 8, 8))
-    made: nn.Module = network.to(dtype)
-    return made
-
-
-@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, MOMENTUM])
-@pytest.mark.parametrize(
-    ("make", "data"),
-    [
-        (mlp, vectors),
-        (cnn, images),
-        (residual, vectors),
-        (normed, images),
-        (partial(strided, 8), images),
-        (partial(strided, 3), big_images),
-    ],
-    ids=["linear", "convolutions", "own forward", "batch norm", "depthwise", "apart"],
-)
-@pytest.mark.parametrize("bad", [1, 3])
-def test_what_diverges_disturbs_no_other(make: Any, data: Any, optimizer: Any, bad: int) -> None:
-    x, y = data(60, seed=1)
-    pairs: list[Any] = [({"lr": lr, "weight_decay": 0.1}, seed) for seed, lr in enumerate((1e-2, 1e-3, 3e-2, 3e-3))]
-    calls = iter(range(4))
-
-    def broken() -> nn.Module:
-        network: nn.Module = make()
-        if next(calls) == bad:
-            list(network.parameters())[-2].data.view(-1)[0] = math.nan
-        return network
-
-    def trained(make: Any, pairs: list[Any]) -> list[tuning.Training]:
-        recipe = tuning.Recipe(make, (x, y), data(40, seed=2), {**OPTIONS, "optimizer": optimizer})
-        ended = recipe.train_together(pairs)
-        assert ended is not None
-        return ended
-
-    ended = trained(broken, pairs)
-    assert ended.pop(bad).network is None
-    del pairs[bad]
-    for with_it, without in zip(ended, trained(make, pairs), strict=True):
-        assert with_it.network is not None
-        assert without.network is not None
-        for p, q in zip(with_it.network.state_dict().values(), without.network.state_dict().values(), strict=True):
-            assert bool(p.isfinite().all())
-            assert relative(p, q) < 1e-10
-
-
-@pytest.mark.parametrize("likelihood", [effens.Categorical(), effens.Gaussian()])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_high_rates_fail_and_the_others_do_not(likelihood: Any, dtype: torch.dtype, together: list[int]) -> None:
+def test_rates_that_diverge_fail_and_the_others_do_not() -> None:
     """Real divergence: losses grow step by step until one is not finite."""
-
-    def data(n: int, *, seed: int) -> tuple[Tensor, Tensor]:
-        x, y = vectors(n, seed=seed)
-        return x.to(dtype), y if likelihood.outputs is None else x.sum(1).to(dtype)
-
-    def make() -> nn.Module:
-        return effens_book.nets.mlp(4, 3 if likelihood.outputs is None else likelihood.outputs, width=8).to(dtype)
-
     space: tuning.Space = {"lr": (1e-3, 1e30), "weight_decay": (1e-4, 1e-3)}
-    options: dict[str, Any] = {
-        "default": {"lr": 1e-3, "weight_decay": 1e-3},
-        "space": space,
-        "trials": 10,
-        "optimizer": torch.optim.SGD,
-        "likelihood": likelihood,
-    }
-    alone, batched = (tuned(make, data, batched=b, **options) for b in (False, True))
-    assert together == [1] * 10 + [10]
-    assert batched.settings == alone.settings
-    assert batched.failed == alone.failed
-    assert 0 < len(alone.failed) < 10
-    for one, other in zip(batched.networks, alone.networks, strict=True):
-        for p, q in zip(one.parameters(), other.parameters(), strict=True):
-            assert relative(p, q) < (1e-9 if dtype == torch.float64 else 1e-3)
-
-
-@pytest.mark.parametrize("bad", [math.nan, 3e38])
-@pytest.mark.parametrize("likelihood", [effens.Categorical(), effens.Gaussian(), effens.StudentT()])
-def test_what_diverged_once_has_failed(likelihood: effens.Likelihood, bad: float) -> None:
-    """As alone: a loss that was not finite for a step counts, though the next one is."""
-    inner = likelihood
-    lenient = joint.Lenient(inner)
-    outputs, y = torch.randn(3, 5, 3)[..., : inner.outputs].requires_grad_(), torch.zeros(3, 5, dtype=torch.int64)
-    assert torch.equal(lenient.nll(outputs, y), inner.nll(outputs, y))
-    with torch.no_grad():
-        outputs[1, 2] = torch.tensor([-bad, -bad, bad])[: inner.outputs]
-    losses = lenient.nll(outputs, y)
-    assert torch.equal(losses[[0, 2]], inner.nll(outputs[[0, 2]], y[[0, 2]]))
-    assert losses[1].tolist() == [0] * 5
-    losses.mean(1).sum().backward()
-    assert outputs.grad is not None
-    assert bool(outputs.grad[[0, 2]].isfinite().all())
-    with torch.no_grad():
-        outputs[1, 2] = 0.0
-    assert lenient.nll(outputs, y)[1].tolist() == [0] * 5
-    assert lenient.diverged.tolist() == [False, True, False]
-
-
-def test_batched_marks_trials_that_diverge(tmp_path: Path) -> None:
-    calls = iter(range(6))
-
-    def sometimes() -> nn.Module:
-        network = mlp()
-        if next(calls) in (1, 4):
-            next(network.parameters()).data.fill_(math.nan)
-        return network
-
-    storage = optuna.storages.InMemoryStorage()
-    batched = tuned(sometimes, storage=storage, folder=tmp_path, batched=True)
-    assert (len(batched.networks), batched.trainings) == (4, 6)
-    trials = optuna.load_study(study_name="search", storage=storage).trials
-    assert [trial.number for trial in trials if trial.state == optuna.trial.TrialState.FAIL] == [1, 4]
-    assert "losses must be finite" in trials[1].user_attrs["error"]
-    assert batched.seconds == sum(trial.user_attrs["seconds"] for trial in trials)
-    alone = tuned()
-    assert batched.settings == [alone.settings[i] for i in (0, 2, 3, 5)]
-    assert relative(batched.probs, alone.probs[[0, 2, 3, 5]]) < 1e-9
-    again = tuned(storage=storage, folder=tmp_path)  # what is stored can be read, and gone on with, either way
-    assert again.settings == batched.settings
-    assert torch.equal(again.probs, batched.probs)
-    assert tuned(storage=storage, folder=tmp_path, trials=9, batched=True).trainings == 9
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {f"search-{number}.safetensors" for number in (0, 2, 3, 5, 6, 7, 8)}
-
-
-def test_batched_where_all_diverge() -> None:
-    with pytest.raises(FloatingPointError, match="one training at least must end well, got 4 that failed"):
-        tuned(default={"lr": 1e300}, space={"lr": (1e299, 1e301)}, trials=4, optimizer=MOMENTUM, batched=True)
-
-
-def test_batched_does_one_by_one_what_does_not_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    members: list[int] = []
-
-    def small(ensemble: effens.Ensemble, *args: Any, **options: Any) -> effens.History:
-        members.append(ensemble.members)
-        if ensemble.members > 1:
-            raise torch.OutOfMemoryError
-        return effens.fit(ensemble, *args, **options)
-
-    expected = tuned()
-    monkeypatch.setattr(tuning, "fit", small)
-    assert same(tuned(batched=True), expected)
-    assert members == [6] + [1] * 6
-
-
-def test_batched_goes_on_after_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "TOGETHER", 3)
-    kept: dict[str, Any] = {"storage": f"sqlite:///{tmp_path}/study.db", "folder": tmp_path, "batched": True}
-    countdown = iter(range(5))
-
-    def killed() -> nn.Module:
-        if next(countdown, None) is None:
-            raise KeyboardInterrupt
-        return mlp()
-
-    with pytest.raises(KeyboardInterrupt):
-        tuned(killed, trials=9, **kept)
-    expected = tuned(trials=12)
-    assert {path.name for path in tmp_path.iterdir()} >= {f"search-{number}.safetensors" for number in range(3)}
-    candidates = tuned(trials=9, **kept)
-    assert candidates.trainings == 9
-    survivors = [0, 1, 2, 6, 7, 8, 9, 10, 11]  # the second three were cut off
-    assert candidates.settings == [expected.settings[i] for i in survivors]
-    assert relative(candidates.probs, expected.probs[survivors]) < 1e-9
-
-
-def test_batched_search_is_shared(tmp_path: Path) -> None:
-    kept: dict[str, Any] = {"storage": optuna.storages.InMemoryStorage(), "folder": tmp_path, "batched": True}
-    joined: list[int] = []
-
-    def joining() -> nn.Module:
-        if not joined:
-            joined.append(0)
-            joined[0] = tuned(trials=3, **kept).trainings
-        return mlp()
-
-    assert tuned(joining, **kept).trainings == 3 + 6
-    assert joined == [3]
-
-
-def test_batched_needs_an_optimizer_that_can() -> None:
-    with pytest.raises(ValueError, match="optimizer must be AdamW or SGD .*, got Adam$"):
-        tuned(batched=True, optimizer=torch.optim.Adam)
-
-
-def test_batched_needs_networks_that_share_nothing() -> None:
-    first = nn.Linear(4, 4).double()
-    with pytest.raises(ValueError, match="make_net must return a fresh network at each call"):
-        tuned(lambda: nn.Sequential(first, nn.Linear(4, 3).double()), batched=True)
-
-
-def test_batched_stratify_is_one_by_one(together: list[int]) -> None:
-    settings = [
-        {"width": width, "dropout": 0.0, "lr": 1e-2, "weight_decay": d} for width, d in ((8, 1), (6, 2), (8, 3))
-    ]
-    options: dict[str, Any] = {"settings": settings, "seeds": [7, 8, 9], **OPTIONS}
-    alone, batched = (effens.stratify(make_net, train_set(), val_set(), batched=b, **options) for b in (False, True))
-    assert together == [1] * 9 + [6, 3]
-    assert batched.settings == [each for each in settings for _ in range(3)]
-    assert close(batched, alone)
+    default = {"lr": 1e-3, "weight_decay": 1e-3}
+    data, val = vectors(60, seed=1), vectors(40, seed=2)
+    options: dict[str, Any] = {"trials": 10, **OPTIONS, "optimizer": torch.optim.SGD}
+    found = effens.search(mlp, data, val, default=default, space=space, **options)
+    assert 0 < len(found.failed) < 10
+    assert min(each["lr"] for each in found.failed) > 1
+    assert bool(found.losses.isfinite().all())
