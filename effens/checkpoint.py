@@ -1,5 +1,6 @@
 """A training that is killed and continued: what decides it, where it is, and the file in which it is kept."""
 
+import inspect
 import json
 import os
 import time
@@ -58,6 +59,7 @@ class Run:
                 (self.batches.tensors and dict(zip("xy", self.batches.tensors, strict=True))) or self.batches.data
             ),
             "modules": {name: f"{type(m).__name__}({m.extra_repr()})" for name, m in self.ensemble.named_modules()},
+            "sources": {kind.__qualname__: source_of(kind) for kind in map(type, self.ensemble.modules())},
             "geometry": {name: m.geometry for name, m in self.ensemble.named_modules() if hasattr(m, "geometry")},
             "tensors": {name: summary(tensor) for name, tensor in self.tensors().items()},
             "trained": [name for name, p in self.ensemble.named_parameters() if p.requires_grad],
@@ -148,6 +150,16 @@ def fingerprint(data: Any) -> Any:
             picked = fingerprint(list(data.indices)) if isinstance(data, Subset) else ""
             return {"kind": type(data).__name__, "length": length_of(data), **held, "picked": picked}
     return repr(data) if isinstance(data, bool | int | float | str) else type(data).__name__
+
+
+def source_of(kind: type) -> str:
+    """Return a check sum of a class's source text, where it is the reader's own and can be read."""
+    if kind.__module__.split(".")[0] in ("torch", "effens"):
+        return ""
+    try:
+        return f"CRC {zlib.crc32(inspect.getsource(kind).encode()):08x}"
+    except (OSError, TypeError):  # typed at a prompt
+        return "unknown"
 
 
 def length_of(data: Any) -> int | None:

@@ -25,6 +25,8 @@ def rows_at(x: Inputs, index: int | slice | list[int] | Tensor) -> Inputs:
 
 def tensors_of(x: Inputs) -> list[Tensor]:
     """Return all tensors of inputs."""
+    if isinstance(x, Tensor):
+        return [x]
     found: list[Tensor] = []
     each(found.append, x)
     return found
@@ -37,11 +39,13 @@ def count_rows(x: Inputs) -> int:
         TypeError: they hold no tensor, but an array, say.
         ValueError: not all tensors hold as many.
     """
+    if isinstance(x, Tensor) and x.dim():
+        return len(x)
     found = tensors_of(x)
     if not found:
         rule = "x must be a tensor, which torch.as_tensor makes of an array, or a tuple, list or dict of tensors"
         raise TypeError(f"{rule}, got {type(x).__name__}")
-    if len({tensor.shape[:1] for tensor in found}) > 1 or found[0].dim() == 0:
+    if len({tensor.shape[:1] for tensor in found}) > 1 or not found[0].dim():
         rule = "x must be (batch, ...), and all its tensors of the same batch"
         raise ValueError(f"{rule}, got shape {' and '.join(str(tuple(tensor.shape)) for tensor in found)}")
     return len(found[0])

@@ -5,7 +5,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -185,7 +185,7 @@ def fit(
                 for group, top in zip(descent.param_groups, highest, strict=True):
                     group["lr"] = top * multiplier
                 descent.zero_grad()
-                with feeding(ensemble, fed):
+                with feeding(ensemble) if fed else nullcontext():
                     outputs = in_precision(precision, ensemble if shared else ensemble.forward_members, xs)
                 if unchecked is not None:
                     likelihood.check(outputs, unchecked)
@@ -217,7 +217,7 @@ def fit(
             if not ended:  # the data ended before the schedule did
                 ensemble.collect(steps - 1, steps)
             ensemble.eval()
-            with feeding(ensemble, fed):
+            with feeding(ensemble) if fed else nullcontext():
                 ensemble.finish(batches.inputs())
             run.finished = True
             run.write()
@@ -331,9 +331,9 @@ def clip_gradients(ensemble: Ensemble, clip: float) -> None:
 
 
 @contextmanager
-def feeding(ensemble: Ensemble, fed: bool) -> Iterator[None]:
-    """Tell an ensemble that its inputs are the trunk's features, if they are."""
-    ensemble.fed = fed
+def feeding(ensemble: Ensemble) -> Iterator[None]:
+    """Tell an ensemble that its inputs are the trunk's features."""
+    ensemble.fed = True
     try:
         yield
     finally:

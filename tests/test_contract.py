@@ -4,9 +4,11 @@ import copy
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -399,3 +401,30 @@ def test_importing_does_nothing() -> None:
         assert not heavy, heavy
     """
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=Path(effens.__file__).parents[1])
+
+
+@pytest.mark.parametrize("state", ["just made", "just trained", "loaded", "in training mode"])
+def test_eight_threads_get_what_one_gets(method: Method, state: str, tmp_path: Path) -> None:
+    ensemble, (x, _) = trained(method), method.data()
+    if state == "just made":
+        ensemble = build(method)
+        if ensemble.streams < ensemble.members:
+            pytest.skip("has no members yet")
+    if state == "loaded":
+        effens.save(ensemble, tmp_path / "ensemble.safetensors")
+        ensemble = build(method)
+        effens.load(ensemble, tmp_path / "ensemble.safetensors")
+    if state == "in training mode":
+        ensemble.train()
+    modes = [module.training for module in ensemble.modules()]
+    expected = effens.predict(copy.deepcopy(ensemble), x)
+    barrier = Barrier(8)
+
+    def ask(i: int) -> Tensor:
+        barrier.wait()
+        return effens.predict(ensemble, x, chunk=5) if i % 2 else effens.summarize(ensemble, x, chunk=7)[0]
+
+    with ThreadPoolExecutor(8) as pool:
+        for i, found in enumerate(pool.map(ask, range(8))):
+            assert relative(found, expected if i % 2 else expected.mean(0)) < 1e-12
+    assert [module.training for module in ensemble.modules()] == modes

@@ -1,6 +1,7 @@
 """A run that was cut short goes on where it was kept, and ends bit by bit as if it had never stopped."""
 
 import errno
+import importlib
 import json
 import os
 import pickletools
@@ -17,7 +18,7 @@ import torch
 from scenarios import cnn, generator, images, mlp, normed, residual, vectors
 from test_contract import METHODS, Method, build
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Subset, TensorDataset
 
 import effens
 import effens_book.nets
@@ -609,3 +610,66 @@ def without_time(metadata: dict[str, str]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     kill_runs(Path(sys.argv[1]), int(sys.argv[2]))
+
+
+NETWORK = """
+from torch import nn
+
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 3).double()
+
+    def forward(self, x):
+        return self.inner(x){change}
+"""
+
+
+def test_a_class_of_another_source_is_another_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    options: dict[str, Any] = {"epochs": 2, "device": "cpu", "checkpoint": tmp_path / "run.safetensors"}
+    for name, change in (("first", ""), ("second", "*2"), ("third", "")):
+        (tmp_path / f"{name}.py").write_text(NETWORK.format(change=change))
+        own = importlib.import_module(name).Own
+        if change:
+            with pytest.raises(ValueError, match=r"a checkpoint of the same call, got sources.Own CRC"):
+                effens.fit(effens.DeepEnsemble(own, 2), vectors(), **options)
+        else:
+            effens.fit(effens.DeepEnsemble(own, 2), vectors(), **options)
+
+
+@pytest.mark.parametrize("kind", ["tensors", "dataset", "loader", "subset", "named"])
+def test_other_data_are_another_call(kind: str, tmp_path: Path) -> None:
+    class Named(Dataset[Any]):
+        def __init__(self, x: Tensor, y: Tensor) -> None:
+            self.x, self.y, self.calls = x, y.numpy(), 0
+
+        def __len__(self) -> int:
+            return len(self.x)
+
+        def __getitem__(self, i: int) -> Any:
+            self.calls += 1  # which changes, and is no part of the data
+            return self.x[i], int(self.y[i])
+
+    makers: dict[str, Any] = {
+        "tensors": lambda x, y: (x, y),
+        "dataset": TensorDataset,
+        "loader": lambda x, y: DataLoader(TensorDataset(x, y), 8),
+        "subset": lambda x, y: Subset(TensorDataset(x, y), range(20)),
+        "named": Named,
+    }
+    x, y = vectors()
+    other = y.roll(1)
+    options: dict[str, Any] = {"epochs": 2, "device": "cpu", "checkpoint": tmp_path / "run.safetensors"}
+    data = makers[kind](x, y)
+    for _ in range(2):  # the same goes on
+        torch.manual_seed(0)
+        effens.fit(effens.DeepEnsemble(mlp, 2), data, **options)
+    with pytest.raises(ValueError, match=r"a checkpoint of the same call, got .*CRC .* instead of"):
+        effens.fit(effens.DeepEnsemble(mlp, 2), makers[kind](x, other), **options)
+    if kind == "subset":
+        with pytest.raises(ValueError, match=r"a checkpoint of the same call, got data.picked"):
+            effens.fit(effens.DeepEnsemble(mlp, 2), Subset(TensorDataset(x, y), range(2, 22)), **options)
+    if kind == "loader":
+        with pytest.raises(ValueError, match=r"a checkpoint of the same call, got data.batch_size"):
+            effens.fit(effens.DeepEnsemble(mlp, 2), DataLoader(TensorDataset(x, y), 4), **options)
