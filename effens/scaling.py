@@ -8,6 +8,7 @@ What cannot be shared is Amdahl's (1967), "Validity of the single processor appr
 capabilities", doi:10.1145/1465482.1465560. Trainings of unequal times wait for the one that ends last.
 """
 
+import io
 import os
 import pickle
 import sys
@@ -18,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load as from_bytes
-from safetensors.torch import save as to_bytes
 from torch import nn
 from tqdm import tqdm
 
@@ -27,6 +26,7 @@ from effens.batches import Data, as_pair
 from effens.ensembles.base import Ensemble, check_positive
 from effens.ensembles.deep import DeepEnsemble
 from effens.identity import describe, digest
+from effens.inputs import each
 from effens.storage import load, save
 from effens.training import fit
 from effens.tuning import OF_FIT, Settings, build
@@ -106,7 +106,7 @@ def fit_each(
     if isinstance(executor, ProcessPoolExecutor):
         check_importable(make_net=make_net, data=data if callable(data) else None, options=options)
     sent = pack_data(data)
-    known = (name or make_net, name if name and callable(data) else sent)
+    known = (name or make_net, name if name and callable(data) else data)
     facts = describe([*known, {key: value for key, value in options.items() if key != "device"}])
     paths = [Path(folder).resolve() / name_of(seed, [facts, own]) for seed, own in zip(seeds, each, strict=True)]
     if len(set(paths)) < len(paths):
@@ -187,20 +187,18 @@ def train_one(
 
 
 def pack_data(data: Source) -> Any:
-    """Return what is sent to a worker: a pair of tensors as bytes, anything else as it is."""
+    """Return what is sent to a worker: tensors ``(x, y)`` as bytes, anything else as it is."""
     if not isinstance(data, tuple | list):
         return data
-    x, y = as_pair(data)
-    return to_bytes({"x": x.cpu().contiguous(), "y": y.cpu().contiguous()})
+    content = io.BytesIO()
+    torch.save(each(lambda part: part.cpu(), as_pair(data)), content)
+    return content.getvalue()
 
 
 def unpack_data(sent: Any) -> Data:
     """Return the data from what was sent: bytes, or a function that returns them, or the data themselves."""
-    if isinstance(sent, bytes):
-        tensors = from_bytes(sent)
-        return tensors["x"], tensors["y"]
     data: Data = sent() if callable(sent) else sent
-    return data
+    return torch.load(io.BytesIO(sent), weights_only=True) if isinstance(sent, bytes) else data
 
 
 def name_of(seed: int, facts: Any) -> str:

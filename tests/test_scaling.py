@@ -539,3 +539,25 @@ def test_a_search_is_shared_by_two_processes(kind: str, tmp_path: Path, request:
         assert numbers == sorted(set(numbers))
         assert len(numbers) >= 12  # all, but for one that the other was still training
         assert nlls == [expected[number] for number in numbers]
+
+
+class Joined(nn.Module):
+    """Takes two tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3).double()
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        answer: Tensor = self.head(torch.cat([left, right], 1))
+        return answer
+
+
+def test_several_tensors_travel(tmp_path: Path) -> None:
+    x, y = vectors()
+    parts = x.split(2, 1)
+    networks = effens.fit_each(Joined, (parts, y), [0, 1], folder=tmp_path, epochs=2, device="cpu", progress=False)
+    again = effens.fit_each(Joined, (parts, y), [0, 1], folder=tmp_path, epochs=2, device="cpu", progress=False)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    for network, other in zip(networks, again, strict=True):
+        assert torch.equal(network(*parts), other(*parts))
