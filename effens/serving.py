@@ -126,7 +126,7 @@ def export(
 
     Raises:
         ValueError: ``backend`` is unknown, ``x`` holds no rows or numbers that are not finite, or members are drawn
-            anew at each call (`MCDropout`).
+            anew at each call.
         FileNotFoundError: the folder of ``path`` does not exist.
         RuntimeError: there are no members yet; no C++ compiler is found (``"aoti"``); or the file does not answer what
             the ensemble does.

@@ -11,8 +11,8 @@ from scenarios import cnn, generator, mlp, relative, vectors
 from torch import Tensor, nn
 
 import effens
-from effens.baselines import LastLayerLaplace, MCDropout
 from effens.ensembles.layers import MemberLayer, RowEnsemble, chain, has_hooks, run_shared, split_rows
+from effens_book.baselines import LastLayerLaplace, MCDropout
 
 
 class Shift(MemberLayer):

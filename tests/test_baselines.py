@@ -7,7 +7,7 @@ from torch.autograd.functional import hessian
 
 import effens
 import effens_book.nets
-from effens.baselines import LastLayerLaplace, MCDropout, categorical_fisher, gaussian_fisher, student_fisher
+from effens_book.baselines import LastLayerLaplace, MCDropout, categorical_fisher, gaussian_fisher, student_fisher
 
 
 def make_dropped(p: float = 0.5) -> nn.Module:

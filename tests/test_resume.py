@@ -23,7 +23,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 import effens
 import effens_book.nets
 from effens import storage
-from effens.baselines import LastLayerLaplace, MCDropout
+from effens_book.baselines import LastLayerLaplace, MCDropout
 
 FIT: dict[str, Any] = {"epochs": 3, "batch_size": 8, "lr": 3e-3, "weight_decay": 0.1, "device": "cpu"}  # 9 steps
 

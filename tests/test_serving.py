@@ -21,9 +21,9 @@ from torch import Tensor, nn
 import effens
 import effens_book.nets
 from effens import costs, serving
-from effens.baselines import MCDropout
 from effens.ensembles.deep import Mixture
 from effens.ensembles.layers import MemberLayer
+from effens_book.baselines import MCDropout
 
 Make = Callable[[Callable[[], nn.Module]], effens.Ensemble]
 MISSING = [package for package in serving.PACKAGES if importlib.util.find_spec(package) is None]

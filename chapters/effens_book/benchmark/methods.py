@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.quasirandom import SobolEngine
 from torch.utils.flop_counter import FlopCounterMode
 
-from effens.baselines import LastLayerLaplace, MCDropout
 from effens.ensembles.base import Ensemble
 from effens.ensembles.batch import BatchEnsemble
 from effens.ensembles.deep import DeepEnsemble
@@ -21,6 +20,7 @@ from effens.ensembles.mimo import MIMO
 from effens.ensembles.snapshot import SnapshotEnsemble
 from effens.ensembles.swag import SWAG
 from effens.training import predict
+from effens_book.baselines import LastLayerLaplace, MCDropout
 from effens_book.benchmark.predictions import to_half
 from effens_book.benchmark.tasks import SPACE, TASKS, TRIALS, TUNING_SEEDS, Sets, Settings, Task
 
