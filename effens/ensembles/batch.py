@@ -360,7 +360,9 @@ def convert(
         raise ValueError(f"the network must have a trained nn.Linear, nn.Conv1d or nn.Conv2d to convert, got {network}")
     inside = {part for module in skipped for part in module.modules()}
     left = {
-        name: sum(p.numel() for p in module.parameters(recurse=False) if p.requires_grad)
+        name or "the network's own parameters": sum(
+            p.numel() for p in module.parameters(recurse=False) if p.requires_grad
+        )
         for name, module in network.named_modules()
         if module not in inside and not isinstance(module, (MemberLayer, *NORMS))
     }

@@ -1,0 +1,246 @@
+"""Networks that readers bring, with every method: right, or refused with the remedy before any training."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scenarios import images, relative, series, tokens, vectors
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import effens
+
+FIT: dict[str, Any] = {"epochs": 4, "batch_size": 11, "lr": 1e-2, "device": "cpu"}
+
+
+def stacked(*makers: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(*[make() for make in makers])
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.b(self.a(x).tanh()))
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.a(self.a(x).tanh()).tanh())
+
+
+class HalfFrozen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU()).requires_grad_(False).eval()
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.body(x))
+
+
+class Cross(nn.Module):
+    """Queries of its own attend to the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(1, 2, 4))
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.attention(self.query.expand(len(x), -1, -1), x, x)[0].flatten(1))
+
+
+class Decoding(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerDecoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+        self.decoder, self.head = nn.TransformerDecoder(layer, 2), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.decoder(x, x).mean(1))
+
+
+class Forecast(nn.Module):
+    """A recurrent network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells, self.head = nn.GRU(4, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.cells(x)[0][:, -1])
+
+
+def linear(inputs: int, outputs: int) -> Callable[[], nn.Module]:
+    return partial(nn.Linear, inputs, outputs)
+
+
+NETS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
+    "cumulative statistics": (stacked(linear(4, 6), partial(nn.BatchNorm1d, 6, momentum=None), linear(6, 3)), vectors),
+    "no affine": (stacked(linear(4, 6), partial(nn.BatchNorm1d, 6, affine=False), linear(6, 3)), vectors),
+    "no statistics": (
+        stacked(linear(4, 6), partial(nn.BatchNorm1d, 6, track_running_stats=False), linear(6, 3)),
+        vectors,
+    ),
+    "series": (
+        stacked(
+            *(partial(nn.Conv1d, 2, 6, 3, padding="same", dilation=2), nn.ReLU),
+            *(partial(nn.Conv1d, 6, 6, 3, groups=3, stride=2), nn.Flatten, linear(24, 3)),
+        ),
+        series,
+    ),
+    "images": (
+        stacked(partial(nn.Conv2d, 1, 4, 3), partial(nn.BatchNorm2d, 4), nn.ReLU, nn.Flatten, linear(144, 3)),
+        images,
+    ),
+    "other norms": (
+        stacked(linear(4, 6), partial(nn.LayerNorm, 6), nn.GELU, partial(nn.GroupNorm, 2, 6), linear(6, 3)),
+        vectors,
+    ),
+    "tied": (Tied, vectors),
+    "a layer twice": (Twice, vectors),
+    "half frozen": (HalfFrozen, vectors),
+    "cross attention": (Cross, tokens),
+    "decoder": (Decoding, tokens),
+    "recurrent": (Forecast, tokens),
+}
+METHODS: dict[str, Any] = {
+    "deep": effens.DeepEnsemble,
+    "batch": effens.BatchEnsemble,
+    "batch, own norms": partial(effens.BatchEnsemble, norms="own"),
+    "snapshot": effens.SnapshotEnsemble,
+    "swag": effens.SWAG,
+    "mimo": effens.MIMO,
+}
+REFUSED = {
+    ("no statistics", "batch"): "BatchEnsemble must answer as its members do alone",  # each batch is its own norm
+    ("recurrent", "batch"): r"'cells', GRU.*skip=\('cells',\)",
+    ("recurrent", "batch, own norms"): r"'cells', GRU.*skip=\('cells',\)",
+    ("tied", "mimo"): "whose weights another layer has, too: name another with first=",
+    ("a layer twice", "mimo"): "never called through their forward|outputs that differ|got: ",
+    ("half frozen", "mimo"): "'body.0', Linear, which is frozen.*: name another with first=",
+    ("cross attention", "mimo"): "MultiheadAttention, which reads its layers' weights.*: name another with first=",
+    ("decoder", "mimo"): "TransformerDecoderLayer, which reads its layers' weights.*: name another with first=",
+    ("recurrent", "mimo"): "first and last must be two layers",
+}
+
+
+@pytest.mark.filterwarnings("ignore:BatchEnsemble leaves .*the network's own parameters")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("net", NETS)
+def test_right_or_refused(net: str, method: str, tmp_path: Path) -> None:
+    make, data = NETS[net]
+    x, y = data()
+
+    def build(seed: int = 0) -> Any:
+        torch.manual_seed(seed)
+        return METHODS[method](lambda: make().double(), 3)
+
+    if (net, method) in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[net, method]):
+            effens.fit(build(), (x, y), **FIT)
+        return
+    ensemble = build()
+    start = copy.deepcopy(ensemble.member(0).state_dict()) if ensemble.streams == 3 else None
+    effens.fit(ensemble, (x, y), **FIT)
+    if net == "half frozen" and start is not None:
+        for name, tensor in ensemble.member(0).state_dict().items():
+            assert torch.equal(tensor, start[name]) == name.startswith("body"), name
+    loaded = build(seed=1)
+    effens.save(ensemble, tmp_path / "ensemble.safetensors")
+    effens.load(loaded, tmp_path / "ensemble.safetensors")
+    assert torch.equal(effens.predict(loaded, x), effens.predict(ensemble, x))
+    short = copy.deepcopy(loaded).float()
+    for each, inputs, near in ((loaded, x, 1e-9), (copy.deepcopy(ensemble), x, 1e-9), (short, x.float(), 1e-4)):
+        answers = each.eval()(inputs)
+        for m in range(3):
+            assert relative(answers[m], each.member(m)(inputs)) < near
+
+
+def body() -> nn.Module:
+    torch.manual_seed(7)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh()).double().requires_grad_(False)
+
+
+def head() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+
+
+ON_TRUNK: dict[str, Any] = {
+    "deep": lambda: effens.DeepEnsemble(head, 3, trunk=body()),
+    "batch": lambda: effens.BatchEnsemble(head, 3, trunk=body()),
+    "snapshot": lambda: effens.SnapshotEnsemble(head, 3, trunk=body()),
+    "swag": lambda: effens.SWAG(head, 3, trunk=body()),
+    "mimo": lambda: effens.MIMO(head, 3, trunk=body()),
+    "lora": lambda: effens.LoRAEnsemble(head, 3, layers=("0",), heads=("2",), trunk=body()),
+}
+
+
+@pytest.mark.parametrize("kind", ["tensors", "loader"])
+@pytest.mark.parametrize("method", ON_TRUNK)
+def test_killed_on_a_trunk_and_continued_is_uninterrupted(method: str, kind: str, tmp_path: Path) -> None:
+    x, y = vectors()
+    options: dict[str, Any] = {"epochs": 5, "batch_size": 8, "lr": 1e-2, "clip": 1.0, "device": "cpu"}
+    kept = {"checkpoint": tmp_path / "run.safetensors"}
+
+    def run(**more: Any) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        ensemble = ON_TRUNK[method]()
+        data: Any = (x, y) if kind == "tensors" else DataLoader(TensorDataset(x, y), 8, shuffle=True)
+        history = effens.fit(ensemble, data, **options, **more)
+        return history.losses, effens.predict(ensemble, x)
+
+    def kill(epoch: int, *_: Any) -> None:
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    whole = run()
+    with pytest.raises(KeyboardInterrupt):
+        run(callback=kill, **kept)
+    for once, again in zip(whole, run(**kept), strict=True):
+        assert torch.equal(once, again)
+
+
+def test_snapshots_stopped_early_beside_others() -> None:
+    x, y = vectors()
+    torch.manual_seed(0)
+    ensemble = effens.SnapshotEnsemble(lambda: nn.Linear(4, 3).double(), 4)
+    effens.fit(ensemble, (x, y), epochs=8, batch_size=11, device="cpu", callback=lambda epoch, *_: epoch == 4)
+    assert ensemble.members == 2
+    mixture = effens.DeepEnsemble.of([ensemble, copy.deepcopy(ensemble)])
+    assert mixture.members == len(mixture(x)) == 4
+    for m in range(4):
+        assert relative(mixture(x)[m], mixture.member(m)(x)) < 1e-12
+    answering, weights = ensemble.answering()
+    assert weights == [1.0, 1.0, 0.0, 0.0]
+    assert relative(answering(x)[:2], ensemble(x)) < 1e-12
+
+
+def test_frozen_layers_may_be_shared_and_are_not_copied() -> None:
+    frozen = nn.Linear(4, 4).double().requires_grad_(False)
+
+    def make() -> nn.Module:
+        return nn.Sequential(frozen, nn.Tanh(), nn.Linear(4, 3).double())
+
+    (x, y), head = vectors(), 4 * 3 + 3
+    deep, snapshots = effens.DeepEnsemble(make, 3), effens.SnapshotEnsemble(make, 3)
+    swag = effens.SWAG(make, 3)
+    for ensemble, heads in ((deep, 3), (snapshots, 4), (swag, 4)):
+        assert sum(parameter.numel() for parameter in ensemble.parameters()) == 4 * 4 + 4 + heads * head
+        effens.fit(ensemble, (x, y), epochs=6, device="cpu")
+        for m in range(3):
+            assert relative(ensemble(x)[m], ensemble.member(m)(x)) < 1e-12
+            assert torch.equal(ensemble.member(m).get_parameter("0.weight"), frozen.weight)
