@@ -683,3 +683,56 @@ class TestClipAndCallback:
             UserWarning, match="SWAG reads the noise of plain SGD: pass optimizer=torch.optim.SGD .*AdamW"
         ):
             effens.fit(effens.SWAG(mlp, 2), vectors(), epochs=1, device="cpu")
+
+
+class Loader(DataLoader[Any]):
+    """A loader of a length that it only says."""
+
+    def __init__(self, batches: int, says: int | None) -> None:
+        x, y = vectors(4 * batches)
+        super().__init__(TensorDataset(x, y), 4)
+        self.says = says
+
+    def __len__(self) -> int:
+        if self.says is None:
+            raise TypeError("no length")
+        return self.says
+
+
+class TestLengths:
+    """Loaders with a wrong length, or none: the rate never climbs again, the last step is taken, the user is told."""
+
+    @pytest.mark.parametrize("says", [2, 5, 6, 8, 20])
+    @pytest.mark.parametrize("epochs", [1, 4])
+    def test_a_wrong_length(self, says: int, epochs: int) -> None:
+        ensemble = effens.DeepEnsemble(mlp, 2)
+        with pytest.warns(UserWarning, match=f"as its length says, {says}, got 6") if says != 6 else nullcontext():
+            history = effens.fit(ensemble, Loader(6, says), epochs=epochs, device="cpu")
+        assert history.steps == 6 * epochs
+        assert bool((history.lrs.diff() <= 0).all())
+        if says >= 6 and epochs > 1:
+            assert history.lrs[-1] < 0.3 * history.lrs[0]
+
+    @pytest.mark.parametrize("says", [2, 6, 20])
+    @pytest.mark.parametrize("make", [effens.SnapshotEnsemble, effens.SWAG])
+    def test_members_are_there_at_the_end(self, make: Any, says: int) -> None:
+        ensemble = make(mlp, 2)
+        with pytest.warns(UserWarning, match="as its length says") if says != 6 else nullcontext():
+            effens.fit(ensemble, Loader(6, says), epochs=1, device="cpu")
+        assert bool(effens.predict(ensemble, vectors()[0]).isfinite().all())
+        if make is effens.SnapshotEnsemble:  # the newest is the network at the last step
+            assert torch.equal(ensemble(vectors()[0])[-1], ensemble.network(vectors()[0]))
+
+    def test_no_length(self) -> None:
+        answers = []
+        for says in (6, None):
+            torch.manual_seed(0)
+            ensemble = effens.DeepEnsemble(mlp, 2)
+            with (
+                nullcontext()
+                if says
+                else pytest.warns(UserWarning, match="data has no length: its batches are counted")
+            ):
+                effens.fit(ensemble, Loader(6, says), epochs=3, device="cpu")
+            answers.append(ensemble(vectors()[0]))
+        assert torch.equal(*answers)
