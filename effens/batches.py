@@ -1,7 +1,7 @@
 """Data as batches: who sees what in each step of an epoch."""
 
 import warnings
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Mapping, Sized
 from typing import Any, cast
 
 import torch
@@ -36,7 +36,7 @@ class Batches:
                 raise ValueError(f"x and y must have the same length, got {count_rows(x)} and {len(y)}")
             self.tensors = each(lambda part: part.to(device), x), y.to(device)
         elif isinstance(data, DataLoader):
-            self.skipped = count_skipped(data, ensemble)
+            self.skipped = int(last_parts(data, ensemble) == [])  # a last batch too small to be split among members
         elif not isinstance(data, Sized) or isinstance(data, IterableDataset):
             rule = "data must be a map-style Dataset with a length; a stream goes into a DataLoader"
             raise ValueError(f"{rule}, got {type(data).__name__}")
@@ -114,10 +114,7 @@ class Batches:
         if not isinstance(self.data, DataLoader):
             last = self.indices()[-1]
             return self.fetch(last)[:2] if last.shape[-1] == 1 else None
-        loader = self.data
-        if not loader.batch_size or loader.drop_last or not isinstance(loader.sampler, Sized):
-            return None
-        parts = parts_of(self.ensemble, len(loader.sampler) % loader.batch_size, torch.Generator())
+        loader, parts = self.data, last_parts(self.data, self.ensemble)
         if isinstance(loader.dataset, IterableDataset) or not parts or parts[-1].shape[-1] > 1:
             return None
         x, y = as_pair(loader.collate_fn([loader.dataset[0]]))
@@ -143,12 +140,11 @@ def loader_length(loader: DataLoader[Any]) -> int:
         return sum(1 for _ in loader)
 
 
-def count_skipped(loader: DataLoader[Any], ensemble: Ensemble) -> int:
-    """Return how many batches of a loader's epoch are too small to be split among members: the last one, or none."""
-    if not loader.batch_size or loader.drop_last or not isinstance(loader.sampler, Sized):
-        return 0
-    last = len(loader.sampler) % loader.batch_size
-    return int(last > 0 and not parts_of(ensemble, last, torch.Generator()))
+def last_parts(loader: DataLoader[Any], ensemble: Ensemble) -> list[Tensor] | None:
+    """Return who sees what of a loader's last batch; None where its size cannot be seen."""
+    if not loader.batch_size or loader.drop_last or not isinstance(loader.sampler, Sized) or not len(loader.sampler):
+        return None
+    return parts_of(ensemble, (len(loader.sampler) - 1) % loader.batch_size + 1, torch.Generator())
 
 
 def parts_of(ensemble: Ensemble, n: int, generator: torch.Generator) -> list[Tensor]:
@@ -158,13 +154,14 @@ def parts_of(ensemble: Ensemble, n: int, generator: torch.Generator) -> list[Ten
 
 def as_pair(batch: Any) -> tuple[Inputs, Tensor]:
     """Return a batch as ``(x, y)``; raise `ValueError` if it is anything else."""
-    if isinstance(batch, dict) and "labels" in batch:
+    if isinstance(batch, Mapping) and "labels" in batch:
         batch = {name: part for name, part in batch.items() if name != "labels"}, batch["labels"]
     parts = batch if isinstance(batch, tuple | list) else [batch]
     if len(parts) != 2 or not tensors_of(parts[0]) or not isinstance(parts[1], Tensor):
         rule = "data must give pairs of tensors (x, y), which torch.as_tensor makes of arrays, or dicts with labels"
         remedy = "several inputs are packed together, ((x1, x2), y)"
-        raise ValueError(f"{rule}; {remedy}, got {[type(part).__name__ for part in parts]}")
+        got = [type(part).__name__ for part in parts[:4]]
+        raise ValueError(f"{rule}; {remedy}, got {got}{' ...' if len(parts) > 4 else ''}")
     return parts[0], parts[1]
 
 

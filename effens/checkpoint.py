@@ -5,7 +5,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -148,7 +148,8 @@ def fingerprint(data: Any) -> Any:
             seen = (Tensor, np.ndarray, tuple, Dataset)  # what an object keeps for itself, counters say, may change
             held = {name: fingerprint(part) for name, part in vars(data).items() if isinstance(part, seen)}
             picked = fingerprint(list(data.indices)) if isinstance(data, Subset) else ""
-            return {"kind": type(data).__name__, "length": length_of(data), **held, "picked": picked}
+            length = len(data) if isinstance(data, Sized) else None
+            return {"kind": type(data).__name__, "length": length, **held, "picked": picked}
     return repr(data) if isinstance(data, bool | int | float | str) else type(data).__name__
 
 
@@ -160,14 +161,6 @@ def source_of(kind: type) -> str:
         return f"CRC {zlib.crc32(inspect.getsource(kind).encode()):08x}"
     except (OSError, TypeError):  # typed at a prompt
         return "unknown"
-
-
-def length_of(data: Any) -> int | None:
-    """Return the length, if there is one."""
-    try:
-        return len(data)
-    except TypeError:
-        return None
 
 
 def summary(tensor: Tensor) -> str:

@@ -1,6 +1,6 @@
 """What a network is called with and what it returns: a tensor, or several tensors together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ def each(function: Callable[[Tensor], Any], x: Inputs) -> Inputs:
     """Apply a function to a tensor, or to each tensor of a tuple, list or dict; anything else stays as it is."""
     if isinstance(x, Tensor):
         return function(x)
-    if isinstance(x, dict):
+    if isinstance(x, Mapping):
         return {name: each(function, part) for name, part in x.items()}
     return tuple(each(function, part) for part in x) if isinstance(x, tuple | list) else x
 
@@ -55,7 +55,7 @@ def split_inputs(x: Inputs, parts: int) -> list[Inputs]:
     """Split inputs along the first axis into equal parts, of which each may be changed in place."""
     if isinstance(x, Tensor):
         return list(torch.unsafe_split_with_sizes(x, [len(x) // parts] * parts))
-    if isinstance(x, dict):
+    if isinstance(x, Mapping):
         columns = [split_inputs(part, parts) for part in x.values()]
         return [dict(zip(x, row, strict=True)) for row in zip(*columns, strict=True)]
     if isinstance(x, tuple | list):
@@ -66,7 +66,7 @@ def split_inputs(x: Inputs, parts: int) -> list[Inputs]:
 def join_inputs(parts: list[Inputs]) -> Inputs:
     """Join inputs along the first axis: the reverse of splitting them."""
     first = parts[0]
-    if isinstance(first, dict):
+    if isinstance(first, Mapping):
         return {name: join_inputs([part[name] for part in parts]) for name in first}
     if isinstance(first, tuple | list):
         return tuple(join_inputs(list(column)) for column in zip(*parts, strict=True))
@@ -75,7 +75,7 @@ def join_inputs(parts: list[Inputs]) -> Inputs:
 
 def call(network: nn.Module, x: Inputs) -> Any:
     """Call a network with one tensor, with the tensors of a tuple or list one after the other, or of a dict by name."""
-    if isinstance(x, dict):
+    if isinstance(x, Mapping):
         return network(**x)
     return network(*x) if isinstance(x, tuple | list) else network(x)
 
@@ -84,7 +84,7 @@ def logits_of(outputs: Any) -> Tensor:
     """Return what a network answers: the tensor that it returns, or the ``logits`` of an object or a dict."""
     if isinstance(outputs, Tensor):
         return outputs
-    found = outputs.get("logits") if isinstance(outputs, dict) else getattr(outputs, "logits", None)
+    found = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
     if not isinstance(found, Tensor):
         rule = "the network must return a tensor of outputs, or an object or dict with a tensor logits"
         raise ValueError(f"{rule}, got {type(outputs).__name__}")

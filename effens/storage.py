@@ -88,11 +88,8 @@ def load(ensemble: nn.Module, path: str | os.PathLike[str]) -> None:
 
 def kind(ensemble: nn.Module) -> dict[str, str]:
     """Return what must agree between the ensemble that was saved and the one that is loaded."""
-    facts: dict[str, Any] = {
-        "kind": type(ensemble).__name__,
-        "members": getattr(ensemble, "planned", getattr(ensemble, "members", 1)),
-    }
-    return {key: str(value) for key, value in facts.items()}
+    members = getattr(ensemble, "planned", getattr(ensemble, "members", 1))
+    return {"kind": type(ensemble).__name__, "members": str(members)}
 
 
 class Checkpoint:

@@ -21,7 +21,7 @@ from effens.checkpoint import Run, check_finite, fixed_seed
 from effens.ensembles.base import Ensemble, check_positive
 from effens.inputs import Inputs, count_rows, each, rows_at, tensors_of
 from effens.likelihoods import Categorical, Likelihood
-from effens.modes import eval_mode, still_modules
+from effens.modes import eval_mode
 
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
 Callback = Callable[[int, Ensemble, "History"], object]
@@ -162,8 +162,6 @@ def fit(
     if checkpoint is not None:
         settings = dict(epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed, clip=clip)
         run.write_to(checkpoint, {**settings, "likelihood": f"{likelihood} {vars(likelihood)}", "precision": precision})
-    if ensemble.training:
-        ensemble.still = still_modules(ensemble)
     with fixed_seed(seed, device):
         check_single(ensemble, batches)
     with fixed_seed(seed, device), progress_bar(steps, progress) as shown:
@@ -175,7 +173,7 @@ def fit(
         fed = run.finished or batches.keep_features()  # whether batches hold the trunk's features
         ended, gaps = True, False  # whether the schedule has ended; whether targets are missing
         for epoch in range(epochs if run.finished else run.epoch, epochs):
-            set_training(ensemble)
+            ensemble.train()
             before = len(run.lrs)
             for shared, xs, ys, unchecked in batches:
                 step = min(len(run.lrs), steps - 1)  # a loader may give more batches than it says
@@ -339,13 +337,6 @@ def feeding(ensemble: Ensemble) -> Iterator[None]:
         ensemble.fed = False
 
 
-def set_training(ensemble: Ensemble) -> None:
-    """Put an ensemble into training mode, but for what its network has put into eval mode."""
-    ensemble.train()
-    for module in ensemble.still:
-        module.training = False
-
-
 def check_single(ensemble: Ensemble, batches: Batches) -> None:
     """Raise `ValueError` if a network is to be trained on a single example that its batch norm cannot take.
 
@@ -360,7 +351,7 @@ def check_single(ensemble: Ensemble, batches: Batches) -> None:
         trial = copy.deepcopy(ensemble)
     except RuntimeError:  # the network keeps what cannot be copied
         return
-    set_training(trial)
+    trial.train()
     shared, xs = single
     try:
         (trial if shared else trial.forward_members)(xs)

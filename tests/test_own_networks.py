@@ -1,6 +1,7 @@
 """Networks that readers bring, with every method: right, or refused with the remedy before any training."""
 
 import copy
+from collections import UserDict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from scenarios import images, relative, series, tokens, vectors
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 import effens
 
@@ -244,3 +245,73 @@ def test_frozen_layers_may_be_shared_and_are_not_copied() -> None:
         for m in range(3):
             assert relative(ensemble(x)[m], ensemble.member(m)(x)) < 1e-12
             assert torch.equal(ensemble.member(m).get_parameter("0.weight"), frozen.weight)
+
+
+class Leftover(nn.Module):
+    """A pretrained network often has layers that its forward does not need: a pooler, an auxiliary head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.pooler, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.a(x).tanh())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_layers_that_nobody_needs_do_not_matter(mode: Any) -> None:
+    for make in (
+        partial(effens.BatchEnsemble, Leftover, 3),
+        partial(effens.LoRAEnsemble, Leftover, 3, layers=("a", "pooler")),
+    ):
+        ensemble, x = make(), torch.randn(5, 4)
+        with mode():
+            assert relative(ensemble(x)[1], ensemble.member(1)(x)) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["deep", "batch", "snapshot", "swag"])
+def test_a_loop_of_one_s_own_keeps_frozen_batch_norm(method: str) -> None:
+    x, y = vectors()
+    torch.manual_seed(0)
+    ensemble = METHODS[method](lambda: HalfFrozen().double(), 2)
+    for mode in (True, False, True):
+        ensemble.train(mode)
+        norms = [module for module in ensemble.modules() if isinstance(module, nn.BatchNorm1d)]
+        assert not any(module.training for module in norms)
+    assert ensemble.training
+    effens.fit(ensemble, (x, y), **FIT)
+    ensemble.train()
+    norms = [module for module in ensemble.modules() if isinstance(module, nn.BatchNorm1d)]
+    assert not any(module.training for module in norms)
+
+
+def test_lora_keeps_the_statistics_of_what_is_frozen() -> None:
+    x, y = vectors()
+
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)).double()
+
+    ensemble = effens.LoRAEnsemble(make, 3, rank=2, layers=("0",), heads=("3",))
+    before = ensemble.network.get_buffer("1.running_mean").clone()
+    effens.fit(ensemble, (x + 3, y), **FIT)
+    assert torch.equal(ensemble.network.get_buffer("1.running_mean"), before)
+
+
+def test_mappings_that_are_no_dicts() -> None:
+    class Encoding(UserDict[str, Tensor]):
+        """As tokenizers return them."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(4, 3).double()
+
+        def forward(self, x: Tensor) -> Any:
+            return Encoding(logits=self.head(x))
+
+    x, y = vectors()
+    rows = [{"x": a, "labels": b} for a, b in zip(x, y, strict=True)]
+    loader: Any = DataLoader(rows, 8, collate_fn=lambda part: Encoding(default_collate(part)))  # type: ignore[arg-type]
+    ensemble = effens.DeepEnsemble(Net, 2)
+    effens.fit(ensemble, loader, epochs=1, device="cpu")
+    assert torch.equal(effens.predict(ensemble, Encoding(x=x)), effens.predict(ensemble, {"x": x}))

@@ -60,7 +60,7 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page: Path, registries_as_th
 
 RANK = r"""
 import re, sys, torch
-rank, world, page, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+rank, world, page, folder, method = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
 torch.set_num_threads(1)
 wanted = ("x, x_new =", "def make_net", "def train_in_processes")
 blocks = re.findall(r"```python\n(.*?)```", open(page, encoding="utf-8").read(), re.S)
@@ -69,30 +69,34 @@ exec("import effens", names)
 for block in blocks:
     if any(each in block for each in wanted):
         exec(block, names)
-for method in ("DeepEnsemble", "BatchEnsemble"):
-    make = lambda: getattr(names["effens"], method)(names["make_net"], members=3)
-    ensemble = names["train_in_processes"](rank, world, f"{folder}/{method}-{world}", make)
-    if rank == 0:
-        names["effens"].save(ensemble, f"{folder}/{method}-{world}.safetensors")
+make = lambda: getattr(names["effens"], method)(names["make_net"], members=3)
+ensemble = names["train_in_processes"](rank, world, f"{folder}/{method}-{world}", make)
+if rank == 0:
+    names["effens"].save(ensemble, f"{folder}/{method}-{world}.safetensors")
 """
 
 
-def test_the_recipe_for_several_processes_trains_as_one_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["DeepEnsemble", "BatchEnsemble"])
+def test_the_recipe_for_several_processes_trains_as_one_does(method: str, tmp_path: Path) -> None:
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    page = str(ROOT / "chapters/your_loop.md")
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(world), str(ROOT / "chapters/your_loop.md"), str(tmp_path)],
-            env=environment,
+            [sys.executable, "-c", RANK, str(rank), str(world), page, str(tmp_path), method], env=environment
         )
         for world in (1, 2)
         for rank in range(world)
     ]
-    assert [process.wait(120) for process in started] == [0, 0, 0]
-    for method in ("DeepEnsemble", "BatchEnsemble"):
-        one, two = (load_file(tmp_path / f"{method}-{world}.safetensors") for world in (1, 2))
-        assert one.keys() == two.keys()
-        for name, tensor in one.items():
-            torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
+    try:
+        assert [process.wait(100) for process in started] == [0, 0, 0]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    one, two = (load_file(tmp_path / f"{method}-{world}.safetensors") for world in (1, 2))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_the_pages_with_code_are_these() -> None:

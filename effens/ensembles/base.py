@@ -7,13 +7,14 @@ One training loop (`effens.fit`) serves all methods, because each overrides only
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from effens.ensembles.trunk import OnTrunk, Trunk
 from effens.inputs import Inputs, count_rows, each, tensors_of
+from effens.modes import still_modules
 
 MakeNet = Callable[[], nn.Module]
 
@@ -45,7 +46,16 @@ class Ensemble(nn.Module):
         self.fed = False  # whether the inputs are the trunk's features
         self.members = members
         self.streams = members if streams is None else streams
-        self.still: list[nn.Module] = []  # that stay in eval mode when `effens.fit` trains
+        self.still: list[nn.Module] = []  # that stay in eval mode in training
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; what the network has put into eval mode by itself, frozen batch norm say, stays in it."""
+        if self.training:
+            self.still = still_modules(self)
+        super().train(mode)
+        for module in self.still:
+            module.training = False
+        return self
 
     def forward(self, x: Inputs) -> Tensor:
         """Answer with every member: ``(batch, ...)`` to ``(members, batch, outputs)``."""

@@ -160,6 +160,8 @@ class RankOneLayer(WeightLayer):
         init: how r and s start.
     """
 
+    shares_weight = True
+
     def __init__(self, plain: Plain, members: int, init: Init) -> None:
         super().__init__()
         check_positive(members=members)

@@ -24,6 +24,7 @@ class MemberLayer(nn.Module):
     """A layer with weights for each member. Its rows are member-major: all of member 0's, then all of member 1's ..."""
 
     members: int
+    shares_weight = False  # with the plain layer that it was made of
 
     def forward_each(self, x: Tensor) -> Tensor:
         """Map each member's batch, or one for all, ``(members or 1, batch, ...)``, to ``(members, batch, ...)``."""
@@ -165,13 +166,14 @@ def fresh_network(make_net: MakeNet) -> nn.Module:
     return network
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def check_members(ensemble: RowEnsemble, x: Inputs, remedy: str) -> None:
     """Raise `ValueError` unless an ensemble answers as its members do alone, through the forward of all its layers.
 
     It is a copy that is asked for the first and the last member, in eval mode, made more different than they may start.
     """
-    ensemble = copy.deepcopy(ensemble, {id(ensemble.trunk): None}).eval()
+    ensemble, x = copy.deepcopy(ensemble, {id(ensemble.trunk): None}).eval(), each(Tensor.clone, x)
     ensemble._remedy = None
     layers = {name: layer for name, layer in ensemble.network.named_modules() if isinstance(layer, MemberLayer)}
     generator = torch.Generator().manual_seed(0)
@@ -191,19 +193,31 @@ def check_members(ensemble: RowEnsemble, x: Inputs, remedy: str) -> None:
     called: set[str] = set()
     for name, layer in layers.items():
         layer.register_forward_hook(lambda *_, name=name: called.add(name))
-    rule = f"{type(ensemble).__name__} must answer as its members do alone: {remedy}"
     problem: Exception | None = None
+    got = ""
     try:
         found = ensemble.forward(x)[checked]
+        far = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+        if far > torch.finfo(expected.dtype).eps ** 0.5 and torch.equal(expected, answers()):  # not random
+            got = f"outputs that differ by {far:.2g} of the largest"
     except Exception as error:
-        problem = error
-    if missed := [name for name in layers if name not in called]:
-        raise ValueError(f"{rule}, got layers that are never called through their forward: {missed}") from problem
-    if problem:
-        raise ValueError(f"{rule}, got: {problem}") from problem
-    far = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
-    if far > torch.finfo(expected.dtype).eps ** 0.5 and torch.equal(expected, answers()):  # not random
-        raise ValueError(f"{rule}, got outputs that differ by {far:.2g} of the largest")
+        problem, got = error, f"{type(error).__name__}: {error}"
+    missed = [name for name in layers if name not in called]
+    if missed and (got or not all(is_unused(ensemble, layers[name], x) for name in missed)):
+        got = f"layers that are never called through their forward: {missed}"
+    if got:
+        rule = f"{type(ensemble).__name__} must answer as its members do alone: {remedy}"
+        raise ValueError(f"{rule}, got {got}") from problem
+
+
+def is_unused(ensemble: RowEnsemble, layer: MemberLayer, x: Inputs) -> bool:
+    """Say whether no answer depends on the weights that a layer shares with the plain one that it took the place of."""
+    if not layer.shares_weight:
+        return False
+    with torch.enable_grad():
+        parameters = [parameter.requires_grad_() for parameter in layer.parameters()]
+        total = ensemble.forward(each(Tensor.clone, x)).sum()
+        return all(found is None for found in torch.autograd.grad(total, parameters, allow_unused=True))
 
 
 def chain(network: nn.Module) -> Iterator[nn.Module]:

@@ -9,10 +9,12 @@ that every member starts as the pretrained network, and A is drawn for each memb
 
 import copy
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from effens.ensembles.attention import MemberAttention, why_no_attention
 from effens.ensembles.base import MakeNet, check_positive
@@ -91,6 +93,14 @@ class LoRAEnsemble(RowEnsemble):
         remedy = "rows must be the first axis, and layers called through their forward"
         super().__init__(network, members, remedy, trunk)
 
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; batch norm of what is frozen stays in eval mode."""
+        super().train(mode)
+        for module in self.network.modules():
+            if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters()):
+                module.eval()
+        return self
+
     def gradients(self) -> list[list[Tensor]]:
         """Return each member's gradients, which are clipped by themselves, and the trunk's."""
         return member_gradients(self)
@@ -102,6 +112,8 @@ class LoRAEnsemble(RowEnsemble):
 
 class LoRALinear(MemberLayer):
     """A frozen linear layer and each member's change of it: a ``(members, rank, in)``, b ``(members, out, rank)``."""
+
+    shares_weight = True
 
     def __init__(self, plain: nn.Linear, members: int, rank: int) -> None:
         super().__init__()

@@ -76,5 +76,6 @@ class OneNetwork(Ensemble):
         """Set the mode of the network; members stay as they are, in eval mode."""
         super().train(mode)
         for part in self.children():
-            part.train(mode and part in (self.network, self.trunk))
+            if part is not self.network and part is not self.trunk:
+                part.eval()
         return self
