@@ -13,7 +13,7 @@ from effens.inputs import Inputs, count_rows, each, join_inputs, rows_at, tensor
 
 KEPT = 256  # rows of which a frozen trunk computes the features at once
 Batch = tuple[bool, Inputs, Tensor, Tensor | None]
-Data = tuple[Inputs, Tensor] | Dataset[Any] | DataLoader[Any]
+Data = tuple[Inputs, Tensor] | list[Any] | Dataset[Any] | DataLoader[Any]
 
 
 class Batches:
@@ -30,7 +30,8 @@ class Batches:
         self.data = data
         self.skipped = 0
         self.tensors: tuple[Inputs, Tensor] | None = None
-        if isinstance(data, tuple | list):
+        rows = isinstance(data, list) and not (len(data) == 2 and isinstance(data[1], Tensor))  # a list of examples
+        if isinstance(data, tuple | list) and not rows:
             x, y = as_pair(data)
             if count_rows(x) != len(y):
                 raise ValueError(f"x and y must have the same length, got {count_rows(x)} and {len(y)}")

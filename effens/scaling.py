@@ -101,14 +101,16 @@ def fit_each(
     """
     seeds = list(seeds)
     each = [dict(chosen) for chosen in settings] if settings is not None else [{} for _ in seeds]
-    check_runs(seeds, each)
+    if not seeds or len(each) != len(seeds):
+        raise ValueError(f"seeds must hold at least one, and settings one for each, got {len(seeds)} and {len(each)}")
     check_positive(threads=threads)
     if isinstance(executor, ProcessPoolExecutor):
         check_importable(make_net=make_net, data=data if callable(data) else None, options=options)
     sent = pack_data(data)
     known = (name or make_net, name if name and callable(data) else data)
     facts = describe([*known, {key: value for key, value in options.items() if key != "device"}])
-    paths = [Path(folder).resolve() / name_of(seed, [facts, own]) for seed, own in zip(seeds, each, strict=True)]
+    names = [f"seed-{seed}-{digest([facts, own])}.safetensors" for seed, own in zip(seeds, each, strict=True)]
+    paths = [Path(folder).resolve() / file for file in names]
     if len(set(paths)) < len(paths):
         raise ValueError(f"trainings must differ in seed or settings, got {len(paths) - len(set(paths))} twice")
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -188,7 +190,7 @@ def train_one(
 
 def pack_data(data: Source) -> Any:
     """Return what is sent to a worker: tensors ``(x, y)`` as bytes, anything else as it is."""
-    if not isinstance(data, tuple | list):
+    if not isinstance(data, tuple):
         return data
     content = io.BytesIO()
     torch.save(each(lambda part: part.cpu(), as_pair(data)), content)
@@ -199,19 +201,6 @@ def unpack_data(sent: Any) -> Data:
     """Return the data from what was sent: bytes, or a function that returns them, or the data themselves."""
     data: Data = sent() if callable(sent) else sent
     return torch.load(io.BytesIO(sent), weights_only=True) if isinstance(sent, bytes) else data
-
-
-def name_of(seed: int, facts: Any) -> str:
-    """Return the name of the file of a training."""
-    return f"seed-{seed}-{digest(facts)}.safetensors"
-
-
-def check_runs(seeds: Sequence[int], settings: Sequence[Settings]) -> None:
-    """Raise `ValueError` unless there are seeds, and settings for each."""
-    if not seeds:
-        raise ValueError("seeds must hold at least one seed, got none")
-    if len(settings) != len(seeds):
-        raise ValueError(f"settings must hold those of each of {len(seeds)} trainings, got {len(settings)}")
 
 
 def check_importable(**values: Any) -> None:

@@ -315,3 +315,24 @@ def test_mappings_that_are_no_dicts() -> None:
     ensemble = effens.DeepEnsemble(Net, 2)
     effens.fit(ensemble, loader, epochs=1, device="cpu")
     assert torch.equal(effens.predict(ensemble, Encoding(x=x)), effens.predict(ensemble, {"x": x}))
+
+
+@pytest.mark.parametrize("method", ON_TRUNK)
+def test_modes_on_a_trunk(method: str) -> None:
+    (x, y), ensemble = vectors(), ON_TRUNK[method]()
+    for _ in range(2):
+        effens.fit(ensemble, (x, y), **FIT)
+        copied = copy.deepcopy(ensemble).train()
+        assert not any(module.training for module in copied.trunk.modules())
+        assert not any(module.training for module in ensemble.member(1).modules())
+
+
+def test_a_list_of_examples_is_a_dataset() -> None:
+    x, y = vectors()
+    answers = []
+    for data in ([(a, b) for a, b in zip(x, y, strict=True)], TensorDataset(x, y), [x, y], (x, y)):
+        torch.manual_seed(0)
+        ensemble = effens.DeepEnsemble(lambda: nn.Linear(4, 3).double(), 2)
+        effens.fit(ensemble, data, **FIT)
+        answers.append(ensemble(x))
+    assert all(torch.equal(answers[0], answer) for answer in answers)

@@ -287,9 +287,9 @@ def test_a_cut_file_is_said_and_not_loaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seeds": []}, "seeds must hold at least one seed, got none"),
+        ({"seeds": []}, "seeds must hold at least one, .*, got 0 and 0"),
         ({"seeds": [1, 2, 1]}, "trainings must differ in seed or settings, got 1 twice"),
-        ({"settings": [{}]}, "settings must hold those of each of 2 trainings, got 1"),
+        ({"settings": [{}]}, "settings one for each, got 2 and 1"),
         ({"threads": 0}, "threads must be >= 1, got 0"),
         ({"data": (vectors()[0],)}, "data must give pairs of tensors"),
     ],

@@ -173,7 +173,8 @@ def check_members(ensemble: RowEnsemble, x: Inputs, remedy: str) -> None:
 
     It is a copy that is asked for the first and the last member, in eval mode, made more different than they may start.
     """
-    ensemble, x = copy.deepcopy(ensemble, {id(ensemble.trunk): None}).eval(), each(Tensor.clone, x)
+    kept: dict[int, Any] = {id(ensemble.trunk): None, id(ensemble.still): []}
+    ensemble, x = copy.deepcopy(ensemble, kept).eval(), each(Tensor.clone, x)
     ensemble._remedy = None
     layers = {name: layer for name, layer in ensemble.network.named_modules() if isinstance(layer, MemberLayer)}
     generator = torch.Generator().manual_seed(0)

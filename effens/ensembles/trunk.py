@@ -48,7 +48,7 @@ class OnTrunk(nn.Module):
 
     def __init__(self, trunk: Trunk, head: nn.Module) -> None:
         super().__init__()
-        self.trunk, self.head = copy.deepcopy(trunk), head
+        self.trunk, self.head, self.training = copy.deepcopy(trunk), head, head.training
 
     def forward(self, *x: Any, **named: Any) -> Any:
         """Answer for inputs of the trunk."""
