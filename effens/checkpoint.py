@@ -135,7 +135,8 @@ def fingerprint(data: Any) -> Any:
             content = data.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
             return f"{summary(data)}, CRC {zlib.crc32(content):08x}"
         case np.ndarray():
-            return f"{data.dtype} {data.shape}, CRC {zlib.crc32(data.tobytes()):08x}"
+            numbers: Any = repr(data.tolist()).encode() if data.dtype.hasobject else np.ascontiguousarray(data)
+            return f"{data.dtype} {data.shape}, CRC {zlib.crc32(numbers):08x}"
         case dict():
             return {str(name): fingerprint(part) for name, part in data.items()}
         case tuple() | list():

@@ -206,8 +206,9 @@ def fit(
                 )
                 warnings.warn(f"{rule}: {then}", stacklevel=2)
                 length, steps = taken, min(steps, len(run.lrs) + (epochs - run.epoch) * taken)
+            stop = callback is not None and callback(epoch, ensemble, history_of(run))
             run.write()
-            if callback is not None and callback(epoch, ensemble, history_of(run)):
+            if stop:
                 ended = True
                 break
         if not run.finished:
@@ -349,7 +350,7 @@ def check_single(ensemble: Ensemble, batches: Batches) -> None:
         return
     try:
         trial = copy.deepcopy(ensemble)
-    except RuntimeError:  # the network keeps what cannot be copied
+    except (RuntimeError, TypeError):  # the network keeps what cannot be copied
         return
     trial.train()
     shared, xs = single

@@ -336,3 +336,125 @@ def test_a_list_of_examples_is_a_dataset() -> None:
         effens.fit(ensemble, data, **FIT)
         answers.append(ensemble(x))
     assert all(torch.equal(answers[0], answer) for answer in answers)
+
+
+class OneLayer(nn.Module):
+    """A transformer layer, whose attention may be frozen."""
+
+    def __init__(self, frozen: bool = False) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+        self.layer.self_attn.requires_grad_(not frozen)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.layer(x).sum(1))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(effens.LoRAEnsemble, OneLayer, 3, layers=("linear1", "linear2")),
+        partial(effens.BatchEnsemble, partial(OneLayer, True), 3),
+        partial(effens.BatchEnsemble, OneLayer, 3, skip="layer.self_attn"),
+        partial(effens.BatchEnsemble, OneLayer, 3, skip=("layer.self_attn", "layer.linear1")),
+        partial(effens.BatchEnsemble, partial(OneLayer, True), 3, norms="own"),
+    ],
+)
+def test_no_way_past_the_layers_of_a_transformer(make: Any) -> None:
+    torch.manual_seed(0)
+    (x, y), ensemble = tokens(), make().double()
+    effens.fit(ensemble, (x, y), epochs=5, lr=0.1, device="cpu")
+    with torch.no_grad():
+        answers = ensemble(x)
+        assert relative(answers, ensemble.train()(x)) < 1e-9  # there is no dropout
+        for m in range(3):
+            assert relative(answers[m], ensemble.eval().member(m)(x)) < 1e-9
+
+
+def after_frozen() -> nn.Module:
+    """A network with batch norm behind a frozen one."""
+    torch.manual_seed(3)
+    layers = [nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)]
+    network = nn.Sequential(*layers).double()
+    frozen = network.get_submodule("1").eval().requires_grad_(False)
+    frozen.get_buffer("running_mean").fill_(3)
+    frozen.get_buffer("running_var").fill_(9)
+    return network
+
+
+def test_swag_refreshes_behind_frozen_statistics_and_after_a_kill(tmp_path: Path) -> None:
+    x, y = vectors()
+    options: dict[str, Any] = {"epochs": 4, "batch_size": 11, "lr": 0.1, "optimizer": torch.optim.SGD, "device": "cpu"}
+
+    def kill(epoch: int, *_: Any) -> None:
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+    whole, first, second = (effens.SWAG(after_frozen, 2) for _ in range(3))
+    effens.fit(whole, (x, y), **options)
+    with pytest.raises(KeyboardInterrupt):
+        effens.fit(first, (x, y), checkpoint=tmp_path / "run.safetensors", callback=kill, **options)
+    effens.fit(second, (x, y), checkpoint=tmp_path / "run.safetensors", **options)
+    assert torch.equal(whole(x), second(x))
+    member = whole.member(0)
+    assert torch.equal(member.get_buffer("1.running_mean"), torch.full((8,), 3.0, dtype=torch.float64))
+    again = copy.deepcopy(member)
+    norm: Any = again.get_submodule("4")
+    norm.train()
+    norm.reset_running_stats()
+    norm.momentum = None
+    for part in x[torch.randperm(22, generator=torch.Generator().manual_seed(0))].split(11):
+        again(part)
+    assert relative(member.get_buffer("4.running_mean"), norm.running_mean) < 1e-9
+
+
+def test_mixtures_of_ensembles_on_trunks_and_of_some_that_stop_early() -> None:
+    (x, y), ensembles = vectors(), [ON_TRUNK["snapshot"]() for _ in range(2)]
+    mixture = effens.DeepEnsemble.of(ensembles)
+    for ensemble in ensembles:
+        effens.fit(ensemble, (x, y), epochs=6, device="cpu", callback=lambda epoch, *_: epoch == 1)
+    assert mixture.members == len(mixture(x)) == 2
+    answering, weights = mixture.answering()
+    assert relative(answering(x)[torch.tensor(weights) > 0], mixture(x)) < 1e-12
+    with pytest.raises(IndexError, match="member must be in 0 ... 1, got 2"):
+        mixture.member(2)
+
+
+def test_a_trunk_that_also_returns_a_mask() -> None:
+    class Masking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 6).double()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return (found := self.inner(x)), found > 0
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(6, 3).double()
+
+        def forward(self, x: Tensor, mask: Tensor) -> Any:
+            return self.inner(x * mask)
+
+    (x, y), ensemble = vectors(), effens.DeepEnsemble(Masked, 2, trunk=Masking())
+    effens.fit(ensemble, (x, y), **FIT)
+    assert relative(ensemble(x)[1], ensemble.member(1)(x)) < 1e-12
+
+
+def test_batch_norm_without_a_shift_and_used_twice() -> None:
+    def twice() -> nn.Module:
+        norm = nn.BatchNorm1d(8, affine=False)
+        return nn.Sequential(nn.Linear(4, 8), norm, nn.ReLU(), nn.Linear(8, 8), norm, nn.Linear(8, 3)).double()
+
+    x, _ = vectors()
+    for make in (stacked(linear(4, 8), partial(nn.BatchNorm1d, 8, bias=False), linear(8, 3)), twice):
+        networks = [make().double() for _ in range(2)]
+        plain = copy.deepcopy(networks)
+        ensemble = effens.DeepEnsemble(partial(next, iter(networks)), 2)
+        ensemble.train()(x)
+        for m, network in enumerate(plain):
+            network.train()(x)
+            assert relative(ensemble.eval()(x)[m], network.eval()(x)) < 1e-12
+            assert relative(ensemble.member(m)(x), network(x)) < 1e-12

@@ -74,9 +74,18 @@ class MemberAttention(MemberLayer):
         plain.in_proj_weight = nn.Parameter(torch.cat([part.weight.detach() for part in parts]), trained)
         plain.out_proj.weight = out.weight
         if biased:
-            plain.in_proj_bias = nn.Parameter(torch.cat([part.bias.detach() for part in parts]), trained)
+            biases = [part.bias for part in parts]
+            plain.in_proj_bias = nn.Parameter(torch.cat([b.detach() for b in biases]), biases[0].requires_grad)
             plain.out_proj.bias = out.bias
         return plain.train(self.training)
+
+
+def call_layers(module: nn.Module) -> None:
+    """Turn off the fast path of a transformer, which would read weights without calling their layers."""
+    if isinstance(module, nn.TransformerEncoder):
+        module.use_nested_tensor = False
+    if isinstance(module, nn.TransformerEncoderLayer):
+        module.activation_relu_or_gelu = 0  # what PyTorch asks before it takes the fast path
 
 
 def linear(weight: Tensor, bias: Tensor | None, trained: bool) -> nn.Linear:
@@ -84,7 +93,7 @@ def linear(weight: Tensor, bias: Tensor | None, trained: bool) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     layer.weight = nn.Parameter(weight.detach().clone(), trained)
     if bias is not None:
-        layer.bias = nn.Parameter(bias.detach().clone(), trained)
+        layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
     return layer
 
 

@@ -5,6 +5,7 @@ Where a network takes several tensors, ``x`` is a tuple, list or dict of them, a
 One training loop (`effens.fit`) serves all methods, because each overrides only the hooks it needs.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, Self
@@ -73,6 +74,8 @@ class Ensemble(nn.Module):
         """Return what the members read: the trunk's features, or the inputs themselves."""
         if self.trunk is None or self.fed:
             return x
+        if self.trunk.frozen or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.trunk(x)
         return self.trunk(x, 1 / float(self.reduce(torch.ones(self.streams, 1))))
 
     def stream_features(self, xs: Inputs) -> Inputs:
@@ -87,6 +90,14 @@ class Ensemble(nn.Module):
     def on_trunk(self, network: nn.Module) -> nn.Module:
         """Return a network that reads inputs in place of features."""
         return network if self.trunk is None else OnTrunk(self.trunk, network)
+
+    def answer_on_trunk(self, ensemble: "Ensemble") -> "Ensemble":
+        """Return an ensemble of features as one of inputs."""
+        if self.trunk is not None:
+            ensemble = copy.copy(ensemble)
+            ensemble._modules = dict(ensemble._modules)
+            ensemble.trunk = self.trunk
+        return ensemble
 
     def batches(self, n: int, batch_size: int, generator: torch.Generator | None = None) -> Iterable[Tensor]:
         """Say who sees which of ``n`` examples, and when: the indices of each step of an epoch.

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
-from effens.ensembles.attention import MemberAttention, why_no_attention
+from effens.ensembles.attention import MemberAttention, call_layers, why_no_attention
 from effens.ensembles.base import Ensemble, MakeNet, check_positive
 from effens.ensembles.deep import stack
 from effens.ensembles.layers import (
@@ -339,8 +339,7 @@ def convert(
     def replace(name: str, module: nn.Module) -> nn.Module | None:
         if module in skipped or is_frozen(module):
             return module
-        if isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False  # the fast path would read weights without calling their layers
+        call_layers(module)
         attention = module if isinstance(module, nn.MultiheadAttention) else None
         if reason := why_no_attention(attention) if attention else refusal(module):
             refused[name] = reason

@@ -132,6 +132,15 @@ class Mixture(Ensemble):
         super().__init__(sum(ensemble.members for ensemble in ensembles))
         self.ensembles = nn.ModuleList(ensembles)
 
+    @property
+    def members(self) -> int:
+        """How many members its parts have, or will have."""
+        return sum(part.members for part in self.parts()) if hasattr(self, "ensembles") else self.planned
+
+    @members.setter
+    def members(self, members: int) -> None:
+        self.planned = members
+
     def forward(self, x: Inputs) -> Tensor:
         """Answer with every member of every ensemble: ``(batch, ...)`` to ``(members, batch, outputs)``."""
         return torch.cat([ensemble(x) for ensemble in self.ensembles])
@@ -201,6 +210,8 @@ class StackedBatchNorm(MemberLayer, _BatchNorm):
         tracked = first.running_mean is not None
         _BatchNorm.__init__(self, first.num_features, first.eps, first.momentum, first.affine, tracked)
         self.members, self.kind = len(layers), type(first)
+        if first.bias is None:
+            self.bias = None
         for name, tensor in named_tensors(first).items():
             parts = [named_tensors(layer)[name].detach() for layer in layers]
             together = torch.stack(parts)
@@ -228,6 +239,8 @@ class StackedBatchNorm(MemberLayer, _BatchNorm):
     def member(self, m: int) -> nn.Module:
         """Return a copy of member ``m``'s layer as a plain one."""
         plain = self.kind(self.num_features, self.eps, self.momentum, self.affine, self.track_running_stats)
+        if self.bias is None:
+            plain.bias = None
         for name, tensor in member_tensors(self, m).items():
             value = tensor.detach().clone()
             setattr(plain, name, nn.Parameter(value, tensor.requires_grad) if name in AFFINE else value)
@@ -365,7 +378,8 @@ def are_alike(networks: Sequence[nn.Module]) -> bool:
         return str(network), parameters, public
 
     plain = not any(has_hooks(m) or "forward" in vars(m) for network in networks for m in network.modules())
-    untied = len(list(networks[0].parameters())) == len(looks(networks[0])[1])
+    buffers = (len(list(networks[0].named_buffers(remove_duplicate=each))) for each in (True, False))
+    untied = len(list(networks[0].parameters())) == len(looks(networks[0])[1]) and len({*buffers}) == 1
     return plain and untied and all(looks(network) == looks(networks[0]) for network in networks[1:])
 
 

@@ -169,7 +169,7 @@ def log_likelihoods(prediction: Tensor | Distribution, y: Tensor) -> Tensor:
     if not isinstance(prediction, Distribution):
         raise TypeError(f"predictions must be a tensor or a distribution, got {type(prediction).__name__}")
     shape = tuple(prediction.batch_shape)
-    if len(shape) != 2 or 0 in shape or tuple(y.shape) != shape[1:]:
+    if len(shape) < 2 or 0 in shape or tuple(y.shape) != shape[1:] or bool(y.isnan().all()):
         raise ValueError(
             f"predictions must be (candidates, n) and y (n,), none of them 0, got {shape}, {tuple(y.shape)}"
         )
@@ -179,7 +179,7 @@ def log_likelihoods(prediction: Tensor | Distribution, y: Tensor) -> Tensor:
         case StudentTDistribution():
             parts = (prediction.df, prediction.loc, prediction.scale)
             y, prediction = exact(y), student_t(*map(exact, parts))
-    logs = exact(prediction.log_prob(y))
+    logs = exact(prediction.log_prob(y))[..., ~y.isnan()]
     if not bool(logs.isfinite().all()):
         raise ValueError(f"log likelihoods must be finite, got {int((~logs.isfinite()).sum())} that are not")
     return logs

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from effens.ensembles.attention import MemberAttention, why_no_attention
+from effens.ensembles.attention import MemberAttention, call_layers, why_no_attention
 from effens.ensembles.base import MakeNet, check_positive
 from effens.ensembles.deep import member_gradients, stack
 from effens.ensembles.layers import MemberLayer, RowEnsemble, fresh_network, linear_each, replace_layers
@@ -73,8 +73,7 @@ class LoRAEnsemble(RowEnsemble):
         def replace(name: str, module: nn.Module) -> nn.Module | None:
             if fits(name, heads):
                 return stack([copy.deepcopy(module).requires_grad_() for _ in range(members)])
-            if isinstance(module, nn.TransformerEncoder):
-                module.use_nested_tensor = False  # the fast path would read weights without calling their layers
+            call_layers(module)
             attention = isinstance(module, nn.MultiheadAttention)
             if not (attention if layers is None else fits(name, layers)):
                 return None

@@ -9,7 +9,6 @@ Fort et al. (2021), "Training independent subnetworks for robust prediction", ar
 
 import copy
 from collections.abc import Iterable
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +104,7 @@ class MIMO(RowEnsemble):
         """Return a copy whose first layer reads one input for all slots, the weights that meet it summed."""
         layers = [layer for layer in self.network.modules() if isinstance(layer, FirstLayer)]
         network = copy.deepcopy(self.network, {id(layer): layer.member(0) for layer in layers})
-        return cast(Ensemble, self.on_trunk(Heads(network, self.members))), [1.0] * self.members
+        return self.answer_on_trunk(Heads(network, self.members)), [1.0] * self.members
 
     def extra_repr(self) -> str:
         """Show the settings."""
@@ -117,6 +116,7 @@ class Heads(RowEnsemble):
 
     def forward(self, x: Inputs) -> Tensor:
         """Answer with every head: ``(batch, ...)`` to ``(members, batch, outputs)``."""
+        x = self.features(x)
         return self._answers(call(self.network, each(Tensor.clone, x)), count_rows(x))
 
 

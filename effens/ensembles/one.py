@@ -1,6 +1,6 @@
 """What methods share that train one network and derive their members from it."""
 
-from typing import Self, cast
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -52,8 +52,7 @@ class OneNetwork(Ensemble):
         """Return the members without the network that was trained."""
         self.check_ready()
         ensemble, weights = self.derived().answering()
-        answering = cast(Ensemble, self.on_trunk(ensemble))
-        return answering, [weight * (m < self.ready) for m, weight in enumerate(weights)]
+        return self.answer_on_trunk(ensemble), [weight * (m < self.ready) for m, weight in enumerate(weights)]
 
     def check_ready(self) -> None:
         """Raise `RuntimeError` unless there are members."""

@@ -10,7 +10,7 @@ generalization", arXiv:1803.05407.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TypeGuard
 
 import torch
@@ -21,6 +21,7 @@ from effens.ensembles.base import Ensemble, MakeNet, call_make_net, check_positi
 from effens.ensembles.deep import DeepEnsemble, copy_trained, member_tensors, named_tensors
 from effens.ensembles.one import OneNetwork
 from effens.inputs import Inputs
+from effens.modes import still_modules
 
 
 class SWAG(OneNetwork):
@@ -109,7 +110,6 @@ class SWAG(OneNetwork):
         flat = torch.cat(weights)
         if flat.is_complex():
             raise ValueError(f"the network's weights must be real, got {flat.dtype}")
-        self.frozen: list[str] = []  # batch norm that trains in eval mode
         self.started = False  # whether there is a training to collect from
         self.shapes = {name: p.shape for name, p in network.named_parameters() if p.requires_grad}
         zeros = torch.zeros_like(flat, dtype=torch.promote_types(flat.dtype, torch.float32))  # half would lose sums
@@ -133,8 +133,8 @@ class SWAG(OneNetwork):
         if step == 0:
             for moment in (self.mean, self.variance, self.deviations, self.count):
                 moment.zero_()
-            self.ready, self.started = 0, True
-            self.frozen = [name for name, m in self.network.named_modules() if is_norm(m) and not m.training]
+            self.ready = 0
+        self.started = True
         length, left = self.tail_steps(steps), steps - 1 - step
         every = self.every or max(1, length // max(2 * self.rank, 40))
         if left < length and left % every == 0:
@@ -200,8 +200,9 @@ class SWAG(OneNetwork):
         if weights.shape != self.mean.shape:
             raise ValueError(f"weights must be {tuple(self.mean.shape)}, got shape {tuple(weights.shape)}")
         network = self.samples.member(0)  # no copy of the network in training, which may hold on to its activations
+        held = named_tensors(self.network)
         for name, tensor in named_tensors(network).items():
-            tensor.copy_(named_tensors(self.network)[name])
+            tensor.copy_(held[name])
         parameters = dict(network.named_parameters())
         for mine, trained in zip(network.parameters(), self.network.parameters(), strict=True):
             mine.requires_grad_(trained.requires_grad)
@@ -229,12 +230,11 @@ class SWAG(OneNetwork):
         generator = torch.Generator().manual_seed(self.seed)
         for m in range(self.members):
             self.samples.put(m, self.at(self.sample(generator=generator)))
-        update_batch_norm(self.samples, map(self.features, batches))
-        kept = {name: t for name, t in named_tensors(self.network).items() if name.rpartition(".")[0] in self.frozen}
-        for m in range(self.members if kept else 0):
-            slots = member_tensors(self.samples.network, m)
-            for name, tensor in kept.items():
-                slots[name].copy_(tensor)
+        still = still_modules(self) if self.training else self.still
+        frozen = [f"{name}.running_mean".lstrip(".") for name, m in self.network.named_modules() if m in still]
+        slots = [member_tensors(self.samples.network, m) for m in range(self.members)]
+        kept = {each[name].untyped_storage().data_ptr() for each in slots for name in frozen if name in each}
+        update_batch_norm(self.samples, map(self.features, batches), kept)
         self.ready = self.planned
 
     def extra_repr(self) -> str:
@@ -252,9 +252,10 @@ def is_norm(layer: nn.Module) -> TypeGuard[_BatchNorm]:
     return isinstance(layer, _BatchNorm) and layer.running_mean is not None
 
 
-def update_batch_norm(network: nn.Module, batches: Iterable[Inputs]) -> None:
-    """Set all batch-norm statistics of a network in eval mode to their averages over batches."""
-    layers = [layer for layer in network.modules() if is_norm(layer)]
+def update_batch_norm(network: nn.Module, batches: Iterable[Inputs], kept: Collection[int] = ()) -> None:
+    """Set batch-norm statistics of a network in eval mode to their averages over batches, but at kept addresses."""
+    norms = [layer for layer in network.modules() if is_norm(layer)]
+    layers = [layer for layer in norms if named_tensors(layer)["running_mean"].untyped_storage().data_ptr() not in kept]
     if not layers:
         return
     momenta = [layer.momentum for layer in layers]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from effens.inputs import Inputs, call, each
+from effens.inputs import Inputs, call, tensors_of
 
 
 class Trunk(nn.Module):
@@ -39,7 +39,9 @@ class Trunk(nn.Module):
                 return call(self.network, x)
         features = call(self.network, x)
         if share != 1 and torch.is_grad_enabled():
-            each(lambda part: part.register_hook(lambda gradient: share * gradient), features)
+            for part in tensors_of(features):
+                if part.requires_grad:
+                    part.register_hook(lambda gradient: share * gradient)
         return features
 
 
