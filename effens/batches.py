@@ -13,7 +13,7 @@ from effens.inputs import Inputs, count_rows, each, join_inputs, rows_at, tensor
 
 KEPT = 256  # rows of which a frozen trunk computes the features at once
 Batch = tuple[bool, Inputs, Tensor, Tensor | None]
-Data = tuple[Inputs, Tensor] | list[Any] | Dataset[Any] | DataLoader[Any]
+Data = tuple[Inputs, Tensor] | Mapping[str, Any] | list[Any] | Dataset[Any] | DataLoader[Any]
 
 
 class Batches:
@@ -31,7 +31,7 @@ class Batches:
         self.skipped = 0
         self.tensors: tuple[Inputs, Tensor] | None = None
         rows = isinstance(data, list) and not (len(data) == 2 and isinstance(data[1], Tensor))  # a list of examples
-        if isinstance(data, tuple | list) and not rows:
+        if isinstance(data, Mapping | tuple | list) and not rows:
             x, y = as_pair(data)
             if count_rows(x) != len(y):
                 raise ValueError(f"x and y must have the same length, got {count_rows(x)} and {len(y)}")
@@ -118,7 +118,10 @@ class Batches:
         loader, parts = self.data, last_parts(self.data, self.ensemble)
         if isinstance(loader.dataset, IterableDataset) or not parts or parts[-1].shape[-1] > 1:
             return None
-        x, y = as_pair(loader.collate_fn([loader.dataset[0]]))
+        try:
+            x, y = as_pair(loader.collate_fn([loader.dataset[getattr(loader.sampler, "indices", [0])[0]]]))
+        except LookupError:  # its examples have other names
+            return None
         return self.pick(x, y, torch.zeros_like(parts[-1]))[:2]
 
     def inputs(self) -> Iterator[Inputs]:

@@ -53,14 +53,14 @@ def count_rows(x: Inputs) -> int:
 
 def split_inputs(x: Inputs, parts: int) -> list[Inputs]:
     """Split inputs along the first axis into equal parts, of which each may be changed in place."""
+    if not tensors_of(x):
+        return [x] * parts
     if isinstance(x, Tensor):
         return list(torch.unsafe_split_with_sizes(x, [len(x) // parts] * parts))
     if isinstance(x, Mapping):
         columns = [split_inputs(part, parts) for part in x.values()]
         return [dict(zip(x, row, strict=True)) for row in zip(*columns, strict=True)]
-    if isinstance(x, tuple | list):
-        return list(zip(*(split_inputs(part, parts) for part in x), strict=True))
-    return [x] * parts
+    return list(zip(*(split_inputs(part, parts) for part in x), strict=True))
 
 
 def join_inputs(parts: list[Inputs]) -> Inputs:

@@ -7,28 +7,30 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-MODES: WeakKeyDictionary[nn.Module, tuple[int, list[tuple[nn.Module, bool]]]] = WeakKeyDictionary()
-LOCK = Lock()  # networks in `eval_mode`: how many threads ask for it, and the modes of before
+MODES: WeakKeyDictionary[nn.Module, tuple[int, bool]] = WeakKeyDictionary()
+LOCK = Lock()  # modules in `eval_mode`: how many threads ask for it, and the mode of before
 
 
 @contextmanager
 def eval_mode(network: nn.Module) -> Iterator[None]:
-    """Put a network into eval mode; when the last thread that asked for it is done, put all modules back as before."""
+    """Put a network into eval mode; when the last thread that asked for a module is done, put it back as before."""
+    modules = list(network.modules())
     with LOCK:
-        if network not in MODES:
-            MODES[network] = 0, [(module, module.training) for module in network.modules()]
+        first = network not in MODES
+        for module in modules:
+            count, mode = MODES.get(module, (0, module.training))
+            MODES[module] = count + 1, mode
+        if first:
             network.eval()
-        count, modes = MODES[network]
-        MODES[network] = count + 1, modes
     try:
         yield
     finally:
         with LOCK:
-            count, modes = MODES.pop(network)
-            if count > 1:
-                MODES[network] = count - 1, modes
-            else:
-                for module, mode in modes:
+            for module in modules:
+                count, mode = MODES.pop(module)
+                if count > 1:
+                    MODES[module] = count - 1, mode
+                else:
                     module.training = mode
 
 

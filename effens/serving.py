@@ -142,7 +142,7 @@ def export(
     check_backend(backend)
     check_folder("path", Path(path))
     if not isinstance(x, Tensor):
-        raise TypeError(f"x must be one tensor where a file is made, got {type(x).__name__}")
+        raise TypeError(f"x must be one tensor, which make_net may take apart, got {type(x).__name__}")
     if x.dim() < 2 or not len(x):
         raise ValueError(f"x must be (batch, ...) with at least one row, got shape {tuple(x.shape)}")
     if unknown := int((~x.isfinite()).sum()):
@@ -210,16 +210,14 @@ def summarize(
         (torch.Size([10, 2]), torch.Size([10, 2]))
     """
     check_positive(chunk=chunk)
+    chunks = (rows_at(x, slice(start, start + chunk)) for start in range(0, max(count_rows(x), 1), chunk))
     wholes: list[Tensor] = []
-    n = count_rows(x)
-    for start in range(0, max(n, 1), chunk):
-        rows = rows_at(x, slice(start, start + chunk))
+    for i, rows in enumerate(chunks):
         found = moments(predict(ensemble, rows, likelihood=likelihood, chunk=chunk), None)
-        wholes = wholes or [values.new_empty(n, *values.shape[1:]) for values in found]
+        wholes = wholes or [values.new_empty(count_rows(x), *values.shape[1:]) for values in found]
         for whole, values in zip(wholes, found, strict=True):
-            whole[start : start + chunk] = values
-    mean, spread = wholes
-    return mean, spread
+            whole[i * chunk : (i + 1) * chunk] = values
+    return wholes[0], wholes[1]
 
 
 class Summary(nn.Module):

@@ -1,5 +1,6 @@
-"""Weights and checkpoints on disk: safetensors, so that a file can hold numbers and nothing that runs."""
+"""Weights and checkpoints on disk: files that hold numbers, and nothing that runs when they are read."""
 
+import io
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 FORMAT = "effens 1"
-CHECKPOINT = "effens checkpoint 2"  # to be raised when a step of training, or what is kept of it, changes
+CHECKPOINT = "effens checkpoint 3"  # to be raised when a step of training, or what is kept of it, changes
 
 
 def save(ensemble: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -93,7 +94,7 @@ def kind(ensemble: nn.Module) -> dict[str, str]:
 
 
 class Checkpoint:
-    """The state of a training run in one file: its tensors, and as JSON in the file's header whatever is no tensor.
+    """The state of a training run in one file, as `torch.save` writes it and `torch.load` reads it, weights only.
 
     Args:
         path: of the file; what an earlier run left of a write that was cut short is removed.
@@ -104,7 +105,7 @@ class Checkpoint:
         IsADirectoryError: ``path`` is a folder.
 
     Example:
-        >>> path = Path(tempfile.mkdtemp()) / "run.safetensors"
+        >>> path = Path(tempfile.mkdtemp()) / "run.pt"
         >>> Checkpoint(path, {"epochs": 5}).write({"step": 3, "weights": [torch.zeros(2)]})
         >>> Checkpoint(path, {"epochs": 5}).read()
         {'step': 3, 'weights': [tensor([0., 0.])]}
@@ -128,17 +129,18 @@ class Checkpoint:
             state: tensors, numbers, strings and None, in dicts, lists and tuples.
 
         Raises:
-            TypeError: there is anything else in it.
+            pickle.UnpicklingError: there is anything else in it.
             OSError: it cannot be written, the disk is full, say; then the file is as it was.
         """
-        tensors: dict[str, Tensor] = {}
-        content = json.dumps({"call": self.call, "state": pack(state, "state", tensors)})
-        whole = to_bytes(tensors, metadata={"format": CHECKPOINT, "content": content})
+        content = io.BytesIO()
+        torch.save({"format": CHECKPOINT, "call": self.call, "state": state}, content)
+        if not self.path.exists():  # what cannot be read again is refused at once
+            torch.load(io.BytesIO(content.getvalue()), weights_only=True)
         try:
-            write_whole(self.path, whole)
+            write_whole(self.path, content.getvalue())
         except OSError as error:
             left = "what it held before is kept" if self.path.exists() else "there is none yet"
-            rule = f"checkpoint {self.path.name} must be written ({len(whole):,} bytes)"
+            rule = f"checkpoint {self.path.name} must be written ({len(content.getvalue()):,} bytes)"
             raise OSError(error.errno, f"{rule}, got {error.strerror}: {left}") from error
 
     def read(self) -> Any:
@@ -150,43 +152,17 @@ class Checkpoint:
         if not self.path.exists():
             return None
         name = self.path.name
-        tensors, found = read_whole(self.path)
-        if found.get("format") != CHECKPOINT:
-            raise ValueError(f"{name} must hold {CHECKPOINT!r}, got {found.get('format')!r}")
-        content = json.loads(found["content"])
-        call = {key: self.call[key] for key in self.call if key in content["call"]}  # an older version wrote fewer
-        if different := list(differences(call, content["call"])):
+        try:
+            found = torch.load(self.path, weights_only=True)
+        except Exception as error:  # of many kinds, for a file of anything
+            raise ValueError(f"{name} must be a whole checkpoint, got one that cannot be read: {error}") from None
+        if not isinstance(found, dict) or found.get("format") != CHECKPOINT:
+            raise ValueError(f"{name} must hold {CHECKPOINT!r}, got another file")
+        call = {key: self.call[key] for key in self.call if key in found["call"]}  # an older version wrote fewer
+        if different := list(differences(call, found["call"])):
             more = f", and {len(different) - 3} more" if len(different) > 3 else ""
             raise ValueError(f"{name} must be a checkpoint of the same call, got {'; '.join(different[:3])}{more}")
-        return unpack(content["state"], tensors)
-
-
-def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Return nested values as JSON can hold them; put the tensors among them into ``tensors``, and their names here."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Tensor):
-        tensors[name] = value.detach().cpu().contiguous().clone()
-        return {"tensor": [name, value.device.type]}
-    if isinstance(value, dict):
-        return {"dict": [[key, pack(inner, f"{name}/{key}", tensors)] for key, inner in value.items()]}
-    if isinstance(value, list | tuple):
-        kind = "list" if isinstance(value, list) else "tuple"
-        return {kind: [pack(inner, f"{name}/{i}", tensors) for i, inner in enumerate(value)]}
-    raise TypeError(f"a checkpoint must hold nothing but tensors, numbers and strings, got {type(value)} at {name}")
-
-
-def unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Return what `pack` was given."""
-    if not isinstance(value, dict):
-        return value
-    ((kind, inner),) = value.items()
-    if kind == "tensor":
-        name, device = inner
-        return tensors[name].clone().to(device)  # a copy, for the file may be replaced while it is read from
-    if kind == "dict":
-        return {key: unpack(each, tensors) for key, each in inner}
-    return {"list": list, "tuple": tuple}[kind](unpack(each, tensors) for each in inner)
+        return found["state"]
 
 
 def differences(expected: Any, found: Any, name: str = "") -> Iterator[str]:
@@ -205,9 +181,7 @@ def read_whole(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
             return tensors, file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(
-            f"{path.name} must be a whole safetensors file, got one that cannot be read: {error}"
-        ) from None
+        raise ValueError(f"{path.name} must be a whole safetensors file, got {error}") from None
 
 
 def check_folder(name: str, path: Path) -> None:

@@ -4,7 +4,7 @@ import copy
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from effens.batches import Batches, Data, to_device
 from effens.checkpoint import Run, check_finite, fixed_seed
 from effens.ensembles.base import Ensemble, check_positive
-from effens.inputs import Inputs, count_rows, each, rows_at, tensors_of
+from effens.inputs import Inputs, call, count_rows, each, rows_at, tensors_of
 from effens.likelihoods import Categorical, Likelihood
 from effens.modes import eval_mode
 
@@ -117,7 +117,7 @@ def fit(
         precision: ``"float32"``: every product in the weights' own precision. ``"bfloat16"``: `torch.autocast`, which
             takes the products in bfloat16 and leaves weights, losses and the optimizer as they are. Faster on a GPU
             from Ampere on, and on CPUs with instructions for it; elsewhere slower.
-        checkpoint: a file, by convention ``*.safetensors``, to which the run is written after every epoch, and from
+        checkpoint: a file, by convention ``*.pt``, to which the run is written after every epoch, and from
             which it goes on. It is replaced once the new one is complete, and belongs to one run at a time.
 
     Returns:
@@ -201,9 +201,7 @@ def fit(
             run.epoch += 1
             if taken != length:
                 rule = f"data must give as many batches as its length says, {length}, got {taken}"
-                then = (
-                    "the schedule ends sooner" if taken < length else "steps after its end keep the last learning rate"
-                )
+                then = "the schedule ends sooner" if taken < length else "steps after its end keep the last lr"
                 warnings.warn(f"{rule}: {then}", stacklevel=2)
                 length, steps = taken, min(steps, len(run.lrs) + (epochs - run.epoch) * taken)
             stop = callback is not None and callback(epoch, ensemble, history_of(run))
@@ -235,7 +233,7 @@ def predict(
 
     Args:
         ensemble: any ensemble; it stays on its device and in its mode.
-        x: inputs ``(batch, ...)``; or a tuple, list or dict of them, as in `fit`.
+        x: inputs ``(batch, ...)``; or a tuple, list or dict of them, as in `fit`, of which ``labels`` are left out.
         likelihood: what the outputs mean; `Categorical` by default.
         chunk: rows in a chunk.
         precision: ``"float32"``, the weights' own, or ``"bfloat16"``, as in `fit`; outputs are never below float32.
@@ -265,6 +263,8 @@ def outputs_of(ensemble: Ensemble, x: Inputs, chunk: int = 1024, precision: str 
     check_ensemble(ensemble)
     check_positive(chunk=chunk)
     check_precision(precision)
+    if isinstance(x, Mapping):  # a batch as `fit` takes it
+        x = {name: part for name, part in x.items() if name != "labels"}
     n, first, outputs = count_rows(x), tensors_of(x)[0], []
     home = next(chain(ensemble.parameters(), ensemble.buffers()), first).device
     with eval_mode(ensemble):
@@ -355,7 +355,7 @@ def check_single(ensemble: Ensemble, batches: Batches) -> None:
     trial.train()
     shared, xs = single
     try:
-        (trial if shared else trial.forward_members)(xs)
+        call(trial.member(0), xs) if shared else trial.forward_members(xs)
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise

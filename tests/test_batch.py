@@ -424,7 +424,6 @@ class TestConversion:
             ),
             (lambda: nn.Sequential(nn.LSTM(4, 3)), "'0', LSTM, a recurrent module"),
             (lambda: nn.ModuleDict({"cell": nn.GRUCell(4, 3)}), "'cell', GRUCell, a recurrent module"),
-            (lambda: nn.Sequential(nn.LazyLinear(3)), "'0', LazyLinear, a lazy module"),
             (
                 lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))),
                 "'0', a parametrized Linear, whose weight is computed anew",
@@ -466,7 +465,9 @@ class TestConversion:
             BatchEnsemble(lambda: nn.Sequential(nn.Linear(4, 3)), 2, skip="0")
 
     def test_unknown_skip(self) -> None:
-        with pytest.raises(ValueError, match=r"skip must name modules of the network, got \['tail'\], have \['first'"):
+        with pytest.raises(
+            ValueError, match=r"skip must name modules or parameters of the network, got \['tail'\], have \['first'"
+        ):
             BatchEnsemble(Twice, 2, skip=("tail", "head"))
 
     def test_no_members(self) -> None:

@@ -338,7 +338,7 @@ def test_ensemble_of_ensembles_of_hyperparameters() -> None:
         ([], ValueError, "at least one entry, got none"),
         ([0, 4], ValueError, "index must be in 0 ... 3, got 4"),
         ([0, -1], ValueError, "index must be in 0 ... 3, got -1"),
-        ([0.5], TypeError, r"index must hold integers, got \[0.5\]"),
+        ([0.5], TypeError, "'float' object cannot be interpreted as an integer"),
     ],
 )
 def test_ensemble_refuses_an_index(index: Any, error: type[Exception], message: str) -> None:

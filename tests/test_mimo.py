@@ -528,7 +528,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: nn.Sequential(nn.Linear(4, 4), nn.TransformerEncoderLayer(4, 2, 8)),
         "MIMO cannot widen '1.linear2', part of '1', TransformerEncoderLayer, which reads .* last=",
     ),
-    "lazy": (lambda: nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 3)), "'0', LazyLinear, a lazy module"),
+    "lazy": (lambda: nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 3)), "the network's weights must exist"),
     "parametrized": (
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 8)), nn.Linear(8, 3)),
         "MIMO cannot widen '0', a parametrized Linear",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 import effens
+from effens.modes import eval_mode
 
 FIT: dict[str, Any] = {"epochs": 4, "batch_size": 11, "lr": 1e-2, "device": "cpu"}
 
@@ -139,7 +140,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:BatchEnsemble leaves .*the network's own parameters")
+@pytest.mark.filterwarnings("ignore:BatchEnsemble leaves .*'query'")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("net", NETS)
 def test_right_or_refused(net: str, method: str, tmp_path: Path) -> None:
@@ -195,7 +196,7 @@ ON_TRUNK: dict[str, Any] = {
 def test_killed_on_a_trunk_and_continued_is_uninterrupted(method: str, kind: str, tmp_path: Path) -> None:
     x, y = vectors()
     options: dict[str, Any] = {"epochs": 5, "batch_size": 8, "lr": 1e-2, "clip": 1.0, "device": "cpu"}
-    kept = {"checkpoint": tmp_path / "run.safetensors"}
+    kept = {"checkpoint": tmp_path / "run.pt"}
 
     def run(**more: Any) -> tuple[Tensor, Tensor]:
         torch.manual_seed(0)
@@ -394,8 +395,8 @@ def test_swag_refreshes_behind_frozen_statistics_and_after_a_kill(tmp_path: Path
     whole, first, second = (effens.SWAG(after_frozen, 2) for _ in range(3))
     effens.fit(whole, (x, y), **options)
     with pytest.raises(KeyboardInterrupt):
-        effens.fit(first, (x, y), checkpoint=tmp_path / "run.safetensors", callback=kill, **options)
-    effens.fit(second, (x, y), checkpoint=tmp_path / "run.safetensors", **options)
+        effens.fit(first, (x, y), checkpoint=tmp_path / "run.pt", callback=kill, **options)
+    effens.fit(second, (x, y), checkpoint=tmp_path / "run.pt", **options)
     assert torch.equal(whole(x), second(x))
     member = whole.member(0)
     assert torch.equal(member.get_buffer("1.running_mean"), torch.full((8,), 3.0, dtype=torch.float64))
@@ -458,3 +459,175 @@ def test_batch_norm_without_a_shift_and_used_twice() -> None:
             network.train()(x)
             assert relative(ensemble.eval()(x)[m], network.eval()(x)) < 1e-12
             assert relative(ensemble.member(m)(x), network(x)) < 1e-12
+
+
+@pytest.mark.parametrize("method", ["deep", "batch", "snapshot", "swag", "mimo"])
+def test_one_tensor_in_a_tuple_or_a_dict(method: str) -> None:
+    x, y = vectors()
+    answers = []
+    for wrapped in (x, (x,), {"input": x}):
+        torch.manual_seed(0)
+        ensemble = METHODS[method](lambda: nn.Sequential(nn.Flatten(), nn.Linear(4, 6), nn.Linear(6, 3)).double(), 2)
+        optimizer = torch.optim.SGD if method == "swag" else torch.optim.AdamW
+        effens.fit(ensemble, (wrapped, y), optimizer=optimizer, **FIT)
+        answers.append(ensemble(wrapped))
+    assert relative(answers[1], answers[0]) < 1e-9
+    assert torch.equal(answers[1], answers[2])
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, *, shift: Tensor, scale: float = 1.0) -> Tensor:
+        out: Tensor = self.inner(x) * scale + shift
+        return out
+
+
+class Keywords(nn.Module):
+    """A head that is called with a tensor by its place, and with others by their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 4), Scaled()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.body(x), shift=x[:, :1], scale=3.0)
+
+
+def test_a_head_gets_its_keywords() -> None:
+    ensemble = effens.LoRAEnsemble(Keywords, 3, layers="body", heads="head").double()
+    x, y = vectors()
+    effens.fit(ensemble, (x, y), **FIT)
+    for m in range(3):
+        assert relative(ensemble(x)[m], ensemble.member(m)(x)) < 1e-9
+
+
+def half_frozen() -> nn.Sequential:
+    network = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    network[0].requires_grad_(False)
+    return network
+
+
+@pytest.mark.parametrize("method", [effens.SnapshotEnsemble, effens.SWAG])
+def test_what_members_share_cannot_be_trained_later(method: Any) -> None:
+    ensemble, (x, y) = method(half_frozen, 2), vectors()
+    options: dict[str, Any] = {**FIT, "optimizer": torch.optim.SGD}
+    effens.fit(ensemble, (x, y), **options)
+    before = ensemble(x)
+    ensemble.network.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"weights that were frozen .* must stay so, .*got \['0.bias', '0.weight'\]"):
+        effens.fit(ensemble, (x, y), **options)
+    assert torch.equal(ensemble(x), before)
+
+
+def test_putting_a_member_leaves_what_the_others_share() -> None:
+    torch.manual_seed(0)
+    body = nn.Linear(4, 6).double().requires_grad_(False)
+    ensemble = effens.DeepEnsemble(lambda: nn.Sequential(body, nn.ReLU(), nn.Linear(6, 3).double()), 3)
+    x, other = vectors()[0], half_frozen()
+    before = ensemble(x)
+    with pytest.raises(ValueError, match=r"what members share must be equal in the network, .*\['0.(bias|weight)'"):
+        ensemble.put(1, other)
+    assert torch.equal(ensemble(x), before)
+    other[0].load_state_dict(body.state_dict())
+    ensemble.put(1, other)
+    assert relative(ensemble(x)[1], other(x)) < 1e-12
+    assert torch.equal(ensemble(x)[[0, 2]], before[[0, 2]])
+
+
+@pytest.mark.parametrize("method", ["batch", "deep"])
+def test_attention_that_shares_weights_with_another(method: str) -> None:
+    class Sharing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (nn.MultiheadAttention(4, 2, batch_first=True) for _ in range(2))
+            self.b.in_proj_weight = self.a.in_proj_weight
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            x = self.a(x, x, x, need_weights=False)[0]
+            return self.head(self.b(x, x, x, need_weights=False)[0].sum(1))
+
+    def make() -> nn.Module:
+        return Sharing().double()
+
+    x, y = tokens()
+    if method == "batch":
+        with pytest.raises(ValueError, match="attention modules that share weights must be one module"):
+            effens.BatchEnsemble(make, 2)
+    else:
+        ensemble = effens.DeepEnsemble(make, 2)
+        effens.fit(ensemble, (x, y), **FIT)
+        assert relative(ensemble(x)[1], ensemble.member(1)(x)) < 1e-9
+
+
+def test_a_dict_of_tensors_with_labels_is_data_and_can_be_predicted() -> None:
+    x, y = vectors()
+    answers = []
+    for data in (({"input": x}, y), {"input": x, "labels": y}):
+        torch.manual_seed(0)
+        ensemble = effens.DeepEnsemble(lambda: nn.Sequential(nn.Linear(4, 3)).double(), 2)
+        effens.fit(ensemble, data, **FIT)
+        answers.append(effens.predict(ensemble, {"input": x, "labels": y}))
+    assert torch.equal(*answers)
+    assert torch.equal(answers[0], effens.predict(ensemble, x))
+    with pytest.raises(ValueError, match="data must give pairs of tensors .* or dicts with labels"):
+        effens.fit(ensemble, {"input": x, "target": y}, **FIT)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_parameter_is_named_in_skip() -> None:
+    effens.BatchEnsemble(Cross, 2, skip=("query",))
+
+
+def test_a_trunk_belongs_to_each_ensemble() -> None:
+    made = [effens.DeepEnsemble(lambda: nn.Linear(4, 3), 2) for _ in range(2)]
+    with pytest.raises(ValueError, match="trunk must be given to each of the ensembles"):
+        effens.DeepEnsemble.of(made, trunk=nn.Linear(4, 4))
+
+
+def test_batch_norm_that_was_told_to_keep_no_statistics() -> None:
+    def make() -> nn.Module:
+        network = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
+        vars(network[1])["track_running_stats"] = False
+        return network
+
+    ensemble, (x, _) = effens.DeepEnsemble(make, 2).train(), vectors()
+    members = [ensemble.member(m) for m in range(2)]
+    assert relative(ensemble(x), torch.stack([member(x) for member in members])) < 1e-9
+    ensemble.eval()
+    assert relative(ensemble(x), torch.stack([member.eval()(x) for member in members])) < 1e-9
+
+
+def test_batch_norm_of_another_dimension_is_refused() -> None:
+    ensemble = effens.DeepEnsemble(lambda: nn.Sequential(nn.BatchNorm1d(2), nn.Flatten(), nn.Linear(50, 3)), 2)
+    with pytest.raises(ValueError, match="expected 2D or 3D input"):
+        ensemble(torch.randn(6, 2, 5, 5))
+
+
+def test_a_dataset_whose_examples_have_names() -> None:
+    x, y = vectors()
+    rows = {f"row {i}": (x[i], y[i]) for i in range(len(y))}
+    loader: Any = DataLoader(rows, batch_size=7, sampler=list(rows))  # type: ignore[arg-type]
+    make = stacked(lambda: nn.Linear(4, 6), lambda: nn.BatchNorm1d(6), lambda: nn.Linear(6, 3))
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):  # PyTorch's own, at the last step
+        effens.fit(effens.DeepEnsemble(lambda: make().double(), 2), loader, epochs=1, device="cpu")
+
+
+def test_a_part_that_another_thread_asks_leaves_the_whole_in_eval_mode() -> None:
+    part = effens.DeepEnsemble(lambda: nn.Sequential(nn.Linear(4, 3), nn.Dropout()), 2)
+    whole = effens.DeepEnsemble.of([part]).train()
+    with eval_mode(whole):
+        with eval_mode(part):
+            pass
+        assert not any(module.training for module in whole.modules())
+    assert all(module.training for module in whole.modules())
+    outer, inner = eval_mode(part), eval_mode(whole)
+    outer.__enter__()
+    inner.__enter__()
+    outer.__exit__(None, None, None)
+    assert not any(module.training for module in whole.modules())
+    inner.__exit__(None, None, None)
+    assert all(module.training for module in whole.modules())

@@ -246,7 +246,7 @@ def test_there_are_no_members_before_training(tmp_path: Path) -> None:
     effens.load(fresh, tmp_path / "untrained.safetensors")
     for untrained in (ensemble, fresh, copy.deepcopy(ensemble)):
         for ask in (lambda e: e(x), lambda e: e.member(0), lambda e: effens.predict(e, x)):
-            with pytest.raises(RuntimeError, match="^no members yet: call effens.fit$"):
+            with pytest.raises(RuntimeError, match="^no members yet: call effens.fit"):
                 ask(untrained)
 
 

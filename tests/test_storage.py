@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 import pickletools
 import signal
 import subprocess
@@ -152,7 +153,7 @@ def test_a_file_that_was_cut_anywhere_is_refused(saved: Path) -> None:
     content, ensemble = saved.read_bytes(), effens.DeepEnsemble(net, 3)
     for length in [*range(12), *range(12, len(content), 97), len(content) - 1]:
         saved.write_bytes(content[:length])
-        refused(ensemble, saved, ValueError, r"ensemble\.safetensors must be a whole safetensors file, got one that")
+        refused(ensemble, saved, ValueError, r"ensemble\.safetensors must be a whole safetensors file")
     saved.write_bytes(content)
     effens.load(ensemble, saved)
 
@@ -265,9 +266,10 @@ def test_a_checkpoint_gives_back_what_it_was_given(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"run must be a checkpoint of the same call, got lr 0\.1 instead of 0\.2$"):
         storage.Checkpoint(path, {**call, "lr": 0.2}).read()
     before = path.read_bytes()
-    with pytest.raises(TypeError, match=r"nothing but tensors, numbers and strings, got <class 'set'> at state/a/1"):
-        storage.Checkpoint(path, call).write({"a": [0, {1}]})
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        storage.Checkpoint(tmp_path / "other", call).write({"a": [0, Full(None)]})
     assert path.read_bytes() == before
+    assert not (tmp_path / "other").exists()
 
 
 def test_what_an_older_version_did_not_write_is_not_compared(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from effens.ensembles.base import Ensemble, MakeNet, call_make_net
+from effens.ensembles.base import Ensemble, MakeNet
 from effens.ensembles.one import OneNetwork
 from effens.inputs import Inputs, call, count_rows, each, logits_of
 from effens.likelihoods import Categorical, Gaussian, Likelihood, StudentT
@@ -34,8 +34,7 @@ class MCDropout(OneNetwork):
     """
 
     def __init__(self, make_net: MakeNet, members: int = 30) -> None:
-        super().__init__(members)
-        self.network = call_make_net(make_net)
+        super().__init__(make_net, members)
         if not any(isinstance(layer, DROPOUTS) and layer.p > 0 for layer in self.network.modules()):
             raise ValueError(f"the network must have dropout, got {self.network}")
 
@@ -101,15 +100,14 @@ class LastLayerLaplace(OneNetwork):
         likelihood: Likelihood | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(members)
+        super().__init__(make_net, members)
         if not 0 < precision < math.inf:
             raise ValueError(f"precision must be > 0 and finite, got {precision}")
         self.precision, self.seed = precision, seed
         self.fisher = fisher_of(Categorical() if likelihood is None else likelihood)
-        network = call_make_net(make_net)
+        network: nn.Module = self.network
         if not isinstance(network, nn.Sequential) or not isinstance(network[-1], nn.Linear) or network[-1].bias is None:
             raise ValueError(f"the network must be an nn.Sequential that ends in nn.Linear with a bias, got {network}")
-        self.network = network
         last = network[-1]
         self.register_buffer("samples", last.weight.new_zeros(members, last.out_features, last.in_features + 1))
 

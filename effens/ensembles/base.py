@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from effens.ensembles.trunk import OnTrunk, Trunk
 from effens.inputs import Inputs, count_rows, each, tensors_of
@@ -157,12 +158,14 @@ class Ensemble(nn.Module):
 
 
 def call_make_net(make_net: MakeNet) -> nn.Module:
-    """Return what ``make_net`` makes; raise `TypeError` unless it is a function that returns a network."""
+    """Return what ``make_net`` makes; raise unless it is a function that returns a network with all its weights."""
     if isinstance(make_net, nn.Module):
         raise TypeError(f"make_net must be a function that returns a fresh network, got a {type(make_net).__name__}")
     network = make_net()
     if not isinstance(network, nn.Module):
         raise TypeError(f"make_net must return an nn.Module, got {type(network).__name__}")
+    if lazy := [layer for layer in network.modules() if isinstance(layer, LazyModuleMixin)]:
+        raise ValueError(f"the network's weights must exist: call it once on a batch in make_net, got {lazy[0]}")
     return network
 
 

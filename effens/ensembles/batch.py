@@ -32,6 +32,7 @@ from effens.ensembles.layers import (
     WeightLayer,
     convolve,
     fresh_network,
+    names_of,
     refusal,
     replace_layers,
     split_rows,
@@ -56,13 +57,14 @@ class BatchEnsemble(RowEnsemble):
     Args:
         make_net: () -> nn.Module, a fresh network.
         members: how many members.
-        skip: names of modules that stay shared, with all that is inside them; or one name.
+        skip: names of modules that stay shared, with all that is inside them, or of parameters; or one name.
         split: False: every member sees every example (tiled). True: each batch is divided among the members, as in the
             paper: a step costs what a single network's does, and each member sees ``1 / members`` of the examples.
         init: how r and s start: ``"signs"`` (random +1 and -1), ``"normal"`` (mean 1, standard deviation 0.5),
             ``"ones"`` (members that start identical, and stay so on a tiled batch without dropout), or a number: mean
             1 and that standard deviation.
-        norms: ``"shared"``, or ``"own"``: every member has its own affine weights and statistics of normalization.
+        norms: ``"shared"``, or ``"own"``: every member has its own affine weights and statistics of normalization,
+            but where it is frozen.
         fast_lr: the learning rate of r and s, as a multiple of the learning rate; they have no weight decay.
         trunk: a network that all members share: see `Ensemble`.
 
@@ -320,13 +322,12 @@ def convert(
     network: nn.Module, members: int, skip: str | Sequence[str], init: Init, *, own_norms: bool = False
 ) -> nn.Module:
     """Replace, in place, every layer that has a member layer and is not skipped. Tied weights stay tied."""
-    skip = (skip,) if isinstance(skip, str) else skip
-    modules = dict(network.named_modules(remove_duplicate=False))
-    if unknown := [name for name in skip if name not in modules]:
-        raise ValueError(
-            f"skip must name modules of the network, got {unknown}, have {[name for name in modules if name]}"
-        )
-    skipped = {modules[name] for name in skip}
+    skip, modules = names_of(skip), dict(network.named_modules(remove_duplicate=False))
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    if unknown := [name for name in skip if name not in modules and name not in parameters]:
+        have = [name for name in modules if name]
+        raise ValueError(f"skip must name modules or parameters of the network, got {unknown}, have {have}")
+    skipped = {modules[name] for name in skip if name in modules}
     biases: dict[nn.Parameter, nn.Parameter] = {}  # of tied layers
     refused: dict[str, str] = {}
 
@@ -359,17 +360,15 @@ def convert(
         raise ValueError(f"BatchEnsemble cannot take {reasons}{remedy}")
     if not any(isinstance(module, RankOneLayer) for module in network.modules()):
         raise ValueError(f"the network must have a trained nn.Linear, nn.Conv1d or nn.Conv2d to convert, got {network}")
-    inside = {part for module in skipped for part in module.modules()}
-    left = {
-        name or "the network's own parameters": sum(
-            p.numel() for p in module.parameters(recurse=False) if p.requires_grad
-        )
-        for name, module in network.named_modules()
-        if module not in inside and not isinstance(module, (MemberLayer, *NORMS))
-    }
-    if shared := {name: size for name, size in left.items() if size}:
-        share = sum(shared.values()) / sum(parameter.numel() for parameter in network.parameters())
-        rule = f"BatchEnsemble leaves {list(shared)} shared by all members, {share:.0%} of all weights"
+    meant = {p for module in skipped for p in module.parameters()} | {parameters[n] for n in skip if n in parameters}
+    left: dict[str, int] = {}  # numbers of a module's own parameters
+    for name, module in network.named_modules():
+        for key, p in [] if isinstance(module, (MemberLayer, *NORMS)) else module.named_parameters(recurse=False):
+            if p.requires_grad and p not in meant:
+                left[name or key] = left.get(name or key, 0) + p.numel()
+    if left:
+        share = sum(left.values()) / sum(parameter.numel() for parameter in network.parameters())
+        rule = f"BatchEnsemble leaves {list(left)} shared by all members, {share:.0%} of all weights"
         warnings.warn(f"{rule}: name them in skip= if that is wanted", stacklevel=3)
     return network
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.lazy import LazyModuleMixin
 
 from effens.ensembles.base import Ensemble, MakeNet, call_make_net, check_positive
 from effens.ensembles.layers import (
@@ -86,11 +85,11 @@ class DeepEnsemble(RowEnsemble):
             raise TypeError(f"networks must be nn.Modules, got {type(strange[0]).__name__}")
         ensembles = [network for network in networks if isinstance(network, Ensemble)]
         if len(ensembles) == len(networks):
+            if trunk is not None:
+                raise ValueError("trunk must be given to each of the ensembles when it is made, got one for all")
             return Mixture(ensembles)
         if ensembles:
-            raise ValueError(
-                f"networks must be all plain or all ensembles, got {len(ensembles)} ensembles of {len(networks)}"
-            )
+            raise ValueError(f"networks must be all plain or all ensembles, got {len(ensembles)} of {len(networks)}")
         ensemble = cls.__new__(cls)
         RowEnsemble.__init__(ensemble, LoopedLayer(networks), len(networks), trunk=trunk)
         return ensemble
@@ -115,14 +114,19 @@ class DeepEnsemble(RowEnsemble):
 
         Raises:
             IndexError: there is no such member.
-            ValueError: the network's weights and buffers have other names or shapes; then nothing is copied.
+            ValueError: the network's weights and buffers have other names or shapes, or what all members share, frozen
+                weights say, has other values; then nothing is copied.
         """
         slots, tensors = member_tensors(self.network, self.check_member(m)), named_tensors(network)
         expected, got = ({name: tuple(t.shape) for name, t in named.items()} for named in (slots, tensors))
         if got != expected:
             raise ValueError(f"the network must have member {m}'s architecture, {expected}, got {got}")
-        for name, slot in slots.items():
-            slot.copy_(tensors[name])
+        others = member_tensors(self.network, (m + 1) % self.members) if self.members > 1 else {}
+        shared = [name for name in others.keys() & slots if others[name].data_ptr() == slots[name].data_ptr()]
+        if changed := [name for name in shared if not torch.equal(slots[name], tensors[name].to(slots[name]))]:
+            raise ValueError(f"what members share must be equal in the network, got other values of {changed}")
+        for name in slots.keys() - shared:
+            slots[name].copy_(tensors[name])
 
 
 class Mixture(Ensemble):
@@ -161,12 +165,8 @@ class Mixture(Ensemble):
     def member(self, m: int) -> nn.Module:
         """Return a copy of member ``m`` as a plain network, equal to ``ensemble(x)[m]``."""
         m = self.check_member(m)
-        for ensemble in self.ensembles:
-            assert isinstance(ensemble, Ensemble)
-            if m < ensemble.members:
-                return ensemble.member(m)
-            m -= ensemble.members
-        raise AssertionError("unreachable")
+        parts = [(part, i) for part in self.parts() for i in range(part.members)]
+        return parts[m][0].member(parts[m][1])
 
 
 class StackedLayer(WeightLayer):
@@ -220,6 +220,7 @@ class StackedBatchNorm(MemberLayer, _BatchNorm):
 
     def forward_each(self, x: Tensor) -> Tensor:
         """Map ``(members or 1, batch, channels, ...)`` to ``(members, batch, channels, ...)``."""
+        self.kind._check_input_dim(self, x[0])
         x = x.expand(self.members, *x.shape[1:])
         factor = 0.0 if self.momentum is None else self.momentum
         if self.training and self.num_batches_tracked is not None:
@@ -266,10 +267,10 @@ class LoopedLayer(MemberLayer):
         """Give member m's rows to module m."""
         if rows and isinstance(rows[0], Outputs):
             return join([layer(part) for layer, part in zip(self.layers, rows[0], strict=True)])
-        x = named or (rows[0] if len(rows) == 1 else rows)
-        for tensor in tensors_of(x):
+        for tensor in tensors_of((rows, named)):
             rows_each(tensor, self.members)
-        return join([call(layer, part) for layer, part in zip(self.layers, split_inputs(x, self.members), strict=True)])
+        parts = zip(split_inputs(rows, self.members), split_inputs(named, self.members), strict=True)
+        return join([layer(*own, **by_name) for layer, (own, by_name) in zip(self.layers, parts, strict=True)])
 
     def forward_shared(self, x: Inputs) -> Any:
         """Give the same ``x`` to every module, each a copy of its own."""
@@ -297,10 +298,10 @@ def stack(networks: Sequence[nn.Module]) -> nn.Module:
         return first
     if shares_all(networks):
         return first
-    if type(first) in STACKED and getattr(first, "padding_mode", "zeros") == "zeros":
-        made: nn.Module = STACKED[type(first)](networks)
-        return made
-    return LoopedLayer(networks)
+    usual = getattr(first, "padding_mode", "zeros") == "zeros" and (
+        not isinstance(first, _BatchNorm) or first.track_running_stats is (first.running_mean is not None)
+    )
+    return STACKED[type(first)](networks) if type(first) in STACKED and usual else LoopedLayer(networks)
 
 
 def member_gradients(ensemble: RowEnsemble) -> list[list[Tensor]]:
@@ -390,17 +391,13 @@ def stack_parameters(parameters: Sequence[Tensor]) -> nn.Parameter:
 
 def check_fresh(networks: Sequence[nn.Module]) -> None:
     """Raise `ValueError` unless the networks share no weights and have weights of the same names and shapes."""
-    if lazy := [layer for network in networks for layer in network.modules() if isinstance(layer, LazyModuleMixin)]:
-        raise ValueError(f"the network's weights must exist: call it once on a batch in make_net, got {lazy[0]}")
     shapes = [{name: tuple(p.shape) for name, p in network.state_dict().items()} for network in networks]
     seen: dict[nn.Parameter, int] = {}
     for m, network in enumerate(networks):
         if again := [seen[p] for p in network.parameters() if p in seen and p.requires_grad]:
             raise ValueError(
-                f"make_net must return a fresh network at each call, got call {again[0]}'s weights again at call {m}"
+                f"make_net must return a fresh network at each call, got that of call {again[0]} at call {m}"
             )
         seen.update(dict.fromkeys(network.parameters(), m))
         if shapes[m] != shapes[0]:
-            raise ValueError(
-                f"make_net must return the same architecture at each call, got {shapes[0]} then {shapes[m]}"
-            )
+            raise ValueError(f"make_net must return the same architecture at each call, got {shapes[0]}, {shapes[m]}")

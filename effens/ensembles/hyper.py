@@ -110,11 +110,7 @@ class HyperEnsemble(Ensemble):
 
 def checked_index(index: Iterable[int], networks: int) -> list[int]:
     """Return the index as a list; raise unless it holds integers in 0 ... ``networks - 1``, and at least one."""
-    entries = list(index)
-    try:
-        entries = [operator.index(i) for i in entries]
-    except TypeError:
-        raise TypeError(f"index must hold integers, got {entries}") from None
+    entries = [operator.index(i) for i in index]
     if not entries:
         raise ValueError("index must hold at least one entry, got none")
     if wrong := [i for i in entries if not 0 <= i < networks]:
@@ -170,9 +166,7 @@ def log_likelihoods(prediction: Tensor | Distribution, y: Tensor) -> Tensor:
         raise TypeError(f"predictions must be a tensor or a distribution, got {type(prediction).__name__}")
     shape = tuple(prediction.batch_shape)
     if len(shape) < 2 or 0 in shape or tuple(y.shape) != shape[1:] or bool(y.isnan().all()):
-        raise ValueError(
-            f"predictions must be (candidates, n) and y (n,), none of them 0, got {shape}, {tuple(y.shape)}"
-        )
+        raise ValueError(f"predictions must be (candidates, n) and y (n,), none 0, got {shape}, {tuple(y.shape)}")
     match prediction:
         case Normal():
             y, prediction = exact(y), Normal(exact(prediction.loc), exact(prediction.scale), validate_args=False)

@@ -2,14 +2,13 @@
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from effens.ensembles.base import Ensemble, MakeNet, call_make_net
@@ -163,6 +162,9 @@ def fresh_network(make_net: MakeNet) -> nn.Module:
     network = call_make_net(make_net)
     if any(isinstance(layer, MemberLayer) for layer in network.modules()):
         raise ValueError("make_net must return a fresh network, got one that is another ensemble's already")
+    held = [layer.in_proj_weight for layer in network.modules() if isinstance(layer, nn.MultiheadAttention)]
+    if len({*held} - {None}) < sum(weight is not None for weight in held):
+        raise ValueError("attention modules that share weights must be one module, got several")
     return network
 
 
@@ -252,8 +254,8 @@ def run_shared(network: nn.Module, x: Inputs, members: int) -> Any:
     Where the network begins with a member layer, that layer reads ``x`` once; else ``x`` is repeated, in memory of its
     own also for one member or one row: the network may change it in place.
     """
-    layers = deque(chain(network))
-    while layers and type(layers[0]) in (nn.Flatten, nn.Identity):
+    layers = deque(chain(network) if isinstance(x, Tensor) else [network])
+    while isinstance(x, Tensor) and layers and type(layers[0]) in (nn.Flatten, nn.Identity):
         x = layers.popleft()(x)
     if layers and isinstance(first := layers[0], MemberLayer) and not has_hooks(first):
         layers.popleft()
@@ -264,6 +266,11 @@ def run_shared(network: nn.Module, x: Inputs, members: int) -> Any:
     for layer in layers:
         rows = layer(rows)
     return rows
+
+
+def names_of(names: str | Sequence[str]) -> tuple[str, ...]:
+    """Return names, of which one may be given alone."""
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -347,8 +354,6 @@ def refusal(module: nn.Module) -> str:
     """Say why a module must not be converted, or nothing if it may."""
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         return f"{type(module).__name__}, a recurrent module that reads its weights without layers"
-    if isinstance(module, LazyModuleMixin):
-        return f"{type(module).__name__}, a lazy module whose weights do not exist before its first call"
     if parametrize.is_parametrized(module):
         return f"a parametrized {type(module).__bases__[0].__name__}, whose weight is computed anew at each call"
     if type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d) and has_hooks(module):

@@ -9,17 +9,16 @@ that every member starts as the pretrained network, and A is drawn for each memb
 
 import copy
 from collections.abc import Sequence
-from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from effens.ensembles.attention import MemberAttention, call_layers, why_no_attention
+from effens.ensembles.attention import MemberAttention, call_layers, linear, why_no_attention
 from effens.ensembles.base import MakeNet, check_positive
 from effens.ensembles.deep import member_gradients, stack
-from effens.ensembles.layers import MemberLayer, RowEnsemble, fresh_network, linear_each, replace_layers
+from effens.ensembles.layers import MemberLayer, RowEnsemble, fresh_network, linear_each, names_of, replace_layers
 
 
 class LoRAEnsemble(RowEnsemble):
@@ -54,12 +53,13 @@ class LoRAEnsemble(RowEnsemble):
         members: int = 4,
         *,
         rank: int = 8,
-        layers: Sequence[str] | None = None,
-        heads: Sequence[str] = ("head",),
+        layers: str | Sequence[str] | None = None,
+        heads: str | Sequence[str] = ("head",),
         trunk: nn.Module | None = None,
     ) -> None:
         check_positive(members=members, rank=rank)
         network = fresh_network(make_net).requires_grad_(False)
+        heads, layers = names_of(heads), None if layers is None else names_of(layers)
         found: set[str] = set()
 
         def fits(name: str, wanted: Sequence[str]) -> bool:
@@ -74,6 +74,8 @@ class LoRAEnsemble(RowEnsemble):
             if fits(name, heads):
                 return stack([copy.deepcopy(module).requires_grad_() for _ in range(members)])
             call_layers(module)
+            if isinstance(module, _BatchNorm):
+                module.eval()  # and stays so: it is frozen
             attention = isinstance(module, nn.MultiheadAttention)
             if not (attention if layers is None else fits(name, layers)):
                 return None
@@ -91,14 +93,6 @@ class LoRAEnsemble(RowEnsemble):
             raise ValueError(f"the network must have nn.MultiheadAttention, or layers= name linear layers, have {have}")
         remedy = "rows must be the first axis, and layers called through their forward"
         super().__init__(network, members, remedy, trunk)
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode; batch norm of what is frozen stays in eval mode."""
-        super().train(mode)
-        for module in self.network.modules():
-            if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters()):
-                module.eval()
-        return self
 
     def gradients(self) -> list[list[Tensor]]:
         """Return each member's gradients, which are clipped by themselves, and the trunk's."""
@@ -129,12 +123,7 @@ class LoRALinear(MemberLayer):
 
     def member(self, m: int) -> nn.Linear:
         """Return a copy of member ``m``'s layer as a plain one, its change added in."""
-        outputs, inputs = self.weight.shape
-        plain = nn.Linear(inputs, outputs, self.bias is not None, device="meta")
-        plain.weight = nn.Parameter((self.weight + self.b[m] @ self.a[m]).detach())
-        if self.bias is not None:
-            plain.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
-        return plain.train(self.training)
+        return linear(self.weight + self.b[m] @ self.a[m], self.bias, True).train(self.training)
 
     def extra_repr(self) -> str:
         """Describe the layer."""

@@ -1,11 +1,12 @@
 """What methods share that train one network and derive their members from it."""
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from effens.ensembles.base import Ensemble
+from effens.ensembles.base import Ensemble, MakeNet, call_make_net
+from effens.ensembles.deep import DeepEnsemble, copy_trained
 from effens.inputs import Inputs, call, logits_of, rows_at
 
 
@@ -13,14 +14,17 @@ class OneNetwork(Ensemble):
     """An ensemble that trains one network, ``network``, and derives its members from it.
 
     Args:
+        make_net: () -> nn.Module, a fresh network; it is called once.
         members: how many members are derived. What holds them is never trained: it stays in eval mode.
     """
 
     network: nn.Module
     ready = 0  # how many members there are; fewer than planned where training was stopped early
 
-    def __init__(self, members: int, trunk: nn.Module | None = None) -> None:
+    def __init__(self, make_net: MakeNet, members: int, trunk: nn.Module | None = None) -> None:
         super().__init__(members, streams=1, trunk=trunk)
+        self.network = call_make_net(make_net)
+        self.trained = {name: p.shape for name, p in self.network.named_parameters() if p.requires_grad}
 
     @property
     def members(self) -> int:
@@ -30,6 +34,18 @@ class OneNetwork(Ensemble):
     @members.setter
     def members(self, members: int) -> None:
         self.planned = members
+
+    def copies(self) -> DeepEnsemble:
+        """Return the network so many times as there are members, to be filled; what is frozen is there once."""
+        return DeepEnsemble(lambda: copy_trained(self.network), self.planned).eval().requires_grad_(False)
+
+    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Return the optimizer's one group; raise `ValueError` if it holds weights that the members share."""
+        freed = {name for name, p in self.network.named_parameters() if p.requires_grad} - self.trained.keys()
+        if freed:
+            rule = "weights that were frozen when the ensemble was made must stay so, for its members share them"
+            raise ValueError(f"{rule}: make another ensemble around its network, got {sorted(freed)}")
+        return super().parameter_groups(lr, weight_decay)
 
     def derived(self) -> Ensemble:
         """Return the ensemble of the members, which `forward`, `member` and `answering` ask."""
@@ -57,7 +73,7 @@ class OneNetwork(Ensemble):
     def check_ready(self) -> None:
         """Raise `RuntimeError` unless there are members."""
         if not self.ready:
-            raise RuntimeError("no members yet: call effens.fit")
+            raise RuntimeError("no members yet: call effens.fit; in its callback they are there once ready is above 0")
 
     def get_extra_state(self) -> Tensor:
         """Return how many members there are, for the state dict."""

@@ -15,8 +15,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from effens.ensembles.base import Ensemble, MakeNet, call_make_net
-from effens.ensembles.deep import DeepEnsemble, copy_trained
+from effens.ensembles.base import Ensemble, MakeNet
 from effens.ensembles.one import OneNetwork
 from effens.inputs import Inputs
 
@@ -66,7 +65,7 @@ class SnapshotEnsemble(OneNetwork):
         lrs: tuple[float, float] = (0.5, 0.1),
         trunk: nn.Module | None = None,
     ) -> None:
-        super().__init__(members, trunk)
+        super().__init__(make_net, members, trunk)
         self.cycles = members if cycles is None else cycles
         if self.cycles < members:
             raise ValueError(f"cycles must be >= members, got {self.cycles} cycles and {members} members")
@@ -77,8 +76,7 @@ class SnapshotEnsemble(OneNetwork):
         if len(lrs) != 2 or not 1 >= lrs[0] >= lrs[1] >= 0:
             raise ValueError(f"lrs must be high and low with 1 >= high >= low >= 0, got {lrs}")
         self.triangular, self.pretrain, self.lrs = schedule == "triangular", pretrain, lrs
-        self.network = network = call_make_net(make_net)
-        self.snapshots = DeepEnsemble(lambda: copy_trained(network), members).eval().requires_grad_(False)
+        self.snapshots = self.copies()
 
     def derived(self) -> Ensemble:
         """Return the snapshots."""

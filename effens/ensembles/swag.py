@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from effens.ensembles.base import Ensemble, MakeNet, call_make_net, check_positive
-from effens.ensembles.deep import DeepEnsemble, copy_trained, member_tensors, named_tensors
+from effens.ensembles.base import Ensemble, MakeNet, check_positive
+from effens.ensembles.deep import member_tensors, named_tensors
 from effens.ensembles.one import OneNetwork
 from effens.inputs import Inputs
 from effens.modes import still_modules
@@ -91,7 +91,7 @@ class SWAG(OneNetwork):
         seed: int = 0,
         trunk: nn.Module | None = None,
     ) -> None:
-        super().__init__(members, trunk)
+        super().__init__(make_net, members, trunk)
         if rank < 0 or rank == 1:
             raise ValueError(f"rank must be 0 or >= 2, for a single deviation has no spread, got {rank}")
         if not 0 <= scale < math.inf:
@@ -102,16 +102,14 @@ class SWAG(OneNetwork):
         check_positive(every=1 if every is None else every)
         self.rank, self.scale = rank, scale
         self.tail, self.tail_lr, self.every, self.seed = tail, tail_lr, every, seed
-        self.network = network = call_make_net(make_net)
-        self.samples = DeepEnsemble(lambda: copy_trained(network), members).eval().requires_grad_(False)
-        weights = [p.detach().flatten() for p in network.parameters() if p.requires_grad]
+        weights = [p.detach().flatten() for p in self.network.parameters() if p.requires_grad]
         if not weights:
             raise ValueError("the network must have weights to train, got none that require gradients")
         flat = torch.cat(weights)
         if flat.is_complex():
             raise ValueError(f"the network's weights must be real, got {flat.dtype}")
         self.started = False  # whether there is a training to collect from
-        self.shapes = {name: p.shape for name, p in network.named_parameters() if p.requires_grad}
+        self.samples = self.copies()
         zeros = torch.zeros_like(flat, dtype=torch.promote_types(flat.dtype, torch.float32))  # half would lose sums
         self.register_buffer("mean", zeros)
         self.register_buffer("variance", zeros.clone())
@@ -150,11 +148,11 @@ class SWAG(OneNetwork):
         Raises:
             ValueError: its trainable weights have other names or shapes.
         """
-        named = {name: p for name, p in network.named_parameters() if p.requires_grad or name in self.shapes}
-        if (found := {name: p.shape for name, p in named.items()}) != self.shapes:
-            expected, got = ({name: tuple(shape) for name, shape in each.items()} for each in (self.shapes, found))
+        named = {name: p for name, p in network.named_parameters() if p.requires_grad or name in self.trained}
+        if (found := {name: p.shape for name, p in named.items()}) != self.trained:
+            expected, got = ({name: tuple(shape) for name, shape in each.items()} for each in (self.trained, found))
             raise ValueError(f"the network must have the trainable weights {expected}, got {got}")
-        weights = torch.cat([named[name].flatten() for name in self.shapes]).to(self.mean)
+        weights = torch.cat([named[name].flatten() for name in self.trained]).to(self.mean)
         i = int(self.count)
         before = weights - self.mean
         self.mean.lerp_(weights, 1 / (i + 1))
@@ -206,8 +204,8 @@ class SWAG(OneNetwork):
         parameters = dict(network.named_parameters())
         for mine, trained in zip(network.parameters(), self.network.parameters(), strict=True):
             mine.requires_grad_(trained.requires_grad)
-        parts = weights.split([shape.numel() for shape in self.shapes.values()])
-        for (name, shape), part in zip(self.shapes.items(), parts, strict=True):
+        parts = weights.split([shape.numel() for shape in self.trained.values()])
+        for (name, shape), part in zip(self.trained.items(), parts, strict=True):
             parameters[name].copy_(part.view(shape))
         return network
 
