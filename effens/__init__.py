@@ -9,6 +9,7 @@ from effens.ensembles.lora import LoRAEnsemble
 from effens.ensembles.mimo import MIMO
 from effens.ensembles.snapshot import SnapshotEnsemble, cyclic_cosine
 from effens.ensembles.swag import SWAG
+from effens.ensembles.tabm import TabM
 from effens.likelihoods import Categorical, Gaussian, Likelihood, StudentT, mixture
 from effens.scaling import fit_each
 from effens.scores import (
@@ -35,7 +36,7 @@ from effens.tuning import Candidates, search, stratify
 __version__ = "0.1.0"
 
 __all__ = ["MIMO", "SWAG", "BatchEnsemble", "DeepEnsemble", "Ensemble", "HyperEnsemble"]
-__all__ += ["LoRAEnsemble", "SnapshotEnsemble"]
+__all__ += ["LoRAEnsemble", "SnapshotEnsemble", "TabM"]
 __all__ += ["BatchEnsembleConv2d", "BatchEnsembleLinear", "cyclic_cosine"]
 __all__ += ["Costs", "History", "device", "export", "fit", "load", "measure", "predict", "save", "summarize"]
 __all__ += ["Categorical", "Gaussian", "Likelihood", "StudentT", "mixture"]

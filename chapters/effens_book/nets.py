@@ -59,3 +59,20 @@ def cnn(
         *([nn.Dropout(dropout)] if dropout else []),
         nn.Linear(2 * channels * side * side, classes),
     )
+
+
+def convnet(classes: int = 10, *, channels: int = 16, dropout: float = 0.0) -> nn.Sequential:
+    """Return a convolutional network with batch norm: ``(batch, 1, height, width)`` to ``(batch, classes)``.
+
+    Three 3 x 3 convolutions, of ``channels``, twice and four times as many, each followed by batch norm and ReLU, the
+    first two by 2 x 2 pooling; the mean over the image; one linear layer.
+    """
+    layers: list[nn.Module] = []
+    before = 1
+    for after in (channels, 2 * channels, 4 * channels):
+        layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+        layers += [nn.MaxPool2d(2)] if after < 4 * channels else []
+        before = after
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    layers += [nn.Dropout(dropout)] if dropout else []
+    return nn.Sequential(*layers, nn.Linear(before, classes))

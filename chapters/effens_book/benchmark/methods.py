@@ -19,6 +19,7 @@ from effens.ensembles.hyper import HyperEnsemble, greedy_select
 from effens.ensembles.mimo import MIMO
 from effens.ensembles.snapshot import SnapshotEnsemble
 from effens.ensembles.swag import SWAG
+from effens.ensembles.tabm import TabM
 from effens.training import predict
 from effens_book.baselines import LastLayerLaplace, MCDropout
 from effens_book.benchmark.predictions import to_half
@@ -93,9 +94,15 @@ def deep_ensemble(task: Task, train: tuple[Tensor, Tensor], settings: Settings, 
 
 @method("BatchEnsemble", fast_lr=(0.1, 3.0))
 def batch_ensemble(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
-    """Shared weights with rank-1 factors, tiled batches."""
-    ensemble = BatchEnsemble(task.make_net, task.members, fast_lr=settings["fast_lr"])
+    """Shared weights with rank-1 factors, tiled batches; each member has its own batch norm, if there is any."""
+    ensemble = BatchEnsemble(task.make_net, task.members, fast_lr=settings["fast_lr"], norms="own")
     return task.fit(ensemble, train, settings, seed)
+
+
+@method("TabM", fast_lr=(0.1, 10.0))
+def tabm(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """BatchEnsemble for tables: signs in the first layer only, heads for each member, and many members."""
+    return task.fit(TabM(task.make_net, task.tabm, fast_lr=settings["fast_lr"]), train, settings, seed)
 
 
 @method("snapshot")
@@ -144,7 +151,7 @@ def search(task: Task, train: tuple[Tensor, Tensor], seed: int) -> tuple[HyperEn
     """Train candidates and choose among them; returns the ensemble and the settings of all that did not diverge."""
     x, y = task.load(seed)["val"]
     assert y is not None
-    found = trained(task, train, trial_settings("hyper", seed), seed)
+    found = trained(task, train, trial_settings(task, "hyper", seed), seed)
     if not found:
         rule = f"at least one candidate of seed {seed} must not diverge"
         raise FloatingPointError(f"{rule}, got {TRIALS} of {TRIALS} that did")
@@ -221,6 +228,12 @@ def batch_as_single(task: Task, train: tuple[Tensor, Tensor], settings: Settings
     return batch_ensemble(task, train, settings, seed)
 
 
+@method("BatchEnsemble, shared norms", like="BatchEnsemble")
+def shared_norms(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """BatchEnsemble whose members share batch norm, its statistics included."""
+    return task.fit(BatchEnsemble(task.make_net, task.members, fast_lr=settings["fast_lr"]), train, settings, seed)
+
+
 @method("deep, one start", like="deep ensemble")
 def one_start(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
     """Members that start from the same weights: only their shuffles differ."""
@@ -263,6 +276,31 @@ def short(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: in
 def single_sgd(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
     """One network trained by SGD, with no rate left at the end: SWAG but for SWAG."""
     return task.fit(DeepEnsemble(task.make_net, 1), train, settings, seed, MOMENTUM_SGD)
+
+
+@method("deep, SGD", like="single, SGD")
+def deep_sgd(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """Independent networks trained as the single one by SGD: what SWAG's one run would be compared with."""
+    return task.fit(DeepEnsemble(task.make_net, task.members), train, settings, seed, MOMENTUM_SGD)
+
+
+@method("SWA", like="SWAG")
+def swa(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """The mean of SWAG's weights alone: SWAG without its Gaussian."""
+    ensemble = SWAG(task.make_net, 1, scale=0.0, tail_lr=settings["tail_lr"], seed=seed)
+    return task.fit(ensemble, train, settings, seed, MOMENTUM_SGD)
+
+
+@method("deep, one setting", like="single")
+def one_setting(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """As many networks as a search has trials, all of the single network's setting, and the same greedy choice."""
+    networks = [task.make_net() for _ in range(TRIALS)]
+    for i, network in enumerate(networks):
+        task.fit(DeepEnsemble.of([network]), train, settings, TRIALS * seed + i)
+    x, y = task.load(seed)["val"]
+    assert y is not None
+    said = predict(DeepEnsemble.of(networks), x, likelihood=task.likelihood)
+    return HyperEnsemble(networks, greedy_select(said, y, task.members))
 
 
 @method("single, searched", control=True, **SEARCHED)
@@ -320,9 +358,16 @@ def equal_weights_width(name: str) -> int:
         return max((width for width in range(1, task.width + 1) if weights(width) <= most), default=1)
 
 
-def trial_settings(name: str, seed: int = 0, trials: int | None = None) -> list[Settings]:
+def space_of(task: Task, name: str) -> dict[str, tuple[float, float]]:
+    """Return the box in which a method's settings are searched on a task; what is trained by SGD has one of its own."""
+    own = METHODS[name].space
+    space = {**SPACE, **own}
+    return space | {key: box for key, box in task.space.items() if key in space and not (key in SPACE and key in own)}
+
+
+def trial_settings(task: Task, name: str, seed: int = 0, trials: int | None = None) -> list[Settings]:
     """Return the settings of a method's trials: Sobol points, the same for rate and decay of every method."""
-    space = {**SPACE, **METHODS[name].space}
+    space = space_of(task, name)
     trials = TRIALS if trials is None else trials
     points = SobolEngine(len(space), scramble=True, seed=seed).draw(trials).double()
     shared = SobolEngine(len(SPACE), scramble=True, seed=seed).draw(trials).double()

@@ -35,11 +35,13 @@ class Row:
         facts: by seed: settings, versions, device, date.
         predictions: by (set, seed): of all members.
         crps: by (set, seed): what was kept of this score, (n,); of Student's t only.
+        logs: by (set, seed): of a large task, each member's log likelihood of each example, (members, n).
     """
 
     facts: dict[int, dict[str, Any]]
     predictions: dict[tuple[str, int], Any]
     crps: dict[tuple[str, int], Tensor]
+    logs: dict[tuple[str, int], Tensor]
 
 
 def encode(numbers: Array, y: Tensor | None, likelihood: Likelihood) -> dict[str, Array]:
@@ -115,12 +117,14 @@ def write_row(path: Path, runs: Sequence[Path], digest: str, targets: Targets, l
         with np.load(file, allow_pickle=False) as run:
             facts.append(json.loads(str(run["facts"])))
             found.append({key: run[key] for key in run.files if key != "facts"})
-    sets = [key for key in found[0] if not key.endswith(" crps")]
+    sets = [key for key in found[0] if not key.endswith((" crps", " logs"))]
     for fact, run in zip(facts, found, strict=True):
-        fact["members"] = len(run[sets[0]])
-    arrays = {key: planes(np.stack([run[key] for run in found])) for key in found[0] if key not in sets}
+        fact["members"] = len(next(array for key, array in run.items() if not key.endswith(" crps")))
+    arrays = {key: planes(np.concatenate([run[key] for run in found])) for key in found[0] if key not in sets}
     for key in sets:
-        kept = encode(np.concatenate([run[key] for run in found]), answers(facts, key, targets), likelihood)
+        having = [i for i, run in enumerate(found) if key in run]  # of a large task only the first seed
+        numbers = np.concatenate([found[i][key] for i in having])
+        kept = encode(numbers, answers([facts[i] for i in having], key, targets), likelihood)
         arrays |= {f"{key} {part}": array for part, array in kept.items()}
     same = {key: facts[0][key] for key in ("task", "method")}
     seeds = [{key: value for key, value in fact.items() if key not in same} for fact in facts]
@@ -145,15 +149,20 @@ def read_row(path: Path, digest: str, targets: Targets, likelihood: Likelihood) 
     for key, array in arrays.items():
         name, _, part = key.rpartition(" ")
         kept.setdefault(name, {})[part] = array
-    row = Row({fact["seed"]: fact for fact in facts["seeds"]}, {}, {})
+    row = Row({fact["seed"]: fact for fact in facts["seeds"]}, {}, {}, {})
     for name, parts in kept.items():
         if "crps" in parts:
-            every = zip(seeds, whole(parts.pop("crps"), np.float32), strict=True)
-            row.crps.update({(name, seed): torch.from_numpy(days) for (seed, _), days in every})
+            every = torch.from_numpy(whole(parts.pop("crps"), np.float32)).chunk(len(seeds))
+            row.crps.update({(name, seed): days.view(-1) for (seed, _), days in zip(seeds, every, strict=True)})
+        if "logs" in parts:
+            logs = torch.from_numpy(whole(parts.pop("logs"), np.float32)).split([members for _, members in seeds])
+            for (seed, members), own in zip(seeds, logs, strict=True):
+                row.logs[name, seed] = own[torch.tensor(row.facts[seed].get("rows", range(members)))]
         if parts:
-            everyone = decode(parts, answers(facts["seeds"], name, targets), likelihood)
+            having = facts["seeds"][:1] if "scores" in facts["seeds"][0] else facts["seeds"]
+            everyone = decode(parts, answers(having, name, targets), likelihood)
             at = 0
-            for seed, members in seeds:
+            for seed, members in seeds[: len(having)]:
                 rows = torch.tensor(row.facts[seed].get("rows", range(members))) + at
                 row.predictions[name, seed] = take_members(everyone, rows)  # one that is chosen three times is three
                 at += members

@@ -153,3 +153,13 @@ def fit_scale(prediction: StudentTDistribution, y: Tensor) -> float:
         return -float(log_mean(log_likelihoods(with_scale(prediction, math.exp(log_factor)), y)).mean())
 
     return math.exp(optimize.minimize_scalar(loss, bounds=(-2, 2), method="bounded").x)
+
+
+def tempered(prediction: Any, val: Any, y: Tensor) -> Any:
+    """Return a prediction whose confidence one number sets, the one that fits best the validation data."""
+    if isinstance(prediction, Normal):  # the scale of the standard deviation that fits best, in closed form
+        factor = ((y - val.loc) / val.scale).square().mean().sqrt()
+        return Normal(prediction.loc, prediction.scale * factor, validate_args=False)
+    if isinstance(prediction, StudentTDistribution):
+        return with_scale(prediction, fit_scale(val, y))
+    return scores.temper(prediction, scores.temperature(val, y))

@@ -13,26 +13,23 @@ import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor
-from torch.distributions import Normal
-from torch.distributions import StudentT as StudentTDistribution
 
 from effens import scores
 from effens.likelihoods import StudentT
-from effens_book.benchmark.methods import METHODS, trial_settings
+from effens_book.benchmark.methods import METHODS
 from effens_book.benchmark.packing import Row, read_row
 from effens_book.benchmark.predictions import (
     count_members,
     daily_crps,
     distribution,
     divergence,
-    fit_scale,
     groups,
     log_likelihoods,
     log_mean,
     parameters,
     score,
     take_members,
-    with_scale,
+    tempered,
 )
 from effens_book.benchmark.tasks import MARGIN, PRIMARY, TASKS, TRIALS, TUNING_SEEDS, Settings
 from effens_book.tables import Table
@@ -171,18 +168,15 @@ class Benchmark:
         """Return the single network's prediction, its confidence set on validation data by one number."""
         y = self.targets(task, seed, "val")
         val = self.predictions(task, "single", seed, "val")
-        if isinstance(prediction, Normal):  # the scale of the standard deviation that fits best, in closed form
-            factor = ((y - val.loc) / val.scale).square().mean().sqrt()
-            return Normal(prediction.loc, prediction.scale * factor, validate_args=False)
-        if isinstance(prediction, StudentTDistribution):
-            return with_scale(prediction, fit_scale(val, y))
-        return scores.temper(prediction, scores.temperature(val, y))
+        return tempered(prediction, val, y)
 
     def seed_scores(self, task: str, name: str, seed: int, split: str) -> dict[str, float]:
         """Return the scores of one seed; of a pool, the mean over its disjoint groups of ``members``."""
         key = (task, name, seed, split)
         if key in self.scores:
             return self.scores[key]
+        if "scores" in (facts := self.row(task, BASELINES.get(name, name)).facts[seed]):
+            return dict(facts["tempered" if name in BASELINES else "scores"][split])
         y = self.targets(task, seed, split)
         prediction = self.predictions(task, name, seed, split)
         parts = groups(prediction, TASKS[task].members) if name == "deep ensemble" else [prediction]
@@ -208,6 +202,10 @@ class Benchmark:
         if (task, name, outside) not in self.aurocs:
             result = []
             for seed in range(TASKS[task].seeds):
+                if "scores" in (facts := self.row(task, BASELINES.get(name, name)).facts[seed]):
+                    kept = facts["tempered" if name in BASELINES else "scores"]
+                    result.append(torch.tensor(kept[outside]["auroc"]))
+                    continue
                 found = [self.predictions(task, name, seed, split) for split in ("test", outside)]
                 result.append(100 * scores.auroc(*(scores.total_entropy(probs) for probs in found)))
             self.aurocs[task, name, outside] = torch.stack(result)
@@ -316,7 +314,8 @@ class Benchmark:
             return {}
         found: Settings = {}
         for other in reversed(method.like or (name,)):
-            found |= trial_settings(other)[self.ranked_trials(task, other)[method.place if method.like else 0]]
+            best = self.ranked_trials(task, other)[method.place if method.like else 0]
+            found |= self.trials(task, other)[best]["settings"]
         return found
 
     def trials(self, task: str, name: str) -> list[dict[str, Any]]:
@@ -334,9 +333,9 @@ class Benchmark:
         return [math.inf if None in values else float(np.mean(values)) for values in found]
 
     def ranked_trials(self, task: str, name: str) -> list[int]:
-        """Return the numbers of a method's trials, the one with the lowest validation score first."""
-        found = self.trial_scores(task, name)
-        return sorted(range(len(found)), key=found.__getitem__)
+        """Return the numbers of a method's trials, the one that is chosen first: of those on most seeds the lowest."""
+        found, trials = self.trial_scores(task, name), self.trials(task, name)
+        return sorted(range(len(found)), key=lambda i: (math.isinf(found[i]), -len(trials[i][PRIMARY]), found[i]))
 
     def costs(self, task: str, name: str, device: str = "cpu") -> dict[str, Any]:
         """Return what a method costs on the machine on which it was measured: the fields of `effens.Costs`.
@@ -459,7 +458,7 @@ class Benchmark:
         """
         rows = {}
         for name in methods:
-            settings = trial_settings(name)
+            settings = [trial["settings"] for trial in self.trials(task, name)]
             for place, i in enumerate(self.ranked_trials(task, name)[:count]):
                 rows[f"{name}, {'chosen' if place == 0 else f'place {place + 1}'}"] = {
                     "learning rate": f"{settings[i]['lr']:.4f}",

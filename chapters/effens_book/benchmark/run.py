@@ -12,7 +12,7 @@ import math
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from effens import scores
 from effens.costs import measure
 from effens.ensembles.base import Ensemble
 from effens.ensembles.batch import BatchEnsemble
@@ -34,9 +35,29 @@ from effens.storage import write_whole
 from effens.training import predict
 from effens_book.benchmark.methods import METHODS, candidate, train_one, trial_settings
 from effens_book.benchmark.packing import write_row
-from effens_book.benchmark.predictions import daily_crps, from_half, log_likelihoods, log_mean, to_half
+from effens_book.benchmark.predictions import (
+    daily_crps,
+    from_half,
+    groups,
+    log_likelihoods,
+    log_mean,
+    score,
+    take_members,
+    tempered,
+    to_half,
+)
 from effens_book.benchmark.results import Benchmark
-from effens_book.benchmark.tasks import PRIMARY, TASKS, TUNING_SEEDS, Sets, Settings, Task
+from effens_book.benchmark.tasks import (
+    FINALISTS,
+    MORE_SEEDS,
+    PRIMARY,
+    TASKS,
+    TRIALS,
+    TUNING_SEEDS,
+    Sets,
+    Settings,
+    Task,
+)
 
 UNFINISHED = "unfinished"  # the folder, beside the rows, of what is not packed yet
 
@@ -82,17 +103,52 @@ def tune(benchmark: Benchmark, task: Task, name: str) -> Settings:
 def run_trials(benchmark: Benchmark, task: Task, name: str) -> None:
     """Run a method's trials, each on the tuning seeds, and add them to the task's file of trials."""
     path = benchmark.folder / task.name / "tuning.json"
-    kept = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    if name in kept:
+
+    def kept() -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        return found
+
+    before = kept().get(name, [])
+    if finalists(before) is not None:
         return
-    points = trial_settings(name)
-    files = [folder(benchmark, task, name) / f"trial-{i}.json" for i in range(len(points))]
-    for file, settings in zip(files, points, strict=True):
+    files = [folder(benchmark, task, name) / f"trial-{i}.json" for i in range(TRIALS)]
+    for i, (file, settings) in enumerate(zip(files, trial_settings(task, name), strict=True)):
         if not file.exists():
-            values = [validation_score(task, name, settings, seed) for seed in TUNING_SEEDS]
-            finite = [value if math.isfinite(value) else None for value in values]
-            write_json(file, {"settings": settings, PRIMARY: finite, **provenance()})
-    write_json(path, kept | {name: [json.loads(file.read_text("utf-8")) for file in files]})
+            write_json(file, before[i] if before else {"settings": settings, PRIMARY: []})
+        run_trial(file, task, name, TUNING_SEEDS)
+    while (chosen := finalists(trials := [json.loads(file.read_text("utf-8")) for file in files])) is None:
+        run_trial(files[next_finalist(trials)], task, name, TUNING_SEEDS + MORE_SEEDS)
+    assert chosen
+    write_json(path, kept() | {name: trials})
+
+
+def run_trial(file: Path, task: Task, name: str, seeds: Sequence[int]) -> None:
+    """Run a trial on the seeds that it lacks, and write each score, None where training diverged, and its time."""
+    trial = json.loads(file.read_text("utf-8"))
+    for seed in seeds[len(trial[PRIMARY]) :]:
+        began = time.perf_counter()
+        value = validation_score(task, name, trial["settings"], seed)
+        trial[PRIMARY].append(value if math.isfinite(value) else None)
+        trial["seconds"] = round(trial.get("seconds", 0.0) + time.perf_counter() - began, 1)
+        write_json(file, {**trial, **provenance()})
+
+
+def finalists(trials: Sequence[Mapping[str, Any]]) -> list[int] | None:
+    """Return the numbers of the trials that ran on all seeds, or None while there are others to run.
+
+    The best trials on the first seeds are run on more. One that diverges on any of them makes room for the next best,
+    so that a setting is chosen that never diverged; unless there is none.
+    """
+    done = [i for i, trial in enumerate(trials) if len(trial[PRIMARY]) == len(TUNING_SEEDS + MORE_SEEDS)]
+    sound = [i for i in done if None not in trials[i][PRIMARY]]
+    left = [trial for trial in trials if len(trial[PRIMARY]) == len(TUNING_SEEDS) and None not in trial[PRIMARY]]
+    return done if trials and (len(sound) >= FINALISTS or not left) else None
+
+
+def next_finalist(trials: Sequence[Mapping[str, Any]]) -> int:
+    """Return the number of the trial with the lowest mean on the first seeds among those that ran on no more."""
+    left = {i: trial[PRIMARY] for i, trial in enumerate(trials) if len(trial[PRIMARY]) == len(TUNING_SEEDS)}
+    return min((i for i, values in left.items() if None not in values), key=lambda i: float(np.mean(left[i])))
 
 
 def validation_score(task: Task, name: str, settings: Settings, seed: int) -> float:
@@ -115,21 +171,53 @@ def run_seed(path: Path, task: Task, name: str, settings: Settings, seed: int) -
     if isinstance(ensemble, HyperEnsemble):  # what is chosen three times is kept once
         facts["rows"] = ensemble.rows
     rows = facts.get("rows", slice(None))
-    arrays: dict[str, Any] = {"facts": np.array(json.dumps(facts))}
+    arrays: dict[str, Any] = {}
     for key, (x, y) in sets.items():
         if key == "test" or (key != "train" and (not METHODS[name].control or name in task.everywhere)):
             if key == "test" and task.refits is not None:
                 numbers = refit(task, name, settings, seed)
+            elif task.large:
+                said = ask(task, once(ensemble), x, seed)
+                numbers = to_half(said)
+                keep_scores(facts, task, name, sets, key, said)
+                if key == "test":
+                    arrays["test logs"] = log_likelihoods(said, y).float().numpy()
+                if seed:
+                    continue
             else:
                 numbers = to_half(ask(task, once(ensemble), x, seed))
             arrays[key] = numbers
-            if y is not None and isinstance(task.likelihood, StudentT):  # takes seconds: kept, too
+            if y is not None and isinstance(task.likelihood, StudentT) and not task.large:  # takes seconds: kept, too
                 found = from_half(torch.from_numpy(numbers[rows]).float(), task.likelihood)
                 arrays[f"{key} crps"] = daily_crps(found, y).numpy().astype(np.float32)
+    facts.pop("said", None)
     content = io.BytesIO()
-    np.savez_compressed(content, **arrays)
+    np.savez_compressed(content, facts=np.array(json.dumps(facts)), **arrays)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, content.getvalue())
+
+
+def keep_scores(facts: dict[str, Any], task: Task, name: str, sets: Sets, key: str, said: Any) -> None:
+    """Put a set's scores among the facts; of the single network also those with its confidence set on validation data.
+
+    Of a set without right answers the score is how well total entropy tells it from the test set, in percent.
+    """
+    kept: dict[str, Any] = facts.setdefault("said", {})  # of sets that others are compared with
+    everyone = take_members(said, torch.tensor(facts["rows"])) if "rows" in facts else said
+    versions = {"scores": everyone}
+    if name == "single" and key != "val":
+        versions["tempered"] = tempered(everyone, kept["scores", "val"], sets["val"][1])
+    for version, prediction in versions.items():
+        kept[version, key] = prediction
+        found = facts.setdefault(version, {})
+        y = sets[key][1]
+        if y is None:
+            entropies = (scores.total_entropy(kept[version, split]) for split in ("test", key))
+            found[key] = {"auroc": 100 * float(scores.auroc(*entropies))}
+        else:
+            parts = groups(prediction, task.members) if name == "deep ensemble" else [prediction]
+            rows = [score(part, y) for part in parts]
+            found[key] = {metric: float(np.mean([row[metric] for row in rows])) for metric in rows[0]}
 
 
 def once(ensemble: Ensemble) -> Ensemble:
@@ -163,10 +251,10 @@ def estimate(task: Task, name: str) -> str:
     """Say how many trainings a row takes, and about how long they last: from one short training."""
     trials, runs = 0, task.seeds * (1 if task.refits is None else 1 + len(task.refits()))
     if METHODS[name].tuned and not METHODS[name].like:
-        trials = len(trial_settings(name)) * len(TUNING_SEEDS)
+        trials = TRIALS * len(TUNING_SEEDS) + FINALISTS * len(MORE_SEEDS)
     brief = replace(task, epochs=task.members)
     start = time.perf_counter()
-    train_one(brief, name, trial_settings(name)[0], TUNING_SEEDS[0])
+    train_one(brief, name, trial_settings(task, name)[0], TUNING_SEEDS[0])
     seconds = (time.perf_counter() - start) * task.epochs / task.members
     minutes = math.ceil(seconds * (trials + runs) / 60)
     return f"{task.name}, {name}: {trials} trainings to tune and {runs} to keep, about {minutes} min"
@@ -216,7 +304,7 @@ def measure_costs(
         ensemble, _ = train_one(brief if METHODS[name].tuned else task, name, tune(benchmark, task, name), 0)
         if isinstance(ensemble, HyperEnsemble):
             ensemble = ensemble.chosen
-            candidates = [candidate(task, settings) for settings in trial_settings(name)]
+            candidates = [candidate(task, settings) for settings in trial_settings(task, name)]
             searches[name] = DeepEnsemble.of(candidates).to(device)
         ensembles[name] = ensemble.to(device)
     x, y = task.load(0)["train"]
