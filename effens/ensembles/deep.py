@@ -291,7 +291,7 @@ def stack(networks: Sequence[nn.Module]) -> nn.Module:
     first = networks[0]
     if not are_alike(networks):
         return LoopedLayer(networks)
-    if type(first) is nn.Sequential:
+    if type(first) is nn.Sequential and not (first._parameters or first._buffers):
         columns = zip(*(network._modules.items() for network in networks), strict=True)  # a layer may stand there twice
         return nn.Sequential(OrderedDict((column[0][0], stack([child for _, child in column])) for column in columns))
     if is_rowwise(first):
