@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from effens.ensembles.base import Ensemble
-from effens.inputs import Inputs, count_rows, each, join_inputs, rows_at, tensors_of
+from effens.inputs import Inputs, count_rows, each, has_columns, join_inputs, rows_at, tensors_of
 
 KEPT = 256  # rows of which a frozen trunk computes the features at once
 Batch = tuple[bool, Inputs, Tensor, Tensor | None]
@@ -166,6 +166,8 @@ def as_pair(batch: Any) -> tuple[Inputs, Tensor]:
         remedy = "several inputs are packed together, ((x1, x2), y)"
         got = [type(part).__name__ for part in parts[:4]]
         raise ValueError(f"{rule}; {remedy}, got {got}{' ...' if len(parts) > 4 else ''}")
+    if has_columns(parts[0]):
+        raise ValueError("inputs must be tensors, which torch.as_tensor makes of lists, got a list without a tensor")
     return parts[0], parts[1]
 
 

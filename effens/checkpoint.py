@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from effens.batches import Batches
@@ -29,6 +29,7 @@ class Run:
 
     Attributes:
         epoch: how many epochs are finished.
+        stopped: whether a callback has ended it.
         finished: whether nothing is left to do.
         losses: of every step, each ``(streams,)``.
         lrs: of every step.
@@ -36,7 +37,7 @@ class Run:
 
     def __init__(self, ensemble: Ensemble, optimizer: torch.optim.Optimizer, batches: Batches) -> None:
         self.ensemble, self.optimizer, self.batches = ensemble, optimizer, batches
-        self.epoch, self.finished = 0, False
+        self.epoch, self.stopped, self.finished = 0, False, False
         self.losses: list[Tensor] = []
         self.lrs: list[float] = []
         self.began = time.perf_counter()
@@ -60,7 +61,7 @@ class Run:
             ),
             "modules": {name: f"{type(m).__name__}({m.extra_repr()})" for name, m in self.ensemble.named_modules()},
             "sources": {kind.__qualname__: source_of(kind) for kind in map(type, self.ensemble.modules())},
-            "geometry": {name: m.geometry for name, m in self.ensemble.named_modules() if hasattr(m, "geometry")},
+            "attributes": {name: attributes(m) for name, m in self.ensemble.named_modules()},
             "tensors": {name: summary(tensor) for name, tensor in self.tensors().items()},
             "trained": [name for name, p in self.ensemble.named_parameters() if p.requires_grad],
             "optimizer": type(self.optimizer).__name__,
@@ -73,7 +74,7 @@ class Run:
         state = self.checkpoint.read() if self.checkpoint else None
         if state is None:
             return
-        self.epoch, self.finished = state["epoch"], state["finished"]
+        self.epoch, self.stopped, self.finished = state["epoch"], state["stopped"], state["finished"]
         self.losses, self.lrs = list(state["losses"].to(self.batches.device)), state["lrs"].tolist()
         self.began -= state["seconds"]
         self.batches.epoch = None  # the next epoch is drawn again
@@ -97,13 +98,16 @@ class Run:
             return
         state = {
             "epoch": self.epoch,
+            "stopped": self.stopped,
             "finished": self.finished,
             "losses": torch.stack(self.losses),
             "lrs": torch.tensor(self.lrs, dtype=torch.float64),
             "seconds": self.seconds,
             "tensors": self.tensors(),
             "optimizer": [self.optimizer.state.get(parameter, {}) for parameter in self.parameters()],
-            "groups": [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups],
+            "groups": [
+                {k: plain(v) for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups
+            ],
             "random": [source.get_rng_state() for source in random_sources(self.batches.device)],
             "generators": [generator.get_state() for generator in self.generators()],
         }
@@ -144,14 +148,27 @@ def fingerprint(data: Any) -> Any:
             return f"{len(data)} parts, CRC {zlib.crc32(parts.encode()):08x}"
         case DataLoader():
             how = {name: getattr(data, name) for name in ("batch_size", "drop_last")}
+            how |= {name: fingerprint(part) for name, part in vars(data.sampler).items() if isinstance(part, Tensor)}
             return {**how, "sampler": type(data.sampler).__name__, "dataset": fingerprint(data.dataset)}
         case Dataset():
-            seen = (Tensor, np.ndarray, tuple, Dataset)  # what an object keeps for itself, counters say, may change
+            seen = (Tensor, np.ndarray, tuple, list, dict, Dataset)  # counters may change
             held = {name: fingerprint(part) for name, part in vars(data).items() if isinstance(part, seen)}
             picked = fingerprint(list(data.indices)) if isinstance(data, Subset) else ""
             length = len(data) if isinstance(data, Sized) else None
             return {"kind": type(data).__name__, "length": length, **held, "picked": picked}
     return repr(data) if isinstance(data, bool | int | float | str) else type(data).__name__
+
+
+def plain(value: Any) -> Any:
+    """Return a number of NumPy's as Python's."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def attributes(module: nn.Module) -> dict[str, Any]:
+    """Return the settings of a layer of PyTorch's, which not all tell in their repr, or a convolution's geometry."""
+    known = type(module).__module__.startswith("torch.")
+    named = {key: value for key, value in vars(module).items() if known and key[0] != "_" and key != "training"}
+    return named | {"geometry": getattr(module, "geometry", None)}
 
 
 def source_of(kind: type) -> str:

@@ -72,22 +72,6 @@ class Costs:
     threads: int
     device: str
 
-    def __str__(self) -> str:
-        mega = 1e6
-        return "\n".join(
-            [
-                f"{self.parameters:,} parameters, {self.stored_bytes / mega:.2f} MB stored",
-                f"training step at batch {TRAIN_BATCH}: {1e3 * self.train_seconds:.2f} ms, "
-                f"{self.saved_bytes / mega:.2f} MB kept for backward, {self.peak_bytes / mega:.2f} MB at the peak",
-                *(
-                    f"prediction at batch {size}: {1e3 * self.latency_p50[size]:.3f} ms "
-                    f"(99%: {1e3 * self.latency_p99[size]:.3f} ms)"
-                    for size in BATCHES
-                ),
-                f"{self.flops:,} FLOPs an example, {self.threads} threads, {self.device}",
-            ]
-        )
-
 
 def measure(
     ensemble: nn.Module, x: Inputs, y: Tensor, *, likelihood: Likelihood | None = None, seconds: float = 0.5

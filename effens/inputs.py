@@ -32,6 +32,12 @@ def tensors_of(x: Inputs) -> list[Tensor]:
     return found
 
 
+def has_columns(x: Inputs) -> bool:
+    """Say whether there is a list of anything but tensors: one of names, say, with one for each example."""
+    parts = list(x.values()) if isinstance(x, Mapping) else x if isinstance(x, tuple | list) else []
+    return any(map(has_columns, parts)) or (isinstance(x, list) and bool(x) and not tensors_of(x))
+
+
 def count_rows(x: Inputs) -> int:
     """Return how many examples inputs hold.
 

@@ -26,15 +26,28 @@ def eval_mode(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         with LOCK:
+            done = {}
             for module in modules:
                 count, mode = MODES.pop(module)
                 if count > 1:
                     MODES[module] = count - 1, mode
                 else:
-                    module.training = mode
+                    done[module] = mode
+            if len(done) == len(modules) and done[network]:
+                network.train()  # by its own method, which may do more than this
+            for module, mode in done.items():
+                module.training = mode
 
 
 def still_modules(network: nn.Module) -> list[nn.Module]:
-    """Return the modules that their owner has put into eval mode, frozen batch norm say; none where all are."""
+    """Return the modules that their owner has put into eval mode, batch norm say; where all are, what is frozen."""
     leaves = [module for module in network.modules() if not any(module.children())]
-    return [module for module in network.modules() if not module.training and any(leaf.training for leaf in leaves)]
+    frozen = {part for module in network.modules() if is_frozen(module) for part in module.modules()}
+    some = any(leaf.training for leaf in leaves)
+    return [module for module in network.modules() if not module.training and (some or module in frozen)]
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Say whether a module has weights, none of which is trained."""
+    trained = [parameter.requires_grad for parameter in module.parameters()]
+    return bool(trained) and not any(trained)

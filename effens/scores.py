@@ -279,8 +279,8 @@ def crps(distribution: Distribution, y: Tensor) -> Tensor:
 
     Raises:
         TypeError: the distribution is neither normal nor Student's t.
-        ValueError: the shapes do not agree, a number is not finite, a scale is not above 0, or a member has at most 1
-            degree of freedom, so that :math:`E|X - y|` does not exist.
+        ValueError: the shapes do not agree, a number is not finite (targets of NaN are missing, and left out), a scale
+            is not above 0, or a member has at most 1 degree of freedom, so that :math:`E|X - y|` does not exist.
 
     Example:
         >>> said = torch.distributions.Normal(torch.zeros(1, 1), torch.ones(1, 1))

@@ -266,16 +266,8 @@ def moments(prediction: Tensor | Distribution, weights: Tensor | None) -> tuple[
 
 def check_backend(backend: str) -> None:
     """Raise unless the backend has what it needs to export."""
-    if backend == "aoti":
-        from torch._inductor.cpp_builder import get_cpp_compiler
-        from torch._inductor.exc import InvalidCxxCompiler
-
-        try:
-            get_cpp_compiler()
-        except InvalidCxxCompiler:
-            rule = "backend 'aoti' needs a C++ compiler: install g++ or clang++ (and name it in CXX), or use 'onnx'"
-            raise RuntimeError(f"{rule}, got none") from None
-    elif missing := [package for package in PACKAGES if importlib.util.find_spec(package) is None]:
+    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+    if backend == "onnx" and missing:
         rule = f"backend 'onnx' needs the packages {', '.join(PACKAGES)}"
         raise ModuleNotFoundError(f"{rule}, missing {', '.join(missing)}: pip install {' '.join(missing)}")
 

@@ -72,9 +72,7 @@ def load(ensemble: nn.Module, path: str | os.PathLike[str]) -> None:
         raise ValueError(f"{path.name} must hold {expected}, got {wrong}")
     state = ensemble.state_dict()
     if tensors.keys() != state.keys():
-        raise ValueError(
-            f"{path.name} must hold the ensemble's weights, got other names: {sorted(tensors.keys() ^ state.keys())}"
-        )
+        raise ValueError(f"{path.name} must hold its weights, got other names: {sorted(tensors.keys() ^ state.keys())}")
     for name, tensor in state.items():
         if tensor.shape != tensors[name].shape:
             shapes = tuple(tensor.shape), tuple(tensors[name].shape)
@@ -97,7 +95,7 @@ class Checkpoint:
     """The state of a training run in one file, as `torch.save` writes it and `torch.load` reads it, weights only.
 
     Args:
-        path: of the file; what an earlier run left of a write that was cut short is removed.
+        path: of the file, which one run writes at a time.
         call: what decides the run. A file that another call wrote is refused.
 
     Raises:
@@ -117,10 +115,6 @@ class Checkpoint:
         check_folder("checkpoint", self.path)
         if self.path.is_dir():
             raise IsADirectoryError(f"checkpoint must name a file, got the folder {self.path}")
-        left = re.compile(rf"\.{re.escape(self.path.name)}\.([0-9a-f]{{32}}|\d+)\.part")  # as `write_whole` names it
-        for part in self.path.parent.iterdir():
-            if left.fullmatch(part.name):
-                part.unlink(missing_ok=True)
 
     def write(self, state: Any) -> None:
         """Replace the file by one that holds this state, whole or not at all.
@@ -137,7 +131,7 @@ class Checkpoint:
         if not self.path.exists():  # what cannot be read again is refused at once
             torch.load(io.BytesIO(content.getvalue()), weights_only=True)
         try:
-            write_whole(self.path, content.getvalue())
+            write_whole(self.path, content.getvalue(), "run")  # what a killed run left is written over
         except OSError as error:
             left = "what it held before is kept" if self.path.exists() else "there is none yet"
             rule = f"checkpoint {self.path.name} must be written ({len(content.getvalue()):,} bytes)"
@@ -190,9 +184,9 @@ def check_folder(name: str, path: Path) -> None:
         raise FileNotFoundError(f"{name} must be in a folder that exists, got {path}")
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes, token: str = "") -> None:
     """Write a file under another name first, so that a killed run leaves the old file or the new one."""
-    part = path.with_name(f".{path.name}.{uuid4().hex}.part")  # processes of two machines can have one number
+    part = path.with_name(f".{path.name}.{token or uuid4().hex}.part")  # processes of two machines can have one number
     try:
         with open(part, "wb") as file:
             file.write(content)

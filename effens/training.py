@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from effens.batches import Batches, Data, to_device
-from effens.checkpoint import Run, check_finite, fixed_seed
+from effens.checkpoint import Run, check_finite, fingerprint, fixed_seed, source_of
 from effens.ensembles.base import Ensemble, check_positive
 from effens.inputs import Inputs, call, count_rows, each, rows_at, tensors_of
 from effens.likelihoods import Categorical, Likelihood
@@ -140,6 +140,7 @@ def fit(
     """
     check_ensemble(ensemble)
     check_positive(epochs=epochs, batch_size=batch_size)
+    lr, weight_decay = float(lr), float(weight_decay)
     likelihood = check_likelihood(likelihood)
     check_precision(precision)
     if clip is not None and not clip > 0:
@@ -161,7 +162,8 @@ def fit(
     run = Run(ensemble, descent, batches)
     if checkpoint is not None:
         settings = dict(epochs=epochs, batch_size=batch_size, lr=lr, weight_decay=weight_decay, seed=seed, clip=clip)
-        run.write_to(checkpoint, {**settings, "likelihood": f"{likelihood} {vars(likelihood)}", "precision": precision})
+        held = f"{likelihood} {fingerprint(vars(likelihood))} {source_of(type(likelihood))}"
+        run.write_to(checkpoint, {**settings, "likelihood": held, "precision": precision})
     with fixed_seed(seed, device):
         check_single(ensemble, batches)
     with fixed_seed(seed, device), progress_bar(steps, progress) as shown:
@@ -172,8 +174,10 @@ def fit(
             steps = min(steps, length * epochs)
         fed = run.finished or batches.keep_features()  # whether batches hold the trunk's features
         ended, gaps = True, False  # whether the schedule has ended; whether targets are missing
-        for epoch in range(epochs if run.finished else run.epoch, epochs):
+        for epoch in range(epochs if run.finished or run.stopped else run.epoch, epochs):
             ensemble.train()
+            if not run.lrs:
+                warn_of_eval(ensemble)
             before = len(run.lrs)
             for shared, xs, ys, unchecked in batches:
                 step = min(len(run.lrs), steps - 1)  # a loader may give more batches than it says
@@ -204,9 +208,12 @@ def fit(
                 then = "the schedule ends sooner" if taken < length else "steps after its end keep the last lr"
                 warnings.warn(f"{rule}: {then}", stacklevel=2)
                 length, steps = taken, min(steps, len(run.lrs) + (epochs - run.epoch) * taken)
-            stop = callback is not None and callback(epoch, ensemble, history_of(run))
+            let_go(ensemble)
+            run.stopped = callback is not None and bool(callback(epoch, ensemble, history_of(run)))
+            if {p for p in ensemble.parameters() if p.requires_grad} - {*run.parameters()}:
+                raise ValueError("a callback must not unfreeze weights: end the training and call fit again, got some")
             run.write()
-            if stop:
+            if run.stopped:
                 ended = True
                 break
         if not run.finished:
@@ -361,6 +368,22 @@ def check_single(ensemble: Ensemble, batches: Batches) -> None:
             raise
         rule = "a batch must hold more than one example where batch norm is trained, got a last batch of one"
         raise ValueError(f"{rule}: choose another batch_size, or drop_last=True in a DataLoader") from error
+
+
+def warn_of_eval(ensemble: Ensemble) -> None:
+    """Warn where weights are trained in eval mode: of a pretrained network, say, which was left in it."""
+    named = ((name, m) for name, m in ensemble.named_modules() if m in ensemble.still and not isinstance(m, _BatchNorm))
+    if names := [name for name, m in named if any(p.requires_grad for p in m.parameters(recurse=False))]:
+        rule = f"modules in eval mode stay in it, without dropout and with batch norm as it is: {names[:3]}"
+        warnings.warn(f"{rule}. If that is not meant, call .train() on the network in make_net", stacklevel=3)
+
+
+def let_go(ensemble: Ensemble) -> None:
+    """Detach activations that networks keep in attributes: they hold on to the last step, and cannot be copied."""
+    for module in ensemble.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                vars(module)[name] = value.detach()
 
 
 def history_of(run: Run) -> History:

@@ -94,8 +94,8 @@ def search(
 
     What a trial samples, where its network starts and how it shuffles depend on the seed and the trial's number, and
     with ``"tpe"`` on the trials before it. So a search that stopped goes on as if it had not: call it again with the
-    same storage and folder; a trial that was cut off is lost, save that of the default settings, which is tried again
-    at the end. Several processes, on any machines that share the two, share the trials.
+    same storage and folder; a trial that was cut off is lost. Several processes, on any machines that share the
+    two, share the trials.
 
     Args:
         make_net: (width=..., dropout=...) -> nn.Module: gets all settings but ``lr`` and ``weight_decay``.
@@ -148,8 +148,6 @@ def search(
     with tqdm(total=trials, desc="search", unit="trial", delay=2, leave=False, disable=not progress) as shown:
         while (done := sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))) < trials:
             shown.update(done - shown.n)
-            if done + 1 == trials and default_was_lost(study, default, space):
-                study.enqueue_trial(default)
             trial = study.ask()
             sampling, starting = seeds_of(seed, trial.number)
             study.sampler = make_sampler(sampler, sampling)
@@ -320,24 +318,13 @@ def open_study(
             assert opened is not None
             study = optuna.load_study(storage=opened, study_name=name)
             for _ in range(20):  # whoever made it may not have queued the first settings yet
-                if "search" in study.user_attrs:
-                    break
-                time.sleep(0.1)
+                time.sleep(0.1 * ("search" not in study.user_attrs))
     finally:
         optuna.logging.set_verbosity(level)
     if (held := study.user_attrs.get("search", facts)) != facts:
         raise ValueError(f"the study {name!r} must be of this search, {facts}, got {held}: give it another name")
     study.set_user_attr("search", facts)
     return study
-
-
-def default_was_lost(study: "optuna.Study", default: Settings, space: Space) -> bool:
-    """Say whether the trial of the default settings neither waits nor ended: whoever had it was killed, it seems."""
-    from optuna.trial import TrialState
-
-    first = {key: default[key] for key in space}
-    trials = study.get_trials(deepcopy=False)
-    return not any(t.state == TrialState.WAITING or (t.state.is_finished() and t.params == first) for t in trials)
 
 
 def open_storage(address: str) -> "optuna.storages.BaseStorage":

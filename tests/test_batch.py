@@ -466,7 +466,7 @@ class TestConversion:
 
     def test_unknown_skip(self) -> None:
         with pytest.raises(
-            ValueError, match=r"skip must name modules or parameters of the network, got \['tail'\], have \['first'"
+            ValueError, match=r"skip must name modules, or the network's own parameters, got \['tail'\], have \['first'"
         ):
             BatchEnsemble(Twice, 2, skip=("tail", "head"))
 

@@ -298,14 +298,6 @@ def test_a_plain_network_is_timed_as_it_is() -> None:
     assert calls[-2:] == [Watched, Seen]  # the last prediction: nothing but the network and its layer
 
 
-def test_the_printed_table_says_the_counts() -> None:
-    text = str(measured(effens.DeepEnsemble(net, MEMBERS)))
-    assert f"{MEMBERS * (INPUTS * WIDTH + WIDTH + WIDTH * CLASSES + CLASSES):,} parameters" in text
-    assert f"{MEMBERS * PER_EXAMPLE:,} FLOPs an example" in text
-    assert "prediction at batch 1:" in text
-    assert "prediction at batch 256:" in text
-
-
 def test_errors_say_the_rule_and_the_value() -> None:
     x, y = data()
     ensemble = effens.DeepEnsemble(net, 2)

@@ -448,7 +448,9 @@ class TestMistakes:
     def test_the_same_network_again(self, calls: list[int]) -> None:
         networks = [mlp(), mlp()]
         again = iter(calls)
-        with pytest.raises(ValueError, match=f"fresh network.*that of call {len(calls) - 2} at call {len(calls) - 1}"):
+        with pytest.raises(
+            ValueError, match=f"fresh network.*call {len(calls) - 2}'s weights again at call {len(calls) - 1}"
+        ):
             effens.DeepEnsemble(lambda: networks[next(again)], members=len(calls))
 
     def test_another_architecture(self) -> None:

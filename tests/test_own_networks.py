@@ -3,15 +3,18 @@
 import copy
 from collections import UserDict
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scenarios import images, relative, series, tokens, vectors
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset, default_collate
+from torch.nn import functional as F
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset, default_collate
 
 import effens
 from effens.modes import eval_mode
@@ -259,15 +262,16 @@ class Leftover(nn.Module):
         return self.head(self.a(x).tanh())
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_layers_that_nobody_needs_do_not_matter(mode: Any) -> None:
+def test_layers_that_nobody_calls_are_named_and_can_be_left_out() -> None:
+    x = torch.randn(5, 4)
     for make in (
         partial(effens.BatchEnsemble, Leftover, 3),
         partial(effens.LoRAEnsemble, Leftover, 3, layers=("a", "pooler")),
     ):
-        ensemble, x = make(), torch.randn(5, 4)
-        with mode():
-            assert relative(ensemble(x)[1], ensemble.member(1)(x)) < 1e-6
+        with pytest.raises(ValueError, match=r"layers that are never called through their forward: \['pooler'\]"):
+            make()(x)
+    for ensemble in (effens.BatchEnsemble(Leftover, 3, skip="pooler"), effens.LoRAEnsemble(Leftover, 3, layers="a")):
+        assert relative(ensemble(x)[1], ensemble.member(1)(x)) < 1e-6
 
 
 @pytest.mark.parametrize("method", ["deep", "batch", "snapshot", "swag"])
@@ -631,3 +635,313 @@ def test_a_part_that_another_thread_asks_leaves_the_whole_in_eval_mode() -> None
     assert not any(module.training for module in whole.modules())
     inner.__exit__(None, None, None)
     assert all(module.training for module in whole.modules())
+
+
+def batch_normed() -> nn.Sequential:
+    layers = [nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(0.5), nn.Linear(6, 3)]
+    return nn.Sequential(*layers).double()
+
+
+def pretrained_in_eval_mode() -> nn.Sequential:
+    """As networks come from a hub: in eval mode, here with all but the head frozen."""
+    network = batch_normed().requires_grad_(False).eval()
+    network[4].requires_grad_(True)
+    return network
+
+
+@pytest.mark.parametrize("method", ["deep", "batch", "snapshot", "swag", "lora"])
+def test_frozen_statistics_stay_where_all_is_in_eval_mode(method: str) -> None:
+    (x, y), lora = vectors(), partial(effens.LoRAEnsemble, layers="0", heads="4")
+    ensemble = {**METHODS, "lora": lora}[method](pretrained_in_eval_mode, 2)
+    optimizer = torch.optim.SGD if method == "swag" else torch.optim.AdamW
+    for _ in range(2):
+        effens.fit(ensemble, (x + 3, y), optimizer=optimizer, **FIT)
+        assert not bool(ensemble.member(1).get_buffer("1.running_mean").any())
+
+
+def test_what_is_frozen_between_two_trainings_stays() -> None:
+    ensemble, (x, y) = effens.DeepEnsemble(batch_normed, 2), vectors()
+    effens.fit(ensemble, (x, y), **FIT)
+    norm = ensemble.network[1].requires_grad_(False)  # type: ignore[index]
+    before = ensemble.member(0).get_buffer("1.running_mean").clone()
+    assert not norm.training
+    effens.fit(ensemble, (x + 3, y), **FIT)
+    assert torch.equal(ensemble.member(0).get_buffer("1.running_mean"), before)
+
+
+def test_weights_that_are_trained_in_eval_mode_are_named() -> None:
+    def make() -> nn.Module:
+        network = batch_normed().eval()
+        network[4] = nn.Linear(6, 3).double()
+        return network
+
+    ensemble, (x, y) = effens.DeepEnsemble(make, 2), vectors()
+    with pytest.warns(UserWarning, match=r"modules in eval mode stay in it, .*\['network.0'\].*call .train\(\)"):
+        effens.fit(ensemble, (x, y), **FIT)
+
+
+@pytest.mark.parametrize("method", ["deep", "batch", "snapshot"])
+def test_a_trunk_that_is_partly_frozen_keeps_its_modes(method: str) -> None:
+    trunk = batch_normed()
+    trunk[:2].requires_grad_(False).eval()
+    ensemble, (x, y) = METHODS[method](lambda: nn.Linear(3, 3).double(), 2, trunk=trunk), vectors()
+    effens.fit(ensemble, (x + 3, y), **FIT)
+    assert not bool(trunk.get_buffer("1.running_mean").any())
+    assert trunk[3].training is False
+    ensemble.train()
+    assert trunk[3].training
+    assert not trunk[1].training
+
+
+def test_a_list_of_anything_but_tensors_is_refused() -> None:
+    x, y = vectors()
+    loader = DataLoader([{"x": a, "name": "a", "labels": b} for a, b in zip(x, y, strict=True)], 8)  # type: ignore
+    with pytest.raises(ValueError, match="inputs must be tensors, .* got a list without a tensor"):
+        effens.fit(effens.DeepEnsemble(lambda: nn.Linear(4, 3), 2), loader, device="cpu")
+
+
+def test_what_is_frozen_inside_a_layer_stays() -> None:
+    def only_biases() -> nn.Module:
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(name.endswith("bias"))
+        return network
+
+    def but_for_the_head() -> nn.Module:
+        network = only_biases()
+        network.get_parameter("2.weight").requires_grad_(True)
+        return network
+
+    (x, y), ensemble = vectors(), effens.BatchEnsemble(but_for_the_head, 3)
+    effens.fit(ensemble, (x, y), **FIT)
+    plain = only_biases()
+    with pytest.raises(ValueError, match="the network must have a trained nn.Linear"):
+        effens.BatchEnsemble(only_biases, 2)
+    for m in range(3):
+        assert torch.equal(ensemble.member(m).get_parameter("0.weight"), plain.get_parameter("0.weight"))
+        assert relative(ensemble(x)[m], ensemble.member(m)(x)) < 1e-9
+    assert not torch.equal(ensemble.member(0).get_parameter("0.bias"), ensemble.member(1).get_parameter("0.bias"))
+    with pytest.raises(
+        ValueError, match=r"skip must name all of an attention module, got parts \['layer.self_attn.out"
+    ):
+        effens.BatchEnsemble(OneLayer, 2, skip="layer.self_attn.out_proj")
+    with pytest.raises(ValueError, match="skip must name modules, or the network's own parameters"):
+        effens.BatchEnsemble(OneLayer, 2, skip="head.weight")
+    with pytest.raises(ValueError, match="frozen, where its weights are drawn anew"):
+        effens.MIMO(but_for_the_head, 2)
+
+
+class TimeFirst(nn.Module):
+    """The branch that mixes rows starts at 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.f, self.head = nn.Linear(1, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.alpha = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Any:
+        z = self.first(x[..., None]).transpose(0, 1)
+        return self.head((z + self.alpha * self.f(z).relu()).mean(0))
+
+
+class Nearest(nn.Module):
+    """It fails on fewer than four rows, and mixes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        z = self.a(x)
+        return self.head(z[torch.cdist(z, z).topk(4, largest=False).indices].mean(1))
+
+
+class OfOwnKind(Tensor):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [(TimeFirst, lambda x: x), (Nearest, lambda x: x), (TimeFirst, lambda x: x.as_subclass(OfOwnKind))],
+)
+def test_networks_that_mix_rows_are_refused(make: Any, change: Any) -> None:
+    x, y = vectors()
+    ensemble = effens.BatchEnsemble(lambda: make().double(), 2, skip="alpha" if make is TimeFirst else ())
+    with pytest.raises(ValueError, match="BatchEnsemble must answer as its members do alone"):
+        effens.fit(ensemble, (change(x), y), **FIT)
+
+
+def test_rows_of_nan_leave_the_check_for_later() -> None:
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            z = self.a(x)
+            return z - z.mean(0)
+
+    ensemble, x = effens.BatchEnsemble(Centred, 2), torch.randn(6, 4)
+    broken = x.clone()
+    broken[0] = torch.nan
+    ensemble(broken)
+    with pytest.raises(ValueError, match="must answer as its members do alone"):
+        ensemble(x)
+
+
+def test_numbers_of_numpy_are_kept_in_checkpoints(tmp_path: Path) -> None:
+    ensemble = effens.DeepEnsemble(lambda: nn.Linear(4, 3).double(), 2)
+    options: dict[str, Any] = {**FIT, "lr": np.float32(0.01), "weight_decay": np.float64(0.1)}
+    optimizer = partial(torch.optim.AdamW, eps=np.float64(1e-8))
+    for _ in range(2):
+        effens.fit(ensemble, vectors(), optimizer=optimizer, checkpoint=tmp_path / "run.pt", **options)
+
+
+@pytest.mark.parametrize("method", ["deep", "snapshot", "swag", "batch"])
+def test_a_sequential_with_a_parameter_of_its_own(method: str) -> None:
+    def make() -> nn.Module:
+        network = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+        network.log_temperature = nn.Parameter(torch.zeros((), dtype=torch.float64))
+        return network
+
+    options = {"skip": "log_temperature"} if method == "batch" else {}
+    ensemble, (x, y) = METHODS[method](make, 2, **options), vectors()
+    effens.fit(ensemble, (x, y), optimizer=torch.optim.SGD, **FIT)
+    assert "log_temperature" in dict(ensemble.member(1).named_parameters())
+    assert relative(ensemble(x)[1], ensemble.member(1)(x)) < 1e-9
+
+
+class Encoding(nn.Module):
+    def __init__(self, heads: int = 2, **options: Any) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(4, heads, 8, 0.0, batch_first=True, **options)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.layer(x).mean(1))
+
+
+class Rows(Dataset[Any]):
+    """A dict and a list in attributes, as in Hugging Face's tutorials."""
+
+    def __init__(self, columns: dict[str, Tensor], labels: list[int]) -> None:
+        self.columns, self.labels = columns, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> Any:
+        return {**{name: part[i] for name, part in self.columns.items()}, "labels": torch.tensor(self.labels[i])}
+
+
+def killed(ensemble: effens.Ensemble, data: Any, path: Path, **options: Any) -> None:
+    def kill(epoch: int, *_: Any) -> None:
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        effens.fit(ensemble, data, checkpoint=path, callback=kill, **{**FIT, **options})
+
+
+@pytest.mark.parametrize("other", [{"heads": 4}, {"norm_first": True}, {"activation": "gelu"}])
+def test_a_checkpoint_of_another_transformer_is_refused(other: dict[str, Any], tmp_path: Path) -> None:
+    x, y = tokens()
+    killed(effens.DeepEnsemble(lambda: Encoding().double(), 2), (x, y), tmp_path / "run.pt")
+    ensemble = effens.DeepEnsemble(lambda: Encoding(**other).double(), 2)
+    with pytest.raises(ValueError, match="must be a checkpoint of the same call, got .*"):
+        effens.fit(ensemble, (x, y), checkpoint=tmp_path / "run.pt", **FIT)
+
+
+class Weighted(effens.Categorical):
+    def __init__(self, weights: Tensor) -> None:
+        super().__init__()
+        object.__setattr__(self, "weights", weights)
+
+
+def test_a_checkpoint_of_other_data_or_another_likelihood_is_refused(tmp_path: Path) -> None:
+    (x, y), x2 = vectors(), vectors()[0] * 5
+    many = torch.ones(2000)
+    other = torch.cat([many[:999], many[:1] * 7, many[:1000]])
+    pairs: list[tuple[Any, Any]] = [
+        (Rows({"input": x}, y.tolist()), Rows({"input": x2}, y.tolist())),
+        (Rows({"input": x}, y.tolist()), Rows({"input": x}, (2 - y).tolist())),
+        (ConcatDataset([TensorDataset(x, y)]), ConcatDataset([TensorDataset(x2, y)])),
+    ]
+    make = lambda: effens.DeepEnsemble(lambda: nn.Sequential(nn.Linear(4, 3)).double(), 2)  # noqa: E731
+    for i, (first, second) in enumerate(pairs):
+        killed(make(), first, tmp_path / str(i))
+        with pytest.raises(ValueError, match="must be a checkpoint of the same call"):
+            effens.fit(make(), second, checkpoint=tmp_path / str(i), **FIT)
+    killed(make(), (x, y), tmp_path / "run", likelihood=Weighted(many))
+    with pytest.raises(ValueError, match="must be a checkpoint of the same call, got likelihood"):
+        effens.fit(make(), (x, y), checkpoint=tmp_path / "run", likelihood=Weighted(other), **FIT)
+
+
+@pytest.mark.parametrize("method", ["deep", "batch", "snapshot", "swag"])
+@pytest.mark.parametrize("wrapped", [lambda x: (x,), lambda x: {"input": x}])
+def test_a_bare_layer_gets_a_tuple_or_a_dict(method: str, wrapped: Any) -> None:
+    (x, y), ensemble = vectors(), METHODS[method](lambda: nn.Linear(4, 3).double(), 2)
+    effens.fit(ensemble, (wrapped(x), y), optimizer=torch.optim.SGD, **FIT)
+    assert relative(ensemble(wrapped(x))[1], ensemble.member(1)(x)) < 1e-9
+
+
+class Merging(nn.Linear):
+    """Low-rank weights that eval mode merges, as in loralib."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 3)
+        self.low, self.merged = nn.Parameter(torch.randn(3, 4)), False
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        if mode == self.merged:
+            self.weight.data += (-1 if mode else 1) * self.low
+            self.merged = not mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight if self.merged else self.weight + self.low, self.bias)
+
+
+def test_predicting_puts_modes_back_by_the_network_s_own_method() -> None:
+    ensemble, x = effens.DeepEnsemble(Merging, 2).train(), torch.randn(5, 4)
+    effens.predict(ensemble, x)
+    assert not any(module.merged for module in ensemble.modules() if isinstance(module, Merging))
+
+
+def test_weights_are_not_unfrozen_in_a_callback() -> None:
+    ensemble = effens.DeepEnsemble(half_frozen, 2)
+    with pytest.raises(ValueError, match="a callback must not unfreeze weights"):
+        effens.fit(ensemble, vectors(), callback=lambda *_: ensemble.requires_grad_() and None, **FIT)
+
+
+def test_a_run_that_was_stopped_and_killed_at_its_end_stays_stopped(tmp_path: Path) -> None:
+    counts = []
+    for broken in (True, False):
+        ensemble = effens.SWAG(lambda: nn.Sequential(nn.Linear(4, 3)).double(), 2)
+        if broken:
+            ensemble.finish = None  # type: ignore[method-assign, assignment]
+        options: dict[str, Any] = {**FIT, "optimizer": torch.optim.SGD, "checkpoint": tmp_path / "run.pt"}
+        with pytest.raises(TypeError) if broken else nullcontext():
+            effens.fit(ensemble, vectors(), callback=lambda epoch, *_: epoch == 2, **options)
+        counts.append(int(ensemble.count))
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("method", ["deep", "batch", "snapshot", "swag"])
+def test_a_network_that_keeps_an_activation_can_be_copied(method: str) -> None:
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            self.kept = self.a(x).relu()
+            return self.head(self.kept)
+
+    (x, y), ensemble = vectors(), METHODS[method](lambda: Keeping().double(), 2)
+    effens.fit(ensemble, (x, y), optimizer=torch.optim.SGD, **FIT)
+    member = ensemble.member(1)
+    with torch.no_grad():
+        assert relative(ensemble(x)[1], member(x)) < 1e-9

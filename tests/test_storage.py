@@ -201,7 +201,7 @@ def deeper() -> nn.Module:
         (lambda: effens.DeepEnsemble(net, 2), "'members': '2'.*got {'members': '3'}"),
         (lambda: net(), "'kind': 'Sequential'.*got {'kind': 'DeepEnsemble', 'members': '3'}"),
         (lambda: effens.DeepEnsemble(wide, 3), r"network\.3\.weight must have shape \(3, 5, 6\), got \(3, 3, 6\)"),
-        (lambda: effens.DeepEnsemble(deeper, 3), r"must hold the ensemble's weights, got other names: \['network\.0"),
+        (lambda: effens.DeepEnsemble(deeper, 3), r"must hold its weights, got other names: \['network\.0"),
     ],
 )
 def test_another_ensemble_is_refused(other: Callable[[], nn.Module], message: str, saved: Path) -> None:

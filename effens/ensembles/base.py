@@ -52,8 +52,8 @@ class Ensemble(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode; what the network has put into eval mode by itself, frozen batch norm say, stays in it."""
-        if self.training:
-            self.still = still_modules(self)
+        before = [] if self.training else [module for module in self.still if not module.training]
+        self.still = list(dict.fromkeys([*before, *still_modules(self)]))
         super().train(mode)
         for module in self.still:
             module.training = False

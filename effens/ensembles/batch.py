@@ -19,7 +19,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from effens.ensembles.attention import MemberAttention, call_layers, why_no_attention
 from effens.ensembles.base import Ensemble, MakeNet, check_positive
@@ -37,6 +37,7 @@ from effens.ensembles.layers import (
     replace_layers,
     split_rows,
 )
+from effens.modes import is_frozen
 
 Init = str | float
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -57,7 +58,7 @@ class BatchEnsemble(RowEnsemble):
     Args:
         make_net: () -> nn.Module, a fresh network.
         members: how many members.
-        skip: names of modules that stay shared, with all that is inside them, or of parameters; or one name.
+        skip: names of modules that stay shared, with all that is inside them, or of its own parameters; or one name.
         split: False: every member sees every example (tiled). True: each batch is divided among the members, as in the
             paper: a step costs what a single network's does, and each member sees ``1 / members`` of the examples.
         init: how r and s start: ``"signs"`` (random +1 and -1), ``"normal"`` (mean 1, standard deviation 0.5),
@@ -162,8 +163,6 @@ class RankOneLayer(WeightLayer):
         init: how r and s start.
     """
 
-    shares_weight = True
-
     def __init__(self, plain: Plain, members: int, init: Init) -> None:
         super().__init__()
         check_positive(members=members)
@@ -174,8 +173,11 @@ class RankOneLayer(WeightLayer):
                 raise ValueError(f"padding_mode must be 'zeros', got {plain.padding_mode!r}")
             inputs, self.geometry = plain.in_channels, {name: getattr(plain, name) for name in GEOMETRY}
         self.weight = plain.weight if isinstance(plain.weight, nn.Parameter) else nn.Parameter(plain.weight)
-        self.r = nn.Parameter(init_factors(init, members, inputs).to(plain.weight))
-        self.s = nn.Parameter(init_factors(init, members, len(plain.weight)).to(plain.weight))
+        trained = plain.weight.requires_grad  # else it stays as it is
+        self.r, self.s = (
+            nn.Parameter(init_factors(init if trained else "ones", members, size).to(plain.weight), trained)
+            for size in (inputs, len(plain.weight))
+        )
         self.bias = None if bias is None else nn.Parameter(bias.detach().repeat(members, 1), bias.requires_grad)
         outputs, inner = plain.weight.shape[:2]  # of x's numbers, for each member, from which on folding pays
         self.fold_from = 4 * plain.weight.numel() * inputs / (outputs + inner)
@@ -245,11 +247,11 @@ class BatchEnsembleLinear(RankOneLayer):
     ) -> None:
         super().__init__(nn.Linear(in_features, out_features, bias=bias), members, init)
 
-    def forward(self, rows: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map ``(members * batch, ..., in)`` to ``(members * batch, ..., out)``, each member its own rows."""
-        if rows.shape[:-1] == (self.members,):  # one row each: no views, which would take a third of the time
-            return scale_and_shift(F.linear(rows * self.r, self.weight), self.s, self.bias)
-        return super().forward(rows)
+        if input.shape[:-1] == (self.members,):  # one row each: no views, which would take a third of the time
+            return scale_and_shift(F.linear(input * self.r, self.weight), self.s, self.bias)
+        return super().forward(input)
 
 
 class BatchEnsembleConv1d(RankOneLayer):
@@ -323,10 +325,10 @@ def convert(
 ) -> nn.Module:
     """Replace, in place, every layer that has a member layer and is not skipped. Tied weights stay tied."""
     skip, modules = names_of(skip), dict(network.named_modules(remove_duplicate=False))
-    parameters = dict(network.named_parameters(remove_duplicate=False))
+    parameters = dict(network.named_parameters(recurse=False))
     if unknown := [name for name in skip if name not in modules and name not in parameters]:
         have = [name for name in modules if name]
-        raise ValueError(f"skip must name modules or parameters of the network, got {unknown}, have {have}")
+        raise ValueError(f"skip must name modules, or the network's own parameters, got {unknown}, have {have}")
     skipped = {modules[name] for name in skip if name in modules}
     biases: dict[nn.Parameter, nn.Parameter] = {}  # of tied layers
     refused: dict[str, str] = {}
@@ -354,12 +356,21 @@ def convert(
         return None
 
     network = replace_layers(network, replace)
+    if lost := [name for name in skip if name in modules and modules[name] not in set(network.modules())]:
+        raise ValueError(f"skip must name all of an attention module, got parts {lost}")
     if refused:
         reasons = "; ".join(f"{name or 'the network'!r}, {reason}" for name, reason in refused.items())
         remedy = f": leave it shared with skip={tuple(refused)}" if all(refused) else ""
         raise ValueError(f"BatchEnsemble cannot take {reasons}{remedy}")
-    if not any(isinstance(module, RankOneLayer) for module in network.modules()):
+    if not any(isinstance(module, RankOneLayer) and module.r.requires_grad for module in network.modules()):
         raise ValueError(f"the network must have a trained nn.Linear, nn.Conv1d or nn.Conv2d to convert, got {network}")
+    if (
+        own_norms is False
+        and init == "signs"
+        and any(isinstance(m, _BatchNorm) and m.affine for m in network.modules())
+    ):
+        rule = "BatchEnsemble's members share batch norm, and train slowly where their signs differ"
+        warnings.warn(f"{rule}: norms='own' gives each its own", stacklevel=3)
     meant = {p for module in skipped for p in module.parameters()} | {parameters[n] for n in skip if n in parameters}
     left: dict[str, int] = {}  # numbers of a module's own parameters
     for name, module in network.named_modules():
@@ -378,9 +389,3 @@ LAYERS: dict[type[nn.Module], type[RankOneLayer]] = {
     nn.Conv1d: BatchEnsembleConv1d,
     nn.Conv2d: BatchEnsembleConv2d,
 }
-
-
-def is_frozen(module: nn.Module) -> bool:
-    """Say whether a module has weights, none of which is trained."""
-    trained = [parameter.requires_grad for parameter in module.parameters()]
-    return bool(trained) and not any(trained)

@@ -291,7 +291,7 @@ def stack(networks: Sequence[nn.Module]) -> nn.Module:
     first = networks[0]
     if not are_alike(networks):
         return LoopedLayer(networks)
-    if type(first) is nn.Sequential:
+    if type(first) is nn.Sequential and not (first._parameters or first._buffers):
         columns = zip(*(network._modules.items() for network in networks), strict=True)  # a layer may stand there twice
         return nn.Sequential(OrderedDict((column[0][0], stack([child for _, child in column])) for column in columns))
     if is_rowwise(first):
@@ -395,9 +395,8 @@ def check_fresh(networks: Sequence[nn.Module]) -> None:
     seen: dict[nn.Parameter, int] = {}
     for m, network in enumerate(networks):
         if again := [seen[p] for p in network.parameters() if p in seen and p.requires_grad]:
-            raise ValueError(
-                f"make_net must return a fresh network at each call, got that of call {again[0]} at call {m}"
-            )
+            rule = "make_net must return a fresh network at each call"
+            raise ValueError(f"{rule}, got call {again[0]}'s weights again at call {m}")
         seen.update(dict.fromkeys(network.parameters(), m))
         if shapes[m] != shapes[0]:
             raise ValueError(f"make_net must return the same architecture at each call, got {shapes[0]}, {shapes[m]}")

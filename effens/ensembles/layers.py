@@ -23,15 +23,14 @@ class MemberLayer(nn.Module):
     """A layer with weights for each member. Its rows are member-major: all of member 0's, then all of member 1's ..."""
 
     members: int
-    shares_weight = False  # with the plain layer that it was made of
 
     def forward_each(self, x: Tensor) -> Tensor:
         """Map each member's batch, or one for all, ``(members or 1, batch, ...)``, to ``(members, batch, ...)``."""
         raise NotImplementedError(f"a member layer must override forward_each, got none in {type(self).__name__}")
 
-    def forward(self, rows: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # the name that PyTorch's layers have for it
         """Map ``(members * batch, ...)`` to ``(members * batch, ...)``, each member its own rows."""
-        return self.forward_each(split_rows(rows, self.members)).flatten(0, 1)
+        return self.forward_each(split_rows(input, self.members)).flatten(0, 1)
 
     def forward_shared(self, x: Tensor) -> Tensor:
         """Map ``(batch, ...)``, the same for all members, to ``(members * batch, ...)``."""
@@ -127,12 +126,14 @@ class RowEnsemble(Ensemble):
         """Compare the ensemble with its members, once, before it answers for the first time."""
         if self._remedy is None or torch.compiler.is_compiling():
             return
-        if not all(type(part) is Tensor and len(part) and not part.is_meta for part in tensors_of(x)):
+        own = Tensor.__torch_dispatch__
+        if not all(type(part).__torch_dispatch__ == own and len(part) and not part.is_meta for part in tensors_of(x)):
             return  # what is traced has no values
         with CHECKING:
-            if self._remedy is not None:
-                check_members(self, rows_at(x, [0, -1]), self._remedy)
-            self._remedy = None
+            if self._remedy is not None and (
+                check_members(self, rows_at(x, [0, -1]), self._remedy) or check_members(self, x, self._remedy)
+            ):
+                self._remedy = None
 
     def _answers(self, rows: Any, batch: int) -> Tensor:
         """View what the network returned, rows, as ``(members, batch, outputs)``."""
@@ -170,17 +171,18 @@ def fresh_network(make_net: MakeNet) -> nn.Module:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def check_members(ensemble: RowEnsemble, x: Inputs, remedy: str) -> None:
+def check_members(ensemble: RowEnsemble, x: Inputs, remedy: str) -> bool:
     """Raise `ValueError` unless an ensemble answers as its members do alone, through the forward of all its layers.
 
     It is a copy that is asked for the first and the last member, in eval mode, made more different than they may start.
+    False says that nothing could be compared, because members fail on these inputs or answer with NaN.
     """
     kept: dict[int, Any] = {id(ensemble.trunk): None, id(ensemble.still): []}
     ensemble, x = copy.deepcopy(ensemble, kept).eval(), each(Tensor.clone, x)
     ensemble._remedy = None
     layers = {name: layer for name, layer in ensemble.network.named_modules() if isinstance(layer, MemberLayer)}
     generator = torch.Generator().manual_seed(0)
-    for parameter in [p for layer in layers.values() for p in layer.parameters(recurse=False)]:
+    for parameter in ensemble.network.parameters():
         noise = torch.randn(parameter.shape, generator=generator).to(parameter)
         parameter.mul_(1 + 0.2 * noise) if parameter.any() else parameter.add_(0.1 * noise)
     checked = sorted({0, ensemble.members - 1})
@@ -192,7 +194,9 @@ def check_members(ensemble: RowEnsemble, x: Inputs, remedy: str) -> None:
     try:
         expected = answers()
     except Exception:  # the input is wrong, or the network returns no tensor: the call itself says so best
-        return
+        return False
+    if not bool(expected.isfinite().all()):
+        return False
     called: set[str] = set()
     for name, layer in layers.items():
         layer.register_forward_hook(lambda *_, name=name: called.add(name))
@@ -206,21 +210,13 @@ def check_members(ensemble: RowEnsemble, x: Inputs, remedy: str) -> None:
     except Exception as error:
         problem, got = error, f"{type(error).__name__}: {error}"
     missed = [name for name in layers if name not in called]
-    if missed and (got or not all(is_unused(ensemble, layers[name], x) for name in missed)):
-        got = f"layers that are never called through their forward: {missed}"
+    if missed:
+        when = ", or not before an error" if problem else ""
+        got = f"layers that are never called through their forward{when}: {missed}"
     if got:
         rule = f"{type(ensemble).__name__} must answer as its members do alone: {remedy}"
         raise ValueError(f"{rule}, got {got}") from problem
-
-
-def is_unused(ensemble: RowEnsemble, layer: MemberLayer, x: Inputs) -> bool:
-    """Say whether no answer depends on the weights that a layer shares with the plain one that it took the place of."""
-    if not layer.shares_weight:
-        return False
-    with torch.enable_grad():
-        parameters = [parameter.requires_grad_() for parameter in layer.parameters()]
-        total = ensemble.forward(each(Tensor.clone, x)).sum()
-        return all(found is None for found in torch.autograd.grad(total, parameters, allow_unused=True))
+    return True
 
 
 def chain(network: nn.Module) -> Iterator[nn.Module]:
@@ -254,15 +250,16 @@ def run_shared(network: nn.Module, x: Inputs, members: int) -> Any:
     Where the network begins with a member layer, that layer reads ``x`` once; else ``x`` is repeated, in memory of its
     own also for one member or one row: the network may change it in place.
     """
-    layers = deque(chain(network) if isinstance(x, Tensor) else [network])
-    while isinstance(x, Tensor) and layers and type(layers[0]) in (nn.Flatten, nn.Identity):
+    if not isinstance(x, Tensor):
+        return call(network, each(lambda part: torch.cat([part] * members), x))
+    layers = deque(chain(network))
+    while layers and type(layers[0]) in (nn.Flatten, nn.Identity):
         x = layers.popleft()(x)
     if layers and isinstance(first := layers[0], MemberLayer) and not has_hooks(first):
         layers.popleft()
         rows = first.forward_shared(x)
     else:
-        rows = each(lambda part: torch.cat([part] * members), x)
-        rows = call(layers.popleft(), rows) if layers else rows
+        rows = torch.cat([x] * members)
     for layer in layers:
         rows = layer(rows)
     return rows

@@ -106,8 +106,6 @@ class LoRAEnsemble(RowEnsemble):
 class LoRALinear(MemberLayer):
     """A frozen linear layer and each member's change of it: a ``(members, rank, in)``, b ``(members, out, rank)``."""
 
-    shares_weight = True
-
     def __init__(self, plain: nn.Linear, members: int, rank: int) -> None:
         super().__init__()
         self.members = members

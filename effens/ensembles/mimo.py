@@ -192,14 +192,11 @@ def widen(network: nn.Module, members: int, first: str | None, last: str | None)
         new[layer] = kind(layer, members)
     links = list(chain(network))  # in the order in which they are called
     place = {name: links.index(module) for name, module in modules.items() if module in links}
-    for name in place:
-        if isinstance(modules[name], _BatchNorm) and not place.get(first, 0) <= place[name] <= place.get(
-            last, len(links)
-        ):
-            side = f"before {first!r}" if place[name] < place.get(first, 0) else f"after {last!r}"
-            raise ValueError(
-                f"MIMO cannot have {name!r}, {type(modules[name]).__name__}, {side}: it would mix the members"
-            )
+    start, end = place.get(first, 0), place.get(last, len(links))
+    for name, i in place.items():
+        if isinstance(modules[name], _BatchNorm) and not start <= i <= end:
+            side = f"before {first!r}" if i < start else f"after {last!r}"
+            raise ValueError(f"MIMO cannot have {name!r}, {type(modules[name]).__name__}, {side}: it mixes the members")
     return replace_layers(network, lambda _, module: new.get(module))
 
 
@@ -221,7 +218,7 @@ def why_not_wide(modules: dict[str, nn.Module], name: str) -> str:
         return f"{type(layer).__name__} with hooks, which may change its weight or its result"
     if isinstance(layer, _ConvNd) and layer.groups > 1:
         return f"{type(layer).__name__} with groups={layer.groups}, where only groups=1 can be widened"
-    if not layer.weight.requires_grad:
+    if not all(parameter.requires_grad for parameter in layer.parameters()):
         return f"{type(layer).__name__}, which is frozen, where its weights are drawn anew"
     weights = {id(parameter) for parameter in layer.parameters()}
     if any(id(p) in weights for other in {*modules.values()} - {layer} for p in other.parameters(recurse=False)):

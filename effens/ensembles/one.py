@@ -24,7 +24,7 @@ class OneNetwork(Ensemble):
     def __init__(self, make_net: MakeNet, members: int, trunk: nn.Module | None = None) -> None:
         super().__init__(members, streams=1, trunk=trunk)
         self.network = call_make_net(make_net)
-        self.trained = {name: p.shape for name, p in self.network.named_parameters() if p.requires_grad}
+        self.trained = {name: tuple(p.shape) for name, p in self.network.named_parameters() if p.requires_grad}
 
     @property
     def members(self) -> int:

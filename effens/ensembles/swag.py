@@ -149,9 +149,8 @@ class SWAG(OneNetwork):
             ValueError: its trainable weights have other names or shapes.
         """
         named = {name: p for name, p in network.named_parameters() if p.requires_grad or name in self.trained}
-        if (found := {name: p.shape for name, p in named.items()}) != self.trained:
-            expected, got = ({name: tuple(shape) for name, shape in each.items()} for each in (self.trained, found))
-            raise ValueError(f"the network must have the trainable weights {expected}, got {got}")
+        if (found := {name: tuple(p.shape) for name, p in named.items()}) != self.trained:
+            raise ValueError(f"the network must have the trainable weights {self.trained}, got {found}")
         weights = torch.cat([named[name].flatten() for name in self.trained]).to(self.mean)
         i = int(self.count)
         before = weights - self.mean
@@ -204,7 +203,7 @@ class SWAG(OneNetwork):
         parameters = dict(network.named_parameters())
         for mine, trained in zip(network.parameters(), self.network.parameters(), strict=True):
             mine.requires_grad_(trained.requires_grad)
-        parts = weights.split([shape.numel() for shape in self.trained.values()])
+        parts = weights.split([math.prod(shape) for shape in self.trained.values()])
         for (name, shape), part in zip(self.trained.items(), parts, strict=True):
             parameters[name].copy_(part.view(shape))
         return network
@@ -261,14 +260,9 @@ def update_batch_norm(network: nn.Module, batches: Iterable[Inputs], kept: Colle
         layer.reset_running_stats()
         layer.momentum = None  # the average of all batches, not the last ones'
         layer.train()
-    seen = 0
-    try:
-        for x in batches:
-            network(x)
-            seen += 1
-    finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
-            layer.eval()
+    seen = [network(x) is not None for x in batches]
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+        layer.eval()
     if not seen:
         raise ValueError("batches must hold training inputs for the batch-norm statistics, got none")

@@ -20,8 +20,9 @@ class Trunk(nn.Module):
         super().__init__()
         if not isinstance(network, nn.Module):
             raise TypeError(f"trunk must be an nn.Module, got {type(network).__name__}")
-        self.network = network
-        self.train(network.training)
+        self.network, self.training = network, network.training
+        if self.frozen:
+            self.eval()
 
     @property
     def frozen(self) -> bool:
