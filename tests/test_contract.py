@@ -98,6 +98,7 @@ METHODS = {
     "deep, series": Method(effens.DeepEnsemble, convnet1d, series),
     "deep, attention": Method(effens.DeepEnsemble, attending, tokens),
     "batch": Method(effens.BatchEnsemble, plain=False),
+    "tabm": Method(effens.TabM, plain=False),
     "batch, series": Method(effens.BatchEnsemble, convnet1d, series, plain=False),
     "batch, attention": Method(effens.BatchEnsemble, attending, tokens, plain=False),
     "batch, own norms": Method(own_norms, normed, images, plain=False),

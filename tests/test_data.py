@@ -191,6 +191,60 @@ def test_noise_refuses_a_negative_scale_and_integers() -> None:
         data.add_noise(torch.zeros(3, dtype=torch.uint8), 0.1)
 
 
+def test_a_blurred_point_is_a_gaussian() -> None:
+    x = torch.zeros(1, 1, 15, 15)
+    x[0, 0, 7, 7] = 1
+    blurred = data.blur(x, 1.0)[0, 0]
+    assert float(blurred.sum()) == pytest.approx(1, abs=1e-5)
+    ratio = math.exp(-0.5)
+    assert blurred[7, 8] / blurred[7, 7] == pytest.approx(ratio, rel=1e-4)
+    assert blurred[8, 8] / blurred[7, 7] == pytest.approx(ratio**2, rel=1e-4)
+
+
+def test_a_moved_image_is_as_far_away_as_it_says() -> None:
+    x = torch.zeros(200, 1, 15, 15)
+    x[:, 0, 7, 7] = 1
+    moved = data.move(x, 2.5, seed=3)
+    assert torch.equal(moved, data.move(x, 2.5, seed=3))
+    places = torch.arange(15.0) - 7
+    down, right = ((moved[:, 0].sum(axis) * places).sum(1) for axis in (2, 1))
+    torch.testing.assert_close(down.square() + right.square(), torch.full((200,), 6.25), rtol=0.01, atol=0.01)
+    assert down.min() < -2
+    assert down.max() > 2
+
+
+def test_fashion_is_balanced_and_no_image_is_in_two_splits() -> None:
+    task = data.fashion()
+    sizes = {"train": 1000, "val": 500, "test": 1000}
+    for split, size in sizes.items():
+        assert getattr(task, f"y_{split}").bincount().tolist() == [size] * 10
+    images = torch.cat([task.x_train, task.x_val, task.x_test]).flatten(1)
+    copies = len(images) - len(images.unique(dim=0))
+    assert copies <= 10  # some of the 70,000 images are equal
+
+
+def test_flights_are_standardized_and_split_by_time() -> None:
+    task, late = data.airtime(), data.airtime("delay")
+    for split, size in {"train": 40_000, "same": 5_000, "val": 5_000, "test": 12_000}.items():
+        x, y = getattr(task, f"x_{split}"), getattr(task, f"y_{split}")
+        assert x.shape == (size, len(task.names))
+        assert y.shape == (size,)
+        assert bool(x.isfinite().all())
+        assert torch.equal(x, getattr(late, f"x_{split}"))
+    assert task.y_train.mean().abs() < 1e-4
+    assert task.y_train.std() == pytest.approx(1, abs=1e-4)
+    assert not torch.equal(task.y_train, late.y_train)
+    groups = [name.partition(" ")[0] for name in task.names]
+    origins = task.x_test[:, [group == "origin" for group in groups]]
+    assert bool((origins.sum(1) == 1).all())
+    stored = np.load(str(FOLDER / "airtime.npz"))
+    months = {split: set((stored[f"day_{split}"] // 100).tolist()) for split in ("train", "same", "val", "test")}
+    assert months == {"train": set(range(1, 8)), "same": set(range(1, 8)), "val": {8}, "test": {9, 10, 11, 12}}
+    assert not set(stored["day_train"].tolist()) & set(stored["day_same"].tolist())
+    with pytest.raises(ValueError, match="target must be 'airtime' or 'delay', got 'price'"):
+        data.airtime("price")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_shifts_are_the_same_on_a_gpu() -> None:
@@ -472,7 +526,9 @@ def test_tasks_refuse_what_they_cannot_do() -> None:
 def test_the_license_page_names_every_array_with_its_checksum() -> None:
     page = (FOLDER / "LICENSES.md").read_text(encoding="utf-8")
     stored = [file for file in FOLDER.iterdir() if file.name.endswith(".npz")]
-    assert {file.name for file in stored} == {"diamonds.npz", "digits.npz", "letters.npz", "prices.npz", "stocks.npz"}
+    assert {file.name for file in stored} == {
+        f"{name}.npz" for name in ("airtime", "diamonds", "digits", "fashion", "letters", "prices", "stocks")
+    }
     for file in stored:
         assert f"## {file.name}" in page
         assert hashlib.sha256(file.read_bytes()).hexdigest() in page
@@ -481,4 +537,6 @@ def test_the_license_page_names_every_array_with_its_checksum() -> None:
 
 
 def test_the_folder_is_small() -> None:
-    assert sum(len(file.read_bytes()) for file in FOLDER.iterdir() if file.is_file()) < 1_500_000
+    sizes = {file.name: len(file.read_bytes()) for file in FOLDER.iterdir() if file.is_file()}
+    assert sizes["fashion.npz"] + sizes["airtime.npz"] < 5_000_000
+    assert sum(sizes.values()) < 5_500_000

@@ -43,6 +43,14 @@ def test_cnn_dropout() -> None:
     assert [type(layer) for layer in effens_book.nets.cnn(dropout=0.1)][-2:] == [nn.Dropout, nn.Linear]
 
 
+def test_convnet() -> None:
+    network = effens_book.nets.convnet(7, channels=4, dropout=0.1)
+    assert network(torch.zeros(5, 1, 14, 14)).shape == (5, 7)
+    assert [type(layer) for layer in list(network)[:4]] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d]
+    assert count(network) == 9 * (4 + 4 * 8 + 8 * 16) + 2 * (4 + 8 + 16) + 7 * (16 + 1)
+    assert count(effens_book.nets.convnet()) == 24_058
+
+
 @pytest.mark.parametrize(
     ("options", "message"), [({"depth": -1}, "depth must be >= 0, got -1"), ({"width": 0}, "width must be >= 1, got 0")]
 )

@@ -178,7 +178,7 @@ def search(task: str, seed: int) -> list[Row]:
     of = TASKS[task]
     x, y = of.load(seed)["val"]
     assert y is not None
-    points = trial_settings("hyper", seed, BUDGET)
+    points = trial_settings(of, "hyper", seed, BUDGET)
     start = 1000 + 3 * BUDGET * seed
 
     def trained(number: int, settings: Settings) -> nn.Module:

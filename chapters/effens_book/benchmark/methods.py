@@ -23,7 +23,7 @@ from effens.ensembles.tabm import TabM
 from effens.training import predict
 from effens_book.baselines import LastLayerLaplace, MCDropout
 from effens_book.benchmark.predictions import to_half
-from effens_book.benchmark.tasks import SPACE, TASKS, TRIALS, TUNING_SEEDS, Sets, Settings, Task
+from effens_book.benchmark.tasks import MORE_SEEDS, SPACE, TASKS, TRIALS, TUNING_SEEDS, Sets, Settings, Task
 
 Train = Callable[[Task, tuple[Tensor, Tensor], Settings, int], Ensemble]
 
@@ -40,6 +40,7 @@ class Method:
         place: of the trials that chose these settings, 0 for the best.
         control: whether it is there to explain a method, and is no row of the tables: variants are.
         tuned: whether trials choose its settings; the others train their own candidates.
+        only: the tasks on which alone it is a row of the tables; empty: all.
     """
 
     train: Train
@@ -48,6 +49,7 @@ class Method:
     place: int = 0
     control: bool = False
     tuned: bool = True
+    only: Sequence[str] = ()
 
 
 METHODS: dict[str, Method] = {}
@@ -60,13 +62,14 @@ def method(
     place: int = 0,
     control: bool = False,
     tuned: bool = True,
+    only: Sequence[str] = (),
     **space: tuple[float, float],
 ) -> Callable[[Train], Train]:
     """Register a function ``(task, (x, y), settings, seed) -> trained ensemble`` as a method of the benchmark."""
     others = (like,) if isinstance(like, str) else tuple(like)
 
     def register(train: Train) -> Train:
-        METHODS[name] = Method(train, space, others, place, control or bool(others), tuned)
+        METHODS[name] = Method(train, space, others, place, control or bool(others), tuned, only)
         return train
 
     return register
@@ -88,7 +91,7 @@ def wide(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int
 @method("deep ensemble")
 def deep_ensemble(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
     """Independent networks; while tuning as many as the ensemble has, then the whole pool."""
-    networks = task.members if seed in TUNING_SEEDS else task.pool
+    networks = task.members if seed in TUNING_SEEDS + MORE_SEEDS else task.pool
     return task.fit(DeepEnsemble(task.make_net, networks), train, settings, seed)
 
 
@@ -99,7 +102,7 @@ def batch_ensemble(task: Task, train: tuple[Tensor, Tensor], settings: Settings,
     return task.fit(ensemble, train, settings, seed)
 
 
-@method("TabM", fast_lr=(0.1, 10.0))
+@method("TabM", only=("fashion", "airtime"), fast_lr=(0.1, 10.0))
 def tabm(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
     """BatchEnsemble for tables: signs in the first layer only, heads for each member, and many members."""
     return task.fit(TabM(task.make_net, task.tabm, fast_lr=settings["fast_lr"]), train, settings, seed)

@@ -35,7 +35,7 @@ class Row:
         facts: by seed: settings, versions, device, date.
         predictions: by (set, seed): of all members.
         crps: by (set, seed): what was kept of this score, (n,); of Student's t only.
-        logs: by (set, seed): of a large task, each member's log likelihood of each example, (members, n).
+        logs: by (set, seed): of a large task, the log likelihood of each example, (n,), of the mean of the members.
     """
 
     facts: dict[int, dict[str, Any]]
@@ -119,7 +119,7 @@ def write_row(path: Path, runs: Sequence[Path], digest: str, targets: Targets, l
             found.append({key: run[key] for key in run.files if key != "facts"})
     sets = [key for key in found[0] if not key.endswith((" crps", " logs"))]
     for fact, run in zip(facts, found, strict=True):
-        fact["members"] = len(next(array for key, array in run.items() if not key.endswith(" crps")))
+        fact["members"] = fact.get("members") or len(run[sets[0]])
     arrays = {key: planes(np.concatenate([run[key] for run in found])) for key in found[0] if key not in sets}
     for key in sets:
         having = [i for i, run in enumerate(found) if key in run]  # of a large task only the first seed
@@ -151,13 +151,10 @@ def read_row(path: Path, digest: str, targets: Targets, likelihood: Likelihood) 
         kept.setdefault(name, {})[part] = array
     row = Row({fact["seed"]: fact for fact in facts["seeds"]}, {}, {}, {})
     for name, parts in kept.items():
-        if "crps" in parts:
-            every = torch.from_numpy(whole(parts.pop("crps"), np.float32)).chunk(len(seeds))
-            row.crps.update({(name, seed): days.view(-1) for (seed, _), days in zip(seeds, every, strict=True)})
-        if "logs" in parts:
-            logs = torch.from_numpy(whole(parts.pop("logs"), np.float32)).split([members for _, members in seeds])
-            for (seed, members), own in zip(seeds, logs, strict=True):
-                row.logs[name, seed] = own[torch.tensor(row.facts[seed].get("rows", range(members)))]
+        for key, kind in (("crps", row.crps), ("logs", row.logs)):
+            if key in parts:
+                every = torch.from_numpy(whole(parts.pop(key), np.float32)).chunk(len(seeds))
+                kind.update({(name, seed): own.view(-1) for (seed, _), own in zip(seeds, every, strict=True)})
         if parts:
             having = facts["seeds"][:1] if "scores" in facts["seeds"][0] else facts["seeds"]
             everyone = decode(parts, answers(having, name, targets), likelihood)

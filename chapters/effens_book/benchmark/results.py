@@ -246,7 +246,7 @@ class Benchmark:
         """
         from statsmodels.stats.multitest import multipletests  # here: it takes a second to load
 
-        others = [name for name in (names() if rows is None else rows) if name != reference]
+        others = [name for name in (names(task=task) if rows is None else rows) if name != reference]
         base = self.values(task, reference, metric, split).double().numpy()
         found = {}
         for name in others:
@@ -402,7 +402,7 @@ class Benchmark:
         asked = [(title(column), *(column.split("@") if "@" in column else (column, "test"))) for column in columns]
         found = {
             name: {head: interval(self.values(task, name, metric, split)) for head, metric, split in asked}
-            for name in (names() if rows is None else rows)
+            for name in (names(task=task) if rows is None else rows)
         }
         best = {head: QUALITY[metric] for head, metric, _ in asked if metric in QUALITY and len(found) > 1}
         unresolved = []
@@ -445,7 +445,10 @@ class Benchmark:
 
     def cost_table(self, task: str, rows: Iterable[str] | None = None, device: str = "cpu") -> Table:
         """Return a table of what each method costs, as multiples of the single network's; all methods by default."""
-        found = {name: times(self.relative_costs(task, name, device)) for name in (names() if rows is None else rows)}
+        found = {
+            name: times(self.relative_costs(task, name, device))
+            for name in (names(task=task) if rows is None else rows)
+        }
         where = "one CPU thread" if device == "cpu" else self.costs(task, "single", device)["device"]
         return Table(
             found, caption=f"{task}, cost as a multiple of one network's, {where}; predict: of 1 row, of 256 rows"
@@ -504,9 +507,13 @@ def shipped() -> Benchmark:
     return Benchmark()
 
 
-def names(controls: bool = False) -> list[str]:
-    """Return every row of a table: the methods, each followed by the baselines derived from it; or controls, too."""
+def names(controls: bool = False, task: str = "") -> list[str]:
+    """Return every row of a table: the methods, each followed by the baselines derived from it; or controls, too.
+
+    Without a task they are the methods that are run on every task.
+    """
     chosen = [name for name, method in METHODS.items() if controls or not method.control]
+    chosen = [name for name in chosen if not METHODS[name].only or task in METHODS[name].only]
     return [row for name in chosen for row in (name, *(key for key, value in BASELINES.items() if value == name))]
 
 

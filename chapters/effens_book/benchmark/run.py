@@ -36,6 +36,7 @@ from effens.training import predict
 from effens_book.benchmark.methods import METHODS, candidate, train_one, trial_settings
 from effens_book.benchmark.packing import write_row
 from effens_book.benchmark.predictions import (
+    count_members,
     daily_crps,
     from_half,
     groups,
@@ -47,17 +48,7 @@ from effens_book.benchmark.predictions import (
     to_half,
 )
 from effens_book.benchmark.results import Benchmark
-from effens_book.benchmark.tasks import (
-    FINALISTS,
-    MORE_SEEDS,
-    PRIMARY,
-    TASKS,
-    TRIALS,
-    TUNING_SEEDS,
-    Sets,
-    Settings,
-    Task,
-)
+from effens_book.benchmark.tasks import FINALISTS, MORE_SEEDS, PRIMARY, TASKS, TUNING_SEEDS, Sets, Settings, Task
 
 UNFINISHED = "unfinished"  # the folder, beside the rows, of what is not packed yet
 
@@ -111,14 +102,14 @@ def run_trials(benchmark: Benchmark, task: Task, name: str) -> None:
     before = kept().get(name, [])
     if finalists(before) is not None:
         return
-    files = [folder(benchmark, task, name) / f"trial-{i}.json" for i in range(TRIALS)]
-    for i, (file, settings) in enumerate(zip(files, trial_settings(task, name), strict=True)):
+    points = trial_settings(task, name)
+    files = [folder(benchmark, task, name) / f"trial-{i}.json" for i in range(len(points))]
+    for i, (file, settings) in enumerate(zip(files, points, strict=True)):
         if not file.exists():
             write_json(file, before[i] if before else {"settings": settings, PRIMARY: []})
         run_trial(file, task, name, TUNING_SEEDS)
-    while (chosen := finalists(trials := [json.loads(file.read_text("utf-8")) for file in files])) is None:
+    while finalists(trials := [json.loads(file.read_text("utf-8")) for file in files]) is None:
         run_trial(files[next_finalist(trials)], task, name, TUNING_SEEDS + MORE_SEEDS)
-    assert chosen
     write_json(path, kept() | {name: trials})
 
 
@@ -181,7 +172,8 @@ def run_seed(path: Path, task: Task, name: str, settings: Settings, seed: int) -
                 numbers = to_half(said)
                 keep_scores(facts, task, name, sets, key, said)
                 if key == "test":
-                    arrays["test logs"] = log_likelihoods(said, y).float().numpy()
+                    facts["members"] = count_members(said)
+                    arrays["test logs"] = facts.pop("logs").float().numpy()
                 if seed:
                     continue
             else:
@@ -200,13 +192,16 @@ def run_seed(path: Path, task: Task, name: str, settings: Settings, seed: int) -
 def keep_scores(facts: dict[str, Any], task: Task, name: str, sets: Sets, key: str, said: Any) -> None:
     """Put a set's scores among the facts; of the single network also those with its confidence set on validation data.
 
+    Of the test set also the log likelihood of each example; of a pool, the mean over its groups.
+
     Of a set without right answers the score is how well total entropy tells it from the test set, in percent.
     """
-    kept: dict[str, Any] = facts.setdefault("said", {})  # of sets that others are compared with
+    kept: dict[Any, Any] = facts.setdefault("said", {})  # by version and set
     everyone = take_members(said, torch.tensor(facts["rows"])) if "rows" in facts else said
     versions = {"scores": everyone}
-    if name == "single" and key != "val":
-        versions["tempered"] = tempered(everyone, kept["scores", "val"], sets["val"][1])
+    y_val = sets["val"][1]
+    if name == "single" and key != "val" and y_val is not None:
+        versions["tempered"] = tempered(everyone, kept["scores", "val"], y_val)
     for version, prediction in versions.items():
         kept[version, key] = prediction
         found = facts.setdefault(version, {})
@@ -218,6 +213,8 @@ def keep_scores(facts: dict[str, Any], task: Task, name: str, sets: Sets, key: s
             parts = groups(prediction, task.members) if name == "deep ensemble" else [prediction]
             rows = [score(part, y) for part in parts]
             found[key] = {metric: float(np.mean([row[metric] for row in rows])) for metric in rows[0]}
+            if (version, key) == ("scores", "test"):
+                facts["logs"] = torch.stack([log_mean(log_likelihoods(part, y)) for part in parts]).mean(0)
 
 
 def once(ensemble: Ensemble) -> Ensemble:
@@ -251,7 +248,8 @@ def estimate(task: Task, name: str) -> str:
     """Say how many trainings a row takes, and about how long they last: from one short training."""
     trials, runs = 0, task.seeds * (1 if task.refits is None else 1 + len(task.refits()))
     if METHODS[name].tuned and not METHODS[name].like:
-        trials = TRIALS * len(TUNING_SEEDS) + FINALISTS * len(MORE_SEEDS)
+        points = len(trial_settings(task, name))
+        trials = points * len(TUNING_SEEDS) + min(points, FINALISTS) * len(MORE_SEEDS)
     brief = replace(task, epochs=task.members)
     start = time.perf_counter()
     train_one(brief, name, trial_settings(task, name)[0], TUNING_SEEDS[0])
@@ -377,7 +375,8 @@ def provenance() -> dict[str, str]:
 
 def methods_of(task: Task) -> list[str]:
     """Return what is run on a task."""
-    return [name for name, method in METHODS.items() if not method.control or name in task.controls]
+    rows = [name for name, method in METHODS.items() if not method.only or task.name in method.only]
+    return [name for name in rows if not METHODS[name].control or name in task.controls]
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

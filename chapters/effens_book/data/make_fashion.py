@@ -1,4 +1,4 @@
-"""Make `fashion.npz`: ``python make_fashion.py FOLDER``, the folder of Fashion-MNIST's four files.
+"""Make `fashion.npz`: ``python -m effens_book.data.make_fashion FOLDER``, the folder of Fashion-MNIST's four files.
 
 They are those of https://github.com/zalandoresearch/fashion-mnist, which Debian's package dataset-fashion-mnist ships.
 """
@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from make import pool
 from numpy.typing import NDArray
 
 from effens_book.benchmark.packing import write_arrays
+from effens_book.data.make import pool
 
 SPLITS = {"train": 10_000, "val": 5_000, "test": 10_000}
 SEED = 20  # another than the pilot's, which looked at other test images
