@@ -514,11 +514,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "one layer": (lambda: nn.Linear(4, 3), "first and last must be two layers, got '' for both"),
     "batch norm in front": (
         lambda: nn.Sequential(nn.BatchNorm1d(4), *mlp().children()),
-        "MIMO cannot have '0', BatchNorm1d, before '1': it mixes the members",
+        "MIMO cannot have '0', BatchNorm1d, before '1': it would mix the members",
     ),
     "batch norm behind": (
         lambda: nn.Sequential(*mlp().children(), nn.BatchNorm1d(3)),
-        "MIMO cannot have '5', BatchNorm1d, after '4': it mixes the members",
+        "MIMO cannot have '5', BatchNorm1d, after '4': it would mix the members",
     ),
     "attention first": (
         lambda: nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8), nn.Linear(4, 3)),

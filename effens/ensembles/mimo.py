@@ -196,7 +196,8 @@ def widen(network: nn.Module, members: int, first: str | None, last: str | None)
     for name, i in place.items():
         if isinstance(modules[name], _BatchNorm) and not start <= i <= end:
             side = f"before {first!r}" if i < start else f"after {last!r}"
-            raise ValueError(f"MIMO cannot have {name!r}, {type(modules[name]).__name__}, {side}: it mixes the members")
+            what = f"{name!r}, {type(modules[name]).__name__}, {side}"
+            raise ValueError(f"MIMO cannot have {what}: it would mix the members")
     return replace_layers(network, lambda _, module: new.get(module))
 
 
