@@ -41,10 +41,11 @@ def eval_mode(network: nn.Module) -> Iterator[None]:
 
 def still_modules(network: nn.Module) -> list[nn.Module]:
     """Return the modules that their owner has put into eval mode, batch norm say; where all are, what is frozen."""
-    leaves = [module for module in network.modules() if not any(module.children())]
-    frozen = {part for module in network.modules() if is_frozen(module) for part in module.modules()}
-    some = any(leaf.training for leaf in leaves)
-    return [module for module in network.modules() if not module.training and (some or module in frozen)]
+    still = [module for module in network.modules() if not module.training]
+    if still and not any(module.training for module in network.modules() if not any(module.children())):
+        frozen = {part for module in still if is_frozen(module) for part in module.modules()}
+        still = [module for module in still if module in frozen]
+    return still
 
 
 def is_frozen(module: nn.Module) -> bool:

@@ -75,8 +75,7 @@ def load(ensemble: nn.Module, path: str | os.PathLike[str]) -> None:
         raise ValueError(f"{path.name} must hold its weights, got other names: {sorted(tensors.keys() ^ state.keys())}")
     for name, tensor in state.items():
         if tensor.shape != tensors[name].shape:
-            shapes = tuple(tensor.shape), tuple(tensors[name].shape)
-            raise ValueError(f"{path.name}: {name} must have shape {shapes[0]}, got {shapes[1]}")
+            raise ValueError(f"{path.name}: {name} must have shape {(*tensor.shape,)}, got {(*tensors[name].shape,)}")
         if not torch.can_cast(tensors[name].dtype, tensor.dtype):
             raise ValueError(f"{path.name}: {name} must fit {tensor.dtype}, got {tensors[name].dtype}")
     for prefix, module in ensemble.named_modules():  # first, for a module may refuse its extra state

@@ -56,6 +56,7 @@ DEFAULTS: dict[Any, dict[str, Any]] = {
         **{"members": 5, "skip": (), "split": False, "init": "signs", "norms": "shared", "fast_lr": 0.5},
         "trunk": None,
     },
+    effens.TabM: {"members": 16, "skip": (), "fast_lr": 1.0, "trunk": None},
     effens.LoRAEnsemble: {"members": 4, "rank": 8, "layers": None, "heads": ("head",), "trunk": None},
     effens.BatchEnsembleLinear: {"members": 4, "bias": True, "init": "signs"},
     effens.BatchEnsembleConv2d: {"members": 4, "bias": True, "init": "signs"},
