@@ -302,6 +302,47 @@ def test_trials_of_two_seeds_are_gone_on_with(benchmark: Benchmark) -> None:
     assert [trial["nll"] for trial in benchmark.trials("line", "single")] == [[0.5] * 2 + [0.25] * 5] * 2
 
 
+@pytest.mark.parametrize(
+    ("seeds", "n", "of_seed", "of_example", "noise"),
+    [
+        (8, 400, 1.0, 0.0, 0.0),
+        (8, 400, 0.02, 2.0, 0.5),
+        (8, 400, 0.1, 2.0, 1.0),
+        (5, 200, 0.3, 3.0, 3.0),
+        (8, 400, 0, 0, 1.0),
+    ],
+)
+def test_an_interval_covers_the_truth_over_seeds_and_examples(
+    seeds: int, n: int, of_seed: float, of_example: float, noise: float
+) -> None:
+    generator, covered, trials = torch.Generator().manual_seed(0), 0, 2000
+    for _ in range(trials):
+        parts = [torch.randn(*shape, generator=generator) for shape in ((seeds, 1), (1, n), (seeds, n))]
+        found = interval(of_seed * parts[0] + of_example * parts[1] + noise * parts[2])
+        covered += abs(found.mean) <= found.half
+    assert 0.935 < covered / trials < 0.985
+
+
+def test_an_interval_over_blocks_covers_what_days_in_a_row_share() -> None:
+    generator, covered = torch.Generator().manual_seed(0), {1: 0, 20: 0}
+    for _ in range(1000):
+        shared = torch.randn(1, 50, generator=generator).repeat_interleave(20, 1)
+        sample = 0.05 * torch.randn(6, 1, generator=generator) + shared + torch.randn(6, 1000, generator=generator)
+        for block in covered:
+            found = interval(sample, block)
+            covered[block] += abs(found.mean) <= found.half
+    assert covered[1] < 600
+    assert 930 < covered[20] < 970
+
+
+def test_an_interval_of_one_score_a_seed_is_student_s() -> None:
+    sample = torch.tensor([1.0, 2.0, 4.0, 5.0])
+    low, high = stats.t.interval(0.95, 3, loc=3.0, scale=float(sample.double().std()) / 2)
+    found = interval(sample)
+    assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high))
+    assert interval(sample[:, None]) == found
+
+
 @pytest.mark.parametrize("kind", [LINE, SPOTS, WALK], ids=lambda task: task.name)
 def test_of_a_large_task_one_seed_s_predictions_and_all_log_likelihoods_are_kept(
     kind: Task, benchmark: Benchmark

@@ -66,13 +66,34 @@ class Interval:
         return format(self)
 
 
-def interval(sample: Tensor) -> Interval:
-    """Return the mean of a sample (n,), and half of its 95% t interval."""
-    n = len(sample)
-    if n < 2:
-        raise ValueError(f"an interval needs at least 2 seeds, got {n}")
-    half = float(stats.t.ppf(0.975, n - 1)) * sample.double().std().item() / math.sqrt(n)
-    return Interval(sample.double().mean().item(), half)
+def interval(sample: Tensor, block: int = 1) -> Interval:
+    r"""Return the mean of a score, and half of its 95% t interval: for other seeds, and for other test examples.
+
+    With a score of each seed, ``(seeds,)``, only seeds vary. With one of each seed and example, both do:
+
+    .. math:: \frac{s^2_{seeds}}{S} + \left(\frac{s^2_{examples}}{N} - \frac{s^2_{residual}}{S N}\right)_+
+
+    is the variance of the mean, where the first two are variances of means over examples and over seeds; the
+    degrees of freedom are Satterthwaite's, S - 1 where seeds dominate.
+
+    Args:
+        sample: ``(seeds,)`` or ``(seeds, n)``.
+        block: examples in a row of which the mean counts as one, for days that are not independent.
+    """
+    sample = sample.double() if sample.dim() > 1 else sample.double()[:, None]
+    sample = sample[:, : sample.shape[1] // block * block].unflatten(1, (-1, block)).mean(2)
+    seeds, n = sample.shape
+    if seeds < 2:
+        raise ValueError(f"an interval needs at least 2 seeds, got {seeds}")
+    mean, by_seed, by_example = sample.mean(), sample.mean(1), sample.mean(0)
+    of_seeds, of_examples = by_seed.var().item() / seeds, 0.0
+    if n > 1:
+        residual = (sample - by_seed[:, None] - by_example + mean).square().sum().item() / (seeds - 1) / (n - 1)
+        of_examples = max(by_example.var().item() / n - residual / (seeds * n), 0.0)
+    variance = of_seeds + of_examples
+    spread = of_seeds**2 / (seeds - 1) + (of_examples**2 / (n - 1) if n > 1 else 0.0)
+    half = float(stats.t.ppf(0.975, variance**2 / spread)) * math.sqrt(variance) if variance else 0.0
+    return Interval(mean.item(), half)
 
 
 @dataclass(frozen=True)
@@ -197,6 +218,10 @@ class Benchmark:
             return self.auroc(task, name, split)
         return torch.tensor([self.seed_scores(task, name, seed, split)[metric] for seed in range(TASKS[task].seeds)])
 
+    def losses(self, task: str, name: str) -> Tensor:
+        """Return the NLL of each test example for each seed of a large task, (seeds, n), in nats."""
+        return -torch.stack([self.row(task, name).logs["test", seed] for seed in range(TASKS[task].seeds)])
+
     def auroc(self, task: str, name: str, outside: str) -> Tensor:
         """Return how well total entropy tells ``outside`` from the test set, of every seed, (seeds,), in percent."""
         if (task, name, outside) not in self.aurocs:
@@ -216,7 +241,8 @@ class Benchmark:
     ) -> Comparison:
         """Return by how much ``a`` differs from ``b``: lower, higher, tied (inside the margin), or unresolved."""
         gap = self.values(task, a, metric, split) - self.values(task, b, metric, split)
-        difference = interval(gap)
+        whole = TASKS[task].large and (metric, split) == (PRIMARY, "test") and not {a, b} & set(BASELINES)
+        difference = interval(self.losses(task, a) - self.losses(task, b) if whole else gap)
         low, high = difference.mean - difference.half, difference.mean + difference.half
         if -margin < low and high < margin:
             verdict = "tied"
