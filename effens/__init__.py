@@ -1,5 +1,6 @@
 """Efficient ensembles: uncertainty from many networks for less than many networks' cost."""
 
+from effens.cascade import cascade, cascade_threshold
 from effens.costs import Costs, measure
 from effens.ensembles.base import Ensemble
 from effens.ensembles.batch import BatchEnsemble, BatchEnsembleConv2d, BatchEnsembleLinear
@@ -36,7 +37,7 @@ from effens.tuning import Candidates, search, stratify
 __version__ = "0.1.0"
 
 __all__ = ["MIMO", "SWAG", "BatchEnsemble", "DeepEnsemble", "Ensemble", "HyperEnsemble"]
-__all__ += ["LoRAEnsemble", "SnapshotEnsemble", "TabM"]
+__all__ += ["LoRAEnsemble", "SnapshotEnsemble", "TabM", "cascade", "cascade_threshold"]
 __all__ += ["BatchEnsembleConv2d", "BatchEnsembleLinear", "cyclic_cosine"]
 __all__ += ["Costs", "History", "device", "export", "fit", "load", "measure", "predict", "save", "summarize"]
 __all__ += ["Categorical", "Gaussian", "Likelihood", "StudentT", "mixture"]
