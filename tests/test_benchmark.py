@@ -187,11 +187,11 @@ run.main(["--results", sys.argv[1], "--no-costs", "--tasks", "line", "--methods"
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """All results in a folder, without the days on which they were made."""
+    """All results in a folder, without the days on which they were made, and how long that took."""
     found: dict[str, Any] = {}
     for path in sorted(folder.glob("line/[!.]*")):
         if path.suffix == ".json":
-            found[path.name] = re.sub(r'"date":"[^"]*"', "", path.read_text())
+            found[path.name] = re.sub(r'"(date|seconds)":[^,}]*', "", path.read_text())
         else:
             with np.load(path, allow_pickle=False) as file:
                 found[path.name] = {key: re.sub(r'"date": "[^"]*"', "", str(file[key].tolist())) for key in file.files}

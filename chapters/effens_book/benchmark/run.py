@@ -109,7 +109,7 @@ def run_trials(benchmark: Benchmark, task: Task, name: str) -> None:
             write_json(file, before[i] if before else {"settings": settings, PRIMARY: []})
         run_trial(file, task, name, TUNING_SEEDS)
     while finalists(trials := [json.loads(file.read_text("utf-8")) for file in files]) is None:
-        run_trial(files[next_finalist(trials)], task, name, TUNING_SEEDS + MORE_SEEDS)
+        run_trial(files[next_finalists(trials)[0]], task, name, TUNING_SEEDS + MORE_SEEDS)
     write_json(path, kept() | {name: trials})
 
 
@@ -132,14 +132,14 @@ def finalists(trials: Sequence[Mapping[str, Any]]) -> list[int] | None:
     """
     done = [i for i, trial in enumerate(trials) if len(trial[PRIMARY]) == len(TUNING_SEEDS + MORE_SEEDS)]
     sound = [i for i in done if None not in trials[i][PRIMARY]]
-    left = [trial for trial in trials if len(trial[PRIMARY]) == len(TUNING_SEEDS) and None not in trial[PRIMARY]]
-    return done if trials and (len(sound) >= FINALISTS or not left) else None
+    return done if trials and (len(sound) >= FINALISTS or not next_finalists(trials)) else None
 
 
-def next_finalist(trials: Sequence[Mapping[str, Any]]) -> int:
-    """Return the number of the trial with the lowest mean on the first seeds among those that ran on no more."""
-    left = {i: trial[PRIMARY] for i, trial in enumerate(trials) if len(trial[PRIMARY]) == len(TUNING_SEEDS)}
-    return min((i for i, values in left.items() if None not in values), key=lambda i: float(np.mean(left[i])))
+def next_finalists(trials: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return the trials that lack seeds and did not diverge on the first, the lowest mean on these first."""
+    first = {i: trial[PRIMARY][: len(TUNING_SEEDS)] for i, trial in enumerate(trials)}
+    lacking = [i for i, trial in enumerate(trials) if len(trial[PRIMARY]) < len(TUNING_SEEDS + MORE_SEEDS)]
+    return sorted((i for i in lacking if None not in first[i]), key=lambda i: float(np.mean(first[i])))
 
 
 def validation_score(task: Task, name: str, settings: Settings, seed: int) -> float:
