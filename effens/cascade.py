@@ -12,7 +12,7 @@ from torch import Tensor
 from effens.ensembles.base import Ensemble
 from effens.ensembles.deep import DeepEnsemble
 from effens.inputs import Inputs, rows_at
-from effens.scores import of_labels
+from effens.scores import labeled, of_labels
 from effens.training import predict
 
 
@@ -48,7 +48,7 @@ def cascade_threshold(val_probs: Tensor, y: Tensor, keep: float = 0.9) -> float:
 
     Args:
         val_probs: of all members on validation data, ``(members, n, classes)``.
-        y: their labels, ``(n,)``.
+        y: their labels, ``(n,)``; -100 where one is missing.
         keep: the part of the gain, from 0 to 1.
 
     Returns:
@@ -64,8 +64,9 @@ def cascade_threshold(val_probs: Tensor, y: Tensor, keep: float = 0.9) -> float:
     """
     if not 0 <= keep <= 1:
         raise ValueError(f"keep must be in 0 ... 1, got {keep}")
-    right = of_labels(val_probs, y)  # (members, n)
-    confidence, order = val_probs[0].double().max(-1).values.flatten().sort()
+    probs, labels = labeled(val_probs, y)
+    right = of_labels(probs, labels)  # (members, n)
+    confidence, order = probs[0].max(-1).values.sort()
     gain = (right.mean(0).log() - right[0].log())[order].cumsum(0)  # of the k least confident rows, all members asked
     if gain[-1] <= 0 or keep == 0:
         return 0.0

@@ -51,6 +51,8 @@ def test_the_threshold_is_the_lowest_that_keeps_so_much(keep: float) -> None:
     assert gain_at(probs, y, threshold) >= wanted - 1e-9
     lower = [c for c in probs[0].max(1).values.sort().values.tolist() if c < threshold]
     assert all(gain_at(probs, y, below) < wanted for below in lower)
+    more = torch.cat([probs, probs.new_full((4, 9, 5), 0.2)], 1)
+    assert effens.cascade_threshold(more, torch.cat([y, torch.full((9,), -100)]), keep) == threshold
 
 
 def test_where_averaging_gains_nothing_nobody_else_is_asked() -> None:

@@ -56,3 +56,16 @@ def test_the_loss_is_the_mean_over_members_and_all_see_the_same_batch() -> None:
 def test_a_network_of_one_layer_is_refused() -> None:
     with pytest.raises(ValueError, match="TabM needs a first and a last layer to convert, got 1 in all"):
         effens.TabM(lambda: nn.Linear(4, 3), 2)
+
+
+def test_what_is_frozen_inside_a_layer_stays() -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        network = mlp()
+        next(network.parameters()).requires_grad_(False)
+        return network
+
+    ensemble, (x, y) = effens.TabM(make, 3), vectors()
+    effens.fit(ensemble, (x, y), epochs=2, device="cpu")
+    weight = next(make().parameters())
+    assert all(torch.equal(next(ensemble.member(m).parameters()), weight) for m in range(3))

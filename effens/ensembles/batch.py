@@ -364,11 +364,7 @@ def convert(
         raise ValueError(f"BatchEnsemble cannot take {reasons}{remedy}")
     if not any(isinstance(module, RankOneLayer) and module.r.requires_grad for module in network.modules()):
         raise ValueError(f"the network must have a trained nn.Linear, nn.Conv1d or nn.Conv2d to convert, got {network}")
-    if (
-        own_norms is False
-        and init == "signs"
-        and any(isinstance(m, _BatchNorm) and m.affine for m in network.modules())
-    ):
+    if not own_norms and init == "signs" and any(isinstance(m, _BatchNorm) and m.affine for m in network.modules()):
         rule = "BatchEnsemble's members share batch norm, and train slowly where their signs differ"
         warnings.warn(f"{rule}: norms='own' gives each its own", stacklevel=3)
     meant = {p for module in skipped for p in module.parameters()} | {parameters[n] for n in skip if n in parameters}

@@ -73,7 +73,9 @@ class OneNetwork(Ensemble):
     def check_ready(self) -> None:
         """Raise `RuntimeError` unless there are members."""
         if not self.ready:
-            raise RuntimeError("no members yet: call effens.fit; in its callback they are there once ready is above 0")
+            raise RuntimeError(
+                "no members yet: call effens.fit; in its callback, predict with DeepEnsemble.of([network])"
+            )
 
     def get_extra_state(self) -> Tensor:
         """Return how many members there are, for the state dict."""

@@ -31,7 +31,7 @@ class TabM(BatchEnsemble):
         trunk: a network that all members share: see `Ensemble`.
 
     Raises:
-        ValueError: as of `BatchEnsemble`; or there are fewer than two linear layers or convolutions to convert.
+        ValueError: as of `BatchEnsemble`; or there are fewer than two trained layers to convert.
 
     Shape:
         - ``ensemble(x)``: ``(batch, ...)`` to ``(members, batch, outputs)``
@@ -53,7 +53,9 @@ class TabM(BatchEnsemble):
         trunk: nn.Module | None = None,
     ) -> None:
         super().__init__(make_net, members, skip=skip, init="ones", fast_lr=fast_lr, trunk=trunk)
-        layers = [layer for layer in self.network.modules() if isinstance(layer, RankOneLayer)]
+        layers = [
+            layer for layer in self.network.modules() if isinstance(layer, RankOneLayer) and layer.r.requires_grad
+        ]
         if len(layers) < 2:
             raise ValueError(f"TabM needs a first and a last layer to convert, got {len(layers)} in all")
         first, last = layers[0], layers[-1]
