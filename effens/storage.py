@@ -45,6 +45,8 @@ def save(ensemble: nn.Module, path: str | os.PathLike[str]) -> None:
 def load(ensemble: nn.Module, path: str | os.PathLike[str]) -> None:
     """Read weights that `save` wrote into an ensemble of the same kind, members and network: all of them, or none.
 
+    It is left in eval mode, ready to predict.
+
     Args:
         ensemble: made as the saved one was; it stays on its device.
         path: what `save` wrote.
@@ -82,6 +84,7 @@ def load(ensemble: nn.Module, path: str | os.PathLike[str]) -> None:
         if (name := f"{prefix}._extra_state".lstrip(".")) in tensors:
             module.set_extra_state(tensors[name])
     ensemble.load_state_dict(tensors)
+    ensemble.eval()
 
 
 def kind(ensemble: nn.Module) -> dict[str, str]:

@@ -154,7 +154,7 @@ def fit(
     descent = make_optimizer(optimizer, groups, lr, weight_decay, sparse=has_sparse(ensemble))
     if ensemble.noisy and not isinstance(descent, torch.optim.SGD):
         rule = f"{type(ensemble).__name__} reads the noise of plain SGD: pass optimizer=torch.optim.SGD"
-        scale = "a learning rate of its own (in the book's tasks 0.3 to 20 times AdamW's)"
+        scale = "a learning rate of its own, 0.3 to 30 times AdamW's"
         warnings.warn(f"{rule} with {scale}, got {type(descent).__name__}", stacklevel=2)
     highest = [group["lr"] for group in descent.param_groups]
     length = len(batches)

@@ -69,8 +69,9 @@ def test_every_weight_and_buffer_comes_back_bit_by_bit(
     assert torch.equal(ensemble.eval()(x), other.eval()(x))
 
 
-def test_loading_keeps_parameters_modes_and_what_is_frozen(saved: Path) -> None:
-    ensemble = effens.DeepEnsemble(net, 3).eval()
+def test_loading_keeps_parameters_and_what_is_frozen_and_leaves_eval_mode(saved: Path) -> None:
+    ensemble = effens.DeepEnsemble(net, 3)
+    assert ensemble.training
     parameters = list(ensemble.parameters())
     parameters[0].requires_grad_(False)
     effens.load(ensemble, saved)
