@@ -36,15 +36,18 @@ def test_the_flow_is_the_same_at_each_call_and_its_parts_are_not() -> None:
     assert not torch.equal(first["train"].x[:2000], first["val"].x)
 
 
-def test_the_noise_has_the_size_that_it_says_and_news_lies_elsewhere() -> None:
+def test_the_noise_has_the_size_that_it_says_and_what_is_shifted_lies_elsewhere() -> None:
     found = flows.order_flow()
-    for name, flow in found.items():
-        wanted = flows.NEWS_NOISE if name == "news" else flows.NOISE
-        assert (flow.y - flow.signal).std().item() == pytest.approx(wanted, rel=0.05)
-        assert (flow.y - flow.signal).mean().abs().item() < 4 * wanted / len(flow.y) ** 0.5
-    assert found["test"].signal.std().item() == pytest.approx(flows.SIGNAL, rel=0.1)
-    assert found["news"].x.mean(0).norm().item() == pytest.approx(flows.NEWS, rel=0.1)
-    assert found["test"].x.mean(0).norm().item() < 0.2
+    for flow in found.values():
+        assert (flow.y - flow.signal).std().item() == pytest.approx(flows.NOISE, rel=0.05)
+        assert (flow.y - flow.signal).mean().abs().item() < 4 * flows.NOISE / len(flow.y) ** 0.5
+    usual = found["test"]
+    assert usual.signal.std().item() == pytest.approx(flows.SIGNAL, rel=0.1)
+    torch.testing.assert_close(flows.shifted(0).y, usual.y)
+    far = flows.shifted(6.0)
+    torch.testing.assert_close((far.x - usual.x).norm(dim=1), torch.full((3000,), 6.0))
+    torch.testing.assert_close(far.y - far.signal, usual.y - usual.signal)
+    assert torch.equal(far.signal, flows.signal(far.x))
 
 
 def test_arrivals_have_their_rate_and_come_in_spells() -> None:
@@ -104,10 +107,43 @@ def test_delays_are_those_of_a_queue() -> None:
     for came, takes in zip(arrivals.tolist(), service.tolist(), strict=True):
         free = max(free, came) + takes
         expected.append(free - came)
-    torch.testing.assert_close(order_flow.delays(arrivals, service), torch.tensor(expected, dtype=torch.float64))
-    assert (order_flow.delays(arrivals, service) > service + 1e-9).any()
+    torch.testing.assert_close(order_flow.queue(arrivals, service), torch.tensor(expected, dtype=torch.float64))
+    assert (order_flow.queue(arrivals, service) > service + 1e-9).any()
     with pytest.raises(ValueError, match="must have the same length, got 500 and 1"):
-        order_flow.delays(arrivals, service[:1])
+        order_flow.queue(arrivals, service[:1])
+
+
+def test_a_server_that_conflates_takes_the_newest_event_and_drops_what_it_passed_over() -> None:
+    arrivals = flows.arrivals(500, rate=1000.0)
+    service = 0.003 * torch.rand(500, generator=torch.Generator().manual_seed(1)).double()
+    free, found = 0.0, [float("inf")] * 500
+    seen = -1
+    while True:  # the obvious loop: look at all events whenever the server is free
+        waiting = [i for i in range(seen + 1, 500) if arrivals[i] <= free]
+        if not waiting:
+            if seen + 1 == 500:
+                break
+            free = max(free, arrivals[seen + 1].item())
+            waiting = [seen + 1]
+        seen = waiting[-1]
+        free += service[seen].item()
+        found[seen] = free - arrivals[seen].item()
+    expected = torch.tensor(found, dtype=torch.float64)
+    late = order_flow.conflate(arrivals, service)
+    assert torch.equal(late.isinf(), expected.isinf())
+    torch.testing.assert_close(late[late.isfinite()], expected[late.isfinite()])
+    assert 50 < int(late.isinf().sum()) < 450
+    assert bool((late[late.isfinite()] < 0.0061).all())  # at most two predictions' time, whatever the rate
+    with pytest.raises(ValueError, match="must have the same length, got 500 and 1"):
+        order_flow.conflate(arrivals, service[:1])
+
+
+def test_who_knows_the_delay_does_not_trade_on_what_is_gone() -> None:
+    forecast = torch.tensor([1.0, -1.0, 0.4, 3.0])
+    assert order_flow.sides(forecast, 0.5).tolist() == [1, -1, 0, 1]
+    late = torch.tensor([0.0, 2.0, 0.0, 2.0]) * order_flow.HALF_LIFE
+    assert order_flow.sides(forecast, 0.5, late).tolist() == [1, 0, 0, 1]
+    assert order_flow.sides(forecast, 0.5, torch.full((4,), torch.inf)).tolist() == [0, 0, 0, 0]
 
 
 # ---- Ways of serving. ----

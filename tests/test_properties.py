@@ -472,6 +472,38 @@ def test_backtests_are_ratios_of_likelihoods_also_with_no_hits_or_only_hits(days
     assert 1 / 20 <= p <= 1
 
 
+@given(st.lists(st.booleans(), min_size=8, max_size=60), st.sampled_from([0.5, 0.975, 0.99]), st.floats(0.1, 10))
+def test_what_can_be_foretold_is_nothing_where_nothing_happens(days: list[bool], level: float, unit: float) -> None:
+    hits, var = torch.tensor(days), unit * torch.linspace(1, 2, len(days), dtype=torch.float64)
+    found = risk.dynamic_quantile(hits, var, level)
+    assert found.statistic >= 0
+    assert 0 <= found.p_value <= 1
+    same = risk.dynamic_quantile(hits, 3 * var + unit, level)  # in another unit
+    close(same.statistic, found.statistic, rtol=1e-5, atol=1e-7)
+    stacked = risk.dynamic_quantile(torch.stack([hits, ~hits]), var, level)
+    close(stacked.statistic[0], found.statistic, rtol=1e-7, atol=1e-9)
+
+
+@given(distributions(), st.sampled_from([0.5, 0.975, 0.99]))
+@settings(max_examples=20)
+def test_losses_of_the_tail_begin_at_the_value_at_risk_and_shortfall_is_its_equation(
+    distribution: Normal | StudentT, level: float
+) -> None:
+    var, es = risk.value_at_risk(distribution, level), risk.expected_shortfall(distribution, level)
+    n = distribution.batch_shape[1]
+    days, unit = torch.arange(n), distribution.scale.max()
+    whole, half = (risk.tail_losses(distribution, days, torch.full((n,), u).double(), level) for u in (1.0, 0.5))
+    close(whole / unit, var / unit, rtol=1e-4, atol=1e-5)
+    assert bool((half >= whole - 1e-6 * unit).all())
+    safe = es.abs() + unit  # a shortfall that is positive, as the test asks
+    y = torch.where(days % 2 == 0, -(safe.abs() + var.abs()), var.abs())
+    z = risk.acerbi_szekely(y, var.abs(), safe, level)
+    worst = [-float(y[i]) / float(safe[i]) for i in range(n) if y[i] < -var.abs()[i]]
+    close(z, 1 - sum(worst) / (n * round(1 - level, 15)), rtol=1e-5, atol=1e-6)
+    p = risk.shortfall_p(lambda days, u: safe[days].double(), y, var.abs(), safe, level, draws=19)
+    assert 1 / 20 <= p <= 1
+
+
 @given(st.integers(1, 30), st.sampled_from([0.9, 0.99]), st.floats(0.001, 0.9), st.floats(0.01, 0.5))
 def test_the_power_of_a_backtest_is_the_sum_over_counts(n: int, level: float, rate: float, size: float) -> None:
     rejects = [

@@ -4,10 +4,12 @@ import itertools
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from arch.univariate import SkewStudent
 from numpy.typing import NDArray
 from scipy import integrate, stats
 from torch import Tensor
@@ -15,6 +17,7 @@ from torch.distributions import Laplace, Normal, StudentT
 
 import effens
 from effens_book.finance import risk
+from effens_book.finance.skewed import SkewedT, SkewT
 
 F64 = torch.float64
 
@@ -31,11 +34,41 @@ def draw(
     return StudentT(df + 3 * torch.rand(members, n, generator=generator, dtype=F64), location, scale)
 
 
-DISTRIBUTIONS = [draw(), draw(df=2.01), draw(df=30), draw(1), draw(1, df=2.01), draw(2, df=4, spread=1e3), draw(64)]
+def skew_t(members: int, n: int) -> SkewT:
+    """Members that lean to either side."""
+    generator = torch.Generator().manual_seed(3)
+    df, skew, location, scale = torch.rand(4, members, n, generator=generator, dtype=F64).unbind()
+    return SkewT(2.5 + 6 * df, 1.6 * skew - 0.8, location, 0.2 + scale)
 
 
-def frozen(distribution: Normal | StudentT, i: int) -> list[stats.rv_continuous]:
+DISTRIBUTIONS = [
+    *(draw(), draw(df=2.01), draw(df=30), draw(1), draw(1, df=2.01), draw(2, df=4, spread=1e3), draw(64)),
+    *(skew_t(1, 40), skew_t(4, 40)),
+]
+
+
+class Frozen:
+    """A member that leans, by another package."""
+
+    def __init__(self, df: float, skew: float, loc: float, scale: float) -> None:
+        self.shape, self.loc, self.scale, self.of = np.array([df, skew]), loc, scale, SkewStudent()
+
+    def cdf(self, x: float) -> float:
+        return float(self.of.cdf((np.array([x]) - self.loc) / self.scale, self.shape)[0])
+
+    def ppf(self, p: float) -> float:
+        return self.loc + self.scale * float(self.of.ppf(p, self.shape))
+
+    def pdf(self, x: float) -> float:
+        z = (np.array([x]) - self.loc) / self.scale
+        return float(np.exp(self.of.loglikelihood(self.shape, z, np.ones(1), individual=True)[0]) / self.scale)
+
+
+def frozen(distribution: Normal | StudentT | SkewT, i: int) -> list[Any]:
     """The members of example i, as SciPy has them."""
+    if isinstance(distribution, SkewT):
+        fields = (getattr(distribution, name)[:, i].tolist() for name in ("df", "skew", "loc", "scale"))
+        return [Frozen(*part) for part in zip(*fields, strict=True)]
     location, scale = distribution.loc[:, i].numpy(), distribution.scale[:, i].numpy()
     if isinstance(distribution, StudentT):
         df = distribution.df[:, i].numpy()
@@ -444,7 +477,7 @@ def test_thresholds_do_not_look_ahead() -> None:
 
 ONE = Normal(torch.zeros(1, 3), torch.ones(1, 3))
 BAD: dict[str, tuple[type[Exception], Callable[[], object]]] = {
-    r"distribution must be Normal or StudentT, got Laplace": (
+    r"distribution must be Normal or StudentT or SkewT, got Laplace": (
         TypeError,
         lambda: risk.quantile(Laplace(torch.zeros(1, 3), torch.ones(1, 3)), 0.5),
     ),
@@ -562,3 +595,88 @@ def test_nothing_touches_the_global_generators() -> None:
     risk.model_confidence_set(noise(3, 20))
     risk.simulated_p(risk.independence, torch.tensor([0, 1, 0]), draws=9)
     assert torch.equal(before, torch.get_rng_state())
+
+
+# ---- Backtests of what lies beyond. ----
+
+
+def test_the_dynamic_quantile_test_is_its_equation() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hits = torch.rand(400, generator=generator) < 0.06
+    var = 1 + torch.rand(400, generator=generator, dtype=F64)
+    h = hits.double().numpy() - 0.05
+    x = np.column_stack([np.ones(396), var[4:], *(h[4 - k : 400 - k] for k in range(1, 5))])
+    expected = h[4:] @ x @ np.linalg.solve(x.T @ x, x.T @ h[4:]) / (0.05 * 0.95)
+    found = risk.dynamic_quantile(hits, var, 0.95)
+    assert found.statistic.item() == pytest.approx(expected, rel=1e-9)
+    assert found.p_value.item() == pytest.approx(stats.chi2.sf(expected, 6), rel=1e-9)
+    many = risk.dynamic_quantile(torch.stack([hits, ~hits, torch.zeros(400) > 0]), var, 0.95)
+    assert many.statistic[0].item() == pytest.approx(expected, rel=1e-9)
+    assert bool(many.statistic.isfinite().all())
+    with pytest.raises(ValueError, match=r"var must be \(n,\) with n > 6, as hits are, got \(3,\) and n = 400"):
+        risk.dynamic_quantile(hits, var[:3])
+
+
+def test_the_dynamic_quantile_test_keeps_its_size_and_sees_what_could_be_foretold() -> None:
+    var = 1 + torch.rand(2000, generator=torch.Generator().manual_seed(1), dtype=F64)
+    right = risk.dynamic_quantile(risk.draw_hits(2000, 0.05, draws=500), var, 0.95).p_value < 0.05
+    assert right.double().mean().item() == pytest.approx(0.05, abs=0.03)
+    foretold = torch.rand(500, 2000, generator=torch.Generator().manual_seed(2)) < 0.05 * (var < 1.5) * 2
+    assert (risk.dynamic_quantile(foretold, var, 0.95).p_value < 0.05).double().mean() > 0.9
+    p = risk.simulated_p(partial(risk.dynamic_quantile, var=var), foretold[0], 0.95, draws=199)
+    assert p < 0.05
+
+
+@pytest.mark.parametrize("distribution", [draw(1, 1500, df=3.0), draw(3, 1500, df=3.0), skew_t(2, 1500)])
+def test_shortfalls_that_are_right_pass_and_those_that_are_too_small_do_not(distribution: Any) -> None:
+    var, es = risk.value_at_risk(distribution, 0.975), risk.expected_shortfall(distribution, 0.975)
+    beyond = partial(risk.tail_losses, distribution)
+    found = []
+    for seed in range(20):
+        uniform = torch.rand(1500, generator=torch.Generator().manual_seed(seed), dtype=F64)
+        y = risk.quantile(distribution, uniform)
+        found.append([risk.acerbi_szekely(y, var, es).item(), risk.shortfall_p(beyond, y, var, es, draws=199)])
+    z, p = np.array(found).T
+    assert abs(z.mean()) < 4 * z.std() / math.sqrt(20)
+    assert stats.kstest(p, "uniform").pvalue > 0.001
+    too_small = risk.acerbi_szekely(1.3 * y, var, es)
+    assert too_small < 0
+    assert risk.shortfall_p(beyond, 1.3 * y, var, es, draws=199) < 0.05
+
+
+def test_losses_of_the_tail_have_the_shortfall_as_their_mean() -> None:
+    distribution = draw(3, 5, df=4.0)
+    uniform = (torch.arange(20_000, dtype=F64) + 0.5) / 20_000
+    for day in range(5):
+        losses = risk.tail_losses(distribution, torch.full((20_000,), day), uniform, 0.95)
+        assert losses.min().item() >= risk.value_at_risk(distribution, 0.95)[day].item() - 1e-9
+        assert losses.mean().item() == pytest.approx(risk.expected_shortfall(distribution, 0.95)[day].item(), rel=0.01)
+
+
+def test_a_density_that_leans_is_that_of_another_package_and_can_be_learned() -> None:
+    distribution = skew_t(3, 40)
+    y = distribution.loc + distribution.scale * torch.linspace(-6, 6, 40, dtype=F64)
+    logs = distribution.log_prob(y)
+    for i in range(40):
+        for m, member in enumerate(frozen(distribution, i)):
+            assert logs[m, i].exp().item() == pytest.approx(member.pdf(y[m, i].item()), rel=1e-6)
+    torch.testing.assert_close(distribution.mean, distribution.loc)
+    one = SkewT(*(torch.tensor([[value]], dtype=F64) for value in (5.0, -0.3, 0.2, 1.5)))
+    many = SkewT(*(getattr(one, name).expand(1, 20_000) for name in ("df", "skew", "loc", "scale")))
+    drawn = risk.quantile(many, torch.rand(20_000, generator=torch.Generator().manual_seed(0)).double())
+    assert drawn.mean().item() == pytest.approx(0.2, abs=0.05)
+    assert drawn.std().item() == pytest.approx(1.5, rel=0.05)
+    outputs = torch.zeros(1, 1, 4, dtype=F64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([outputs], max_iter=300, line_search_fn="strong_wolfe")
+    head = SkewedT()
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = head.nll(outputs.expand(1, 20_000, 4), drawn).mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    found = head.predict(outputs)
+    for name, value, error in (("df", 5, 0.6), ("skew", -0.3, 0.04), ("loc", 0.2, 0.05), ("scale", 1.5, 0.05)):
+        assert getattr(found, name).item() == pytest.approx(value, abs=error)

@@ -23,7 +23,7 @@ METADATA = {  # of every chapter; Colab reads the last two, and a machine withou
     "colab": {"gpuType": "T4", "provenance": []},
 }
 # What a chapter needs beyond the package and what Colab has: extras of pyproject.toml, by chapter.
-EXTRAS = {"hyper_ensembles": ["tuning"], "finance": ["serving"], "scaling_out": ["scaling"]}
+EXTRAS = {"hyper_ensembles": ["tuning"], "finance": ["serving", "finance"], "scaling_out": ["scaling"]}
 INSTALL = """\
 import importlib.util
 import os

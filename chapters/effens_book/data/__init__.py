@@ -396,17 +396,28 @@ class Prices:
     names: tuple[str, ...] = ("S&P 500",)  # one for each asset
 
 
-def prices(*, ranges: bool = False) -> Prices:
-    """Daily prices of the S&P 500 index: 8313 days from 1990-01-02 to 2022-12-28.
+def prices(series: str = "S&P 500", *, ranges: bool = False) -> Prices:
+    """Daily prices of the S&P 500 index, 8313 days from 1990-01-02 to 2022-12-28, or of another series.
 
-    It is the price index: dividends are not in it. Figures for learning, not for trading.
+    ``"NASDAQ"`` is the composite index, 5031 days from 1999-01-04 to 2018-12-31, and ``"WTI"`` a barrel of crude oil in
+    dollars, 8321 days from 1986-01-02 to 2018-12-31; both come with the package `arch`. Indices are price indices:
+    dividends are not in them. Figures for learning, not for trading.
 
     Args:
-        ranges: give the day's high and low too, of the 5031 days from 1999-01-04 to 2018-12-31 that have them.
+        series: which.
+        ranges: give the day's high and low of the S&P 500 too, of the 5031 days from 1999-01-04 to 2018-12-31 that
+            have them.
 
     Returns:
         `Prices` of one index, tensors of the caller's own on the CPU.
     """
+    if series in ("NASDAQ", "WTI"):
+        from arch.data import nasdaq, wti  # here: pandas takes a second to load
+
+        table = nasdaq.load()["Close"] if series == "NASDAQ" else wti.load()["DCOILWTICO"].dropna()[:"2018"]
+        return Prices(table.index.to_numpy("datetime64[D]"), torch.from_numpy(table.to_numpy(copy=True)))
+    if series != "S&P 500":
+        raise ValueError(f"series must be 'S&P 500', 'NASDAQ' or 'WTI', got {series!r}")
     stored = _arrays("prices")
     dates, close = stored["days"].astype("datetime64[D]"), _price(stored["close"], 100)
     if not ranges:

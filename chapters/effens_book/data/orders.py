@@ -4,9 +4,7 @@ At every event a network sees 20 features, and the price then moves by
 
 .. math:: y = s(x) + \varepsilon, \qquad \varepsilon \sim N(0, \sigma^2), \qquad s(x) = a \tanh(W_2 \tanh(W_1 x))
 
-ticks, in which the signal s is small against the noise. In the *news* flow the features are shifted by three standard
-deviations in one of their twenty directions, a mild shift, and the noise is larger. Events arrive in calm and in busy
-spells.
+ticks, in which the signal s is small against the noise. Events arrive in calm and in busy spells.
 """
 
 import math
@@ -15,12 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["FEATURES", "NEWS_NOISE", "NOISE", "SIGNAL", "OrderFlow", "arrivals", "order_flow", "signal"]
+__all__ = ["FEATURES", "NOISE", "SIGNAL", "OrderFlow", "arrivals", "order_flow", "shifted", "signal"]
 
 FEATURES, HIDDEN = 20, 16
-SIGNAL, NOISE, NEWS_NOISE = 1.0, 3.0, 6.0  # ticks: deviation of the signal, and of the noise
-NEWS = 3.0  # how far news lies from the rest, in deviations of the features
-SIZES = {"train": 8000, "val": 2000, "test": 3000, "news": 1500}
+SIGNAL, NOISE = 1.0, 3.0  # ticks: deviation of the signal, and of the noise
+SIZES = {"train": 8000, "val": 2000, "test": 3000}
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,18 +38,25 @@ def signal(x: Tensor) -> Tensor:
 
 
 def order_flow() -> dict[str, OrderFlow]:
-    """Return the flows to train on, to tune on, to judge with, and with news; the same at each call."""
+    """Return the flows to train on, to tune on and to judge with; the same at each call."""
     generator = torch.Generator().manual_seed(12)
-    direction = torch.nn.functional.normalize(torch.randn(FEATURES, generator=generator), dim=0)
+    torch.randn(FEATURES, generator=generator)  # the direction of `shifted`
     flows = {}
     for name, n in SIZES.items():
         x = torch.randn(n, FEATURES, generator=generator)
-        noise = torch.randn(n, generator=generator) * (NEWS_NOISE if name == "news" else NOISE)
-        if name == "news":
-            x = x + NEWS * direction
+        noise = NOISE * torch.randn(n, generator=generator)
         expected = signal(x)
         flows[name] = OrderFlow(x, expected + noise, expected)
     return flows
+
+
+def shifted(shift: float) -> OrderFlow:
+    """Return the test events with all features moved in one direction, by so many of their standard deviations."""
+    direction = torch.randn(FEATURES, generator=torch.Generator().manual_seed(12))
+    usual = order_flow()["test"]
+    x = usual.x + shift * torch.nn.functional.normalize(direction, dim=0)
+    expected = signal(x)
+    return OrderFlow(x, expected + usual.y - usual.signal, expected)
 
 
 def arrivals(n: int, *, rate: float, busy: float = 5.0, spell: int = 200, seed: int = 0) -> Tensor:

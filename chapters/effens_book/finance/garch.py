@@ -1,19 +1,23 @@
-r"""What a forecast of prices must beat, and needs no network: HAR, GJR-GARCH-t, and filtered historical simulation.
+r"""What a forecast of returns must beat, and needs no network: a linear model, the GARCH family, and past shocks.
 
 All walk forward as the benchmark's market tasks do: fitted on what was known before a year, then used for that year.
 
-* **HAR** (Corsi, 2009, doi:10.1093/jjfinec/nbp001): log volatility is linear in the log volatilities of the last day,
-  week and month. As a forecast of returns, *HAR-t*: Student's t with a constant mean whose log scale is linear in them.
-* **GJR-GARCH-t** (Glosten, Jagannathan and Runkle, 1993, doi:10.1111/j.1540-6261.1993.tb05128.x), fitted by `arch`:
+* **linear-t**: Student's t with a constant mean whose log scale is linear in all eight features of the networks.
+* **EWMA-t**: the variance is a moving average, :math:`\sigma_t^2 = 0.94 \sigma_{t-1}^2 + 0.06 (r_{t-1} - \mu)^2`, as in
+  RiskMetrics (1996), with Student's t around it.
+* **GJR-t** (Glosten, Jagannathan and Runkle, 1993, doi:10.1111/j.1540-6261.1993.tb05128.x), where a loss raises the
+  volatility more than a gain:
 
   .. math:: r_t = \mu + \sigma_t z_t, \quad z_t \sim t_\nu, \qquad
       \sigma_t^2 = \omega + (\alpha + \gamma [z_{t-1} < 0]) (r_{t-1} - \mu)^2 + \beta \sigma_{t-1}^2
 
-* **Filtered historical simulation** (Barone-Adesi, Giannopoulos and Vosper, 1999): the same volatility, and instead of
-  a t the model's own past residuals.
+  *GJR-skewt* has the skewed t of `skewed` in its place.
+* **EGARCH-skewt** (Nelson, 1991, doi:10.2307/2938260): the logarithm of the variance moves, with the same skewed t.
+* **FHS**, filtered historical simulation (Barone-Adesi, Giannopoulos and Vosper, 1999): the volatility of GJR-t, and
+  instead of a t the model's own past residuals.
 
-``python -m effens_book.finance.garch`` fits them all, in about half a minute, and keeps what
-they said among the results.
+``python -m effens_book.finance.garch`` fits them all with the package `arch`, for each of the three series, in about a
+minute, and keeps what they said among the results.
 """
 
 import io
@@ -27,18 +31,25 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.distributions import Normal, StudentT
+from torch.distributions import StudentT
 
 from effens.storage import write_whole
 from effens_book import data
 from effens_book.benchmark import RESULTS
 from effens_book.benchmark.run import provenance
-from effens_book.benchmark.tasks import FIRST_YEAR, LAST_YEAR
-from effens_book.data import markets
+from effens_book.benchmark.tasks import MARKETS, days, market
+from effens_book.finance.skewed import SkewT
 
 Array = NDArray[np.float64]
 KEPT = 500  # residuals of each year's model, equally spaced in rank
-BASELINES = {"returns": ("HAR-t", "GARCH-t"), "volatility": ("HAR", "GARCH")}
+TASKS = ("returns", "nasdaq", "oil")
+MODELS: dict[str, dict[str, Any]] = {  # what `arch` is asked for
+    "EWMA-t": {"dist": "t"},
+    "GJR-t": {"vol": "GARCH", "dist": "t"},
+    "GJR-skewt": {"vol": "GARCH", "dist": "skewt"},
+    "EGARCH-skewt": {"vol": "EGARCH", "dist": "skewt"},
+}
+BASELINES = ("linear-t", *MODELS)  # those that have a density
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,14 +91,11 @@ class FilteredHistory:
         mean = self.residuals @ weights / weights.sum()
         return -(self.loc + self.scale * mean[self.year])
 
-    def crps(self, y: Tensor) -> Tensor:
-        """Return the continuous ranked probability score of every day, (n,): E|X - y| - E|X - X'| / 2."""
-        z = (y - self.loc) / self.scale
+    def tail_losses(self, days: Tensor, uniform: Tensor, level: float = 0.975) -> Tensor:
+        """Return losses beyond the value at risk, as `risk.tail_losses` does: of the residuals of the tail."""
         k = self.residuals.shape[1]
-        ranks = 2 * torch.arange(1, k + 1, dtype=z.dtype) - k - 1
-        between = 2 * (self.residuals * ranks).sum(1) / k**2  # E|X - X'|
-        near = torch.stack([(self.residuals[i] - zi).abs().mean() for i, zi in zip(self.year, z, strict=True)])
-        return self.scale * (near - between[self.year] / 2)
+        place = (uniform * (1 - level) * k).long()
+        return -(self.loc[days] + self.scale[days] * self.residuals[self.year[days], place])
 
     def pit(self, y: Tensor) -> Tensor:
         """Return the distribution function at what happened, (n,)."""
@@ -95,15 +103,7 @@ class FilteredHistory:
         return (self.residuals[self.year] <= z).double().mean(1)
 
 
-# ---- Models of one year: fitted on rows of training, asked about rows of the test. ----
-
-
-def least_squares(x: Tensor, y: Tensor, x_new: Tensor) -> tuple[Tensor, Tensor]:
-    """Fit a linear model by least squares; returns its mean and residual deviation at new inputs, (n,) each."""
-    known, new = (torch.cat([part, part.new_ones(len(part), 1)], 1).double() for part in (x, x_new))
-    weights = torch.linalg.lstsq(known, y.double()[:, None]).solution[:, 0]
-    deviation = (y.double() - known @ weights).std()
-    return new @ weights, deviation.expand(len(new))
+# ---- Models of one year: fitted on days of training, asked about days of the test. ----
 
 
 def student(x: Tensor, y: Tensor, x_new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,46 +127,34 @@ def student(x: Tensor, y: Tensor, x_new: Tensor) -> tuple[Tensor, Tensor, Tensor
     return df.detach(), mean.detach(), scale.detach()
 
 
-@dataclass(frozen=True)
-class Garch:
-    """A GJR-GARCH-t model's parameters."""
+def arch_model(name: str, returns: Array) -> Any:
+    """Make a model of `MODELS` for returns in percent, in the order of days."""
+    from arch.univariate import ConstantMean, EWMAVariance, StudentsT
+    from arch.univariate import arch_model as make
 
-    mu: float
-    omega: float
-    alpha: float
-    gamma: float
-    beta: float
-    nu: float
+    if name == "EWMA-t":
+        return ConstantMean(returns, volatility=EWMAVariance(0.94), distribution=StudentsT(), rescale=False)
+    return make(returns, mean="Constant", p=1, o=1, q=1, rescale=False, **MODELS[name])
 
-    @staticmethod
-    def fit(returns: Array) -> "Garch":
-        """Fit by maximum likelihood; returns are in percent, in the order of days."""
-        from arch import arch_model
 
-        model = arch_model(returns, mean="Constant", vol="GARCH", p=1, o=1, q=1, dist="t", rescale=False)
-        found = model.fit(disp="off", show_warning=False).params
-        return Garch(*(float(found[name]) for name in ("mu", "omega", "alpha[1]", "gamma[1]", "beta[1]", "nu")))
+def one_year(name: str, returns: Array, known: int) -> tuple[Array, Array]:
+    """Fit a model by maximum likelihood to the days that are known, and filter all.
 
-    def filter(self, returns: Array) -> Array:
-        """Return the volatility of every day, (n,), given the returns of the days before it.
+    Args:
+        name: of the model.
+        returns: (n,) in percent.
+        known: how many of them the model is fitted to.
 
-        It begins with the root mean square of the first 75 days, which are never judged.
-        """
-        variance = float(np.mean((returns[:75] - self.mu) ** 2))
-        found = np.empty(len(returns))
-        for t, shock in enumerate((returns - self.mu).tolist()):
-            found[t] = variance
-            variance = self.omega + (self.alpha + self.gamma * (shock < 0)) * shock**2 + self.beta * variance
-        result: Array = np.sqrt(found)
-        return result
-
-    def ahead(self, volatility: Array, horizon: int) -> Array:
-        """Return the root of the mean expected variance of ``horizon`` days, of which the first has this volatility."""
-        persistence = self.alpha + self.gamma / 2 + self.beta
-        rest = self.omega / (1 - persistence)
-        decays = np.mean([persistence**h for h in range(horizon)])
-        result: Array = np.sqrt(rest + decays * (volatility**2 - rest))
-        return result
+    Returns:
+        Degrees of freedom, skew, mean and standard deviation of each day's return, as seen the day before,
+        ``(4, n)``; and the residuals of the days that are known, ``(known,)``.
+    """
+    fitted = arch_model(name, returns[:known]).fit(disp="off", show_warning=False)
+    found = fitted.params
+    volatility = arch_model(name, returns).fix(found).conditional_volatility  # of the first days it is a guess
+    df, skew = (found["eta"], found["lambda"]) if MODELS[name]["dist"] == "skewt" else (found["nu"], 0.0)
+    constant = [np.full(len(returns), value) for value in (df, skew, found["mu"])]
+    return np.stack([*constant, volatility]), np.asarray(fitted.std_resid)
 
 
 # ---- All years. ----
@@ -178,51 +166,40 @@ def run() -> None:
     if path.exists():
         return
     arrays: dict[str, Any] = {"facts": np.array(json.dumps(provenance()))}
-    found: dict[str, list[Tensor]] = {}
-    closes = data.prices()
-    returns = 100 * np.diff(np.log(closes.close.numpy()))  # of closes.dates[1:]
-    day = {date: i for i, date in enumerate(closes.dates[1:])}
-    for target, har in (("return", "HAR-t"), ("volatility", "HAR")):
-        task = markets.task(closes, target)
-        following = np.array([day[date] + 1 for date in task.dates])  # the day after each row's
-        for year, split in enumerate(markets.walk_forward(task, years())):
-            x = task.x[:, :3]
-            known, asked = (x[split.train], task.y[split.train]), x[split.test]
-            past = returns[: day[task.until[int(split.train[-1])]] + 1]  # known before the first day of the year
-            garch = Garch.fit(past)
-            seen = returns[: following[int(split.test[-1])]]
-            volatility = garch.filter(np.append(seen, 0.0))  # of the day after the last one seen, too
-            if target == "return":
-                parts: tuple[Tensor, ...] = student(*known, asked)
-                mine = volatility[following[split.test.numpy()]]
-                unit = np.sqrt((garch.nu - 2) / garch.nu)  # its t has variance 1
-                rows = [np.full(len(mine), garch.nu), np.full(len(mine), garch.mu), mine * unit]
-                residuals = (past - garch.mu) / volatility[: len(past)]
-                at = (np.arange(KEPT) + 0.5) / KEPT
-                found.setdefault("residuals", []).append(torch.from_numpy(np.quantile(residuals, at))[None])
-                found.setdefault("year", []).append(torch.full((len(mine),), year))
-                found.setdefault("volatility", []).append(torch.from_numpy(mine))
-            else:
-                parts = tuple(least_squares(*known, asked))
-                before, now = (
-                    torch.from_numpy(np.log(garch.ahead(volatility[following[rows.numpy()]], 5)))[:, None]
-                    for rows in (split.train, split.test)
-                )
-                rows = [part.numpy() for part in least_squares(before, known[1], now)]
-            found.setdefault(har, []).append(torch.stack(list(parts)))
-            found.setdefault(har.replace("HAR", "GARCH"), []).append(torch.from_numpy(np.stack(rows)))
-    for key, chunks in found.items():
-        joined = torch.cat(chunks, 0 if key == "residuals" else -1)
-        arrays[key] = joined.numpy().astype(np.int8 if key == "year" else np.float32)
+    for task in TASKS:
+        for key, array in walk(task).items():
+            arrays[f"{task} | {key}"] = array
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)
     write_whole(path, content.getvalue())
     read.cache_clear()
 
 
-def years() -> list[str]:
-    """Return the first days of the years that are judged."""
-    return [f"{year}-01-01" for year in range(FIRST_YEAR, LAST_YEAR + 1)]
+def walk(task: str, years: int | None = None) -> dict[str, NDArray[Any]]:
+    """Return what every model said of every day of a task, or of its first years, by name, (4, days).
+
+    "residuals" are those of GJR-t, (years, `KEPT`), and "year" says which of them are a day's, (days,).
+    """
+    closes, asked = data.prices(MARKETS[task].series), days(task)
+    returns = 100 * np.diff(np.log(closes.close.numpy()))  # of closes.dates[1:]
+    found: dict[str, list[Array]] = {name: [] for name in (*BASELINES, "residuals", "year")}
+    starts = np.array(MARKETS[task].years, dtype="datetime64[D]")
+    year = np.searchsorted(starts, asked, side="right") - 1
+    for i, sets in list(enumerate(market(task)[1]))[:years]:
+        following = np.searchsorted(closes.dates[1:], asked[year == i]) + 1  # the day that each forecast is of
+        known = int(np.searchsorted(closes.dates[1:], starts[i]))
+        x, y = sets["train"]
+        assert y is not None
+        df, mean, scale = student(x, y, sets["test"][0])
+        found["linear-t"].append(torch.stack([df, torch.zeros_like(df), mean, scale * (df / (df - 2)).sqrt()]).numpy())
+        for name in MODELS:
+            said, residuals = one_year(name, returns[: following[-1] + 1], known)
+            found[name].append(said[:, following])
+            if name == "GJR-t":
+                found["residuals"].append(np.quantile(residuals, (np.arange(KEPT) + 0.5) / KEPT)[None])
+        found["year"].append(year[year == i].astype(float))
+    joined = {key: np.concatenate(rows, 0 if key == "residuals" else -1) for key, rows in found.items()}
+    return {key: array.astype(np.int8 if key == "year" else np.float32) for key, array in joined.items()}
 
 
 # ---- Reading. ----
@@ -230,7 +207,7 @@ def years() -> list[str]:
 
 @cache
 def read() -> dict[str, Tensor]:
-    """Return what is kept.
+    """Return what is kept, by ``"returns | GJR-t"`` and so on.
 
     Raises:
         FileNotFoundError: the models were not fitted.
@@ -242,33 +219,29 @@ def read() -> dict[str, Tensor]:
         return {key: torch.from_numpy(file[key]) for key in file.files if key != "facts"}
 
 
-def forecast(name: str) -> Normal | StudentT:
-    """Return a rival's forecast as a distribution of batch shape (1, n), as if it were an ensemble of one.
+def forecast(name: str, task: str = "returns") -> StudentT | SkewT:
+    """Return a baseline's forecast as a distribution of batch shape (1, n), as if it were an ensemble of one.
 
     Args:
-        name: "HAR-t" or "GARCH-t", of returns; "HAR" or "GARCH", of volatility.
+        name: one of `BASELINES`.
+        task: one of `TASKS`.
 
     Raises:
         ValueError: the name is another.
     """
-    if name not in (known := [each for names in BASELINES.values() for each in names]):
-        raise ValueError(f"name must be one of {', '.join(known)}, got {name!r}")
-    parts = read()[name].float()[:, None]
-    kind: Any = StudentT if name in BASELINES["returns"] else Normal
-    result: Normal | StudentT = kind(*parts, validate_args=False)
-    return result
+    if name not in BASELINES:
+        raise ValueError(f"name must be one of {', '.join(BASELINES)}, got {name!r}")
+    df, skew, mean, deviation = read()[f"{task} | {name}"].float()[:, None]
+    if name.endswith("skewt"):
+        return SkewT(df, skew, mean, deviation)
+    return StudentT(df, mean, deviation * ((df - 2) / df).sqrt(), validate_args=False)
 
 
-def garch_volatility() -> Tensor:
-    """Return GARCH's volatility of the day that is forecast, in percent, (n,)."""
-    return read()["volatility"].double()
-
-
-def filtered_history() -> FilteredHistory:
+def filtered_history(task: str = "returns") -> FilteredHistory:
     """Return the forecast of filtered historical simulation, of returns."""
-    kept = read()
-    mean = kept["GARCH-t"][1].double()
-    return FilteredHistory(mean, kept["volatility"].double(), kept["residuals"].double(), kept["year"].long())
+    kept = {key: read()[f"{task} | {key}"] for key in ("GJR-t", "residuals", "year")}
+    _, _, mean, volatility = kept["GJR-t"].double()
+    return FilteredHistory(mean, volatility, kept["residuals"].double(), kept["year"].long())
 
 
 if __name__ == "__main__":

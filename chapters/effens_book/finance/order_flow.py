@@ -1,4 +1,4 @@
-r"""Decisions that must be quick: what an order flow is worth to one who is late or unsure, and how late each method is.
+r"""Decisions that must be quick: what an order flow is worth to one who is late, and how late each method is.
 
 An event's signal is worth less the later it is acted upon, and every trade costs:
 
@@ -13,9 +13,11 @@ import copy
 import ctypes
 import io
 import json
+import math
 import subprocess
 import tempfile
 import time
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
@@ -81,8 +83,20 @@ def threshold(value: Tensor, moves: Tensor) -> float:
     return float(bounds[best]) if float(gains[best]) > 0 else float("inf")
 
 
-def delays(arrivals: Tensor, service: Tensor) -> Tensor:
-    r"""Return the time from each event to its answer, (n,): one server, in order, that never drops an event.
+def sides(forecast: Tensor, bound: float, delay: Tensor | float = 0.0) -> Tensor:
+    """Return 1, 0 or -1 for each event, (n,): trade where what is left of the forecast after a delay is large enough.
+
+    Args:
+        forecast: (n,) ticks.
+        bound: ticks, of `threshold`.
+        delay: (n,) seconds, or one for all, known to the trader; infinite where an event was dropped.
+    """
+    left = torch.as_tensor(0.5, dtype=torch.float64) ** (torch.as_tensor(delay, dtype=torch.float64) / HALF_LIFE)
+    return forecast.sign() * (forecast.abs() * left >= bound)
+
+
+def queue(arrivals: Tensor, service: Tensor) -> Tensor:
+    r"""Return the time from each event to its prediction, (n,): one server, in order, that never drops an event.
 
     .. math:: w_{i+1} = \max(0, w_i + b_i - (a_{i+1} - a_i)), \qquad t_i = w_i + b_i
 
@@ -91,13 +105,39 @@ def delays(arrivals: Tensor, service: Tensor) -> Tensor:
 
     Args:
         arrivals: (n,) seconds, ascending.
-        service: (n,) seconds that each answer takes.
+        service: (n,) seconds that each prediction takes.
     """
-    if len(arrivals) != len(service):
-        raise ValueError(f"arrivals and service must have the same length, got {len(arrivals)} and {len(service)}")
+    _check_lengths(arrivals, service)
     slack = torch.cat([torch.zeros(1, dtype=torch.float64), (service[:-1] - arrivals.diff()).double()]).cumsum(0)
     waits = slack - torch.minimum(slack.cummin(0).values, torch.zeros(1, dtype=torch.float64))
     return waits + service
+
+
+def conflate(arrivals: Tensor, service: Tensor) -> Tensor:
+    """Return the time from each event to its prediction, (n,): whenever the server is free it takes the newest event.
+
+    Those that it passes over are dropped, and their time is infinite.
+
+    Args:
+        arrivals: (n,) seconds, ascending.
+        service: (n,) seconds that each prediction takes.
+    """
+    _check_lengths(arrivals, service)
+    times, takes = arrivals.tolist(), service.tolist()
+    found = [math.inf] * len(times)
+    event, free = 0, -math.inf  # the first event that the server has not seen, and when it is free
+    while event < len(times):
+        start = max(free, times[event])
+        event = bisect_right(times, start, lo=event) - 1  # the newest at that time
+        free = start + takes[event]
+        found[event] = free - times[event]
+        event += 1
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def _check_lengths(arrivals: Tensor, service: Tensor) -> None:
+    if len(arrivals) != len(service):
+        raise ValueError(f"arrivals and service must have the same length, got {len(arrivals)} and {len(service)}")
 
 
 # ---- Ways of serving. ----

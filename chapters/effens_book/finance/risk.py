@@ -1,6 +1,7 @@
 r"""What a forecast of returns says about losses, and whether it was right.
 
-A distribution is what `effens.predict` returns: `torch.distributions.Normal` or `StudentT` of batch shape (members, n).
+A distribution is what `effens.predict` returns: `torch.distributions.Normal` or `StudentT`, or the book's `SkewT`, of
+batch shape (members, n).
 It is read as the equal mixture of its members. Outcomes ``y`` (n,) are returns, gains positive. **Value at risk and
 expected shortfall are losses, positive numbers in the unit of y**; ``level`` is the confidence, 0.99 for instance, and
 :math:`\alpha = 1 - \text{level}` the share of days that are expected to be worse. A hit is such a day: ``y < -var``.
@@ -12,7 +13,7 @@ import inspect
 import math
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,15 +28,18 @@ from torch import Tensor
 from torch.distributions import Distribution, Normal, StudentT
 
 from effens.scores import as_given, check_scales, exact
+from effens_book.finance import skewed
 
 __all__ = [
     "Comparison",
     "Conformal",
     "LikelihoodRatio",
+    "acerbi_szekely",
     "adaptive_conformal",
     "conditional_coverage",
     "diebold_mariano",
     "draw_hits",
+    "dynamic_quantile",
     "expected_shortfall",
     "fz0",
     "independence",
@@ -45,8 +49,10 @@ __all__ = [
     "pinball",
     "pit",
     "quantile",
+    "shortfall_p",
     "simulated_p",
     "stationary_bootstrap",
+    "tail_losses",
     "value_at_risk",
 ]
 
@@ -74,8 +80,8 @@ def pit(distribution: Distribution, y: Tensor) -> Tensor:
         TypeError: the distribution is neither normal nor Student's t.
         ValueError: the shapes do not agree, a number is not finite, or a scale is not above 0.
     """
-    df, location, scale = _members(distribution)
-    return _like(_cdf(df, (_outcomes(y, location.shape[1]) - location) / scale).mean(0), distribution)
+    kind, shape, location, scale = _members(distribution)
+    return _like(kind.cdf((_outcomes(y, location.shape[1]) - location) / scale, *shape).mean(0), distribution)
 
 
 def quantile(distribution: Distribution, probability: float | Tensor) -> Tensor:
@@ -99,7 +105,7 @@ def quantile(distribution: Distribution, probability: float | Tensor) -> Tensor:
     """
     members = _members(distribution)
     given = exact(probability).cpu().numpy() if isinstance(probability, Tensor) else probability
-    p = np.broadcast_to(np.asarray(given, dtype=float), members[1].shape[1:])
+    p = np.broadcast_to(np.asarray(given, dtype=float), members[2].shape[1:])
     if not ((p > 0) & (p < 1)).all():
         raise ValueError(f"probability must be between 0 and 1, got {p[~((p > 0) & (p < 1))][0]}")
     return _like(_quantile(*members, p), distribution)
@@ -124,7 +130,8 @@ def expected_shortfall(distribution: Distribution, level: float = 0.975) -> Tens
     .. math:: \text{ES} = -\frac1\alpha \frac1M \sum_m E[X_m; X_m \le q], \qquad E[X; X \le q] =
         \mu F(z) - \sigma f(z) \frac{\nu + z^2}{\nu - 1}, \quad z = \frac{q - \mu}{\sigma}
 
-    with the mixture's quantile q at :math:`\alpha`; the last factor is 1 for a normal member. In closed form but for q.
+    with the mixture's quantile q at :math:`\alpha`: the second equation is of Student's t, and its last factor is 1 for
+    a normal member. In closed form but for q.
 
     Args:
         distribution: of batch shape (members, n).
@@ -136,13 +143,12 @@ def expected_shortfall(distribution: Distribution, level: float = 0.975) -> Tens
     Raises:
         ValueError: a member has at most 1 degree of freedom, so that its mean does not exist.
     """
-    df, location, scale = _members(distribution)
-    if df is not None and not (df > 1).all():
-        raise ValueError(f"degrees of freedom must be > 1 for a mean to exist, got {df.min():.3g}")
+    kind, shape, location, scale = _members(distribution)
+    if kind is KINDS[StudentT] and not (shape[0] > 1).all():
+        raise ValueError(f"degrees of freedom must be > 1 for a mean to exist, got {shape[0].min():.3g}")
     alpha = _tail(level)
-    z = (_quantile(df, location, scale, np.full(location.shape[1], alpha)) - location) / scale
-    beyond = _density(df, z) * (1 if df is None else (df + z**2) / (df - 1))
-    return _like(-(location * _cdf(df, z) - scale * beyond).mean(0) / alpha, distribution)
+    z = (_quantile(kind, shape, location, scale, np.full(location.shape[1], alpha)) - location) / scale
+    return _like(-(location * kind.cdf(z, *shape) + scale * kind.below(z, *shape)).mean(0) / alpha, distribution)
 
 
 # Scores of a day's forecast: lower is better
@@ -255,6 +261,100 @@ def conditional_coverage(hits: Tensor, level: float = 0.99) -> LikelihoodRatio:
     """
     chain, k, n = _chain(hits)
     return _ratio(chain - _log_likelihood(k, n, _tail(level)), freedom=2)
+
+
+def dynamic_quantile(hits: Tensor, var: Tensor, level: float = 0.99, *, lags: int = 4) -> LikelihoodRatio:
+    r"""Test whether hits can be foretold: by the last hits, or by the value at risk itself.
+
+    .. math:: h_t = [\text{hit}_t] - \alpha, \qquad
+        \frac{h^\top X (X^\top X)^{-1} X^\top h}{\alpha (1 - \alpha)} \sim \chi^2_{L + 2}
+
+    whose X holds a one, the last L of h, and the value at risk of the day (Engle and Manganelli, 2004,
+    doi:10.1198/073500104000000370). With few hits the asymptotic p-value is wrong: see `simulated_p`.
+
+    Args:
+        hits: (..., n) booleans, or 0 and 1, in the order of days.
+        var: (n,) values at risk.
+        level: of the value at risk.
+        lags: L.
+    """
+    alpha, h = _tail(level), _hits(hits) - _tail(level)
+    n = h.shape[-1]
+    if len(var) != n or n <= lags + 2:
+        raise ValueError(f"var must be (n,) with n > {lags + 2}, as hits are, got {tuple(var.shape)} and n = {n}")
+    standard = exact(var[lags:])
+    columns = [torch.ones_like(h[..., lags:]), ((standard - standard.mean()) / standard.std()).expand_as(h[..., lags:])]
+    columns += [h[..., lags - k : n - k] for k in range(1, lags + 1)]
+    x = torch.stack(columns, -1)
+    moment = torch.einsum("...nk,...n->...k", x, h[..., lags:])
+    inverse = torch.linalg.pinv(x.mT @ x, hermitian=True)
+    half = torch.einsum("...k,...kl,...l->...", moment, inverse, moment) / (2 * alpha * (1 - alpha))
+    return _ratio(half, freedom=lags + 2)
+
+
+def acerbi_szekely(y: Tensor, var: Tensor, es: Tensor, level: float = 0.975) -> Tensor:
+    r"""Return a statistic that is below 0 where losses beyond the value at risk are larger, or more, than was said.
+
+    .. math:: Z_2 = 1 - \frac1{T \alpha} \sum_{t: \text{hit}} \frac{-y_t}{\text{ES}_t}
+
+    Its mean is 0 if the forecasts are right (Acerbi and Szekely, 2014, "Back-testing expected shortfall", Risk). Its
+    p-value is the share of outcomes, drawn from the forecasts, for which it is as low: see `shortfall_p`.
+
+    Args:
+        y: (n,) outcomes.
+        var: (n,) values at risk.
+        es: (n,) expected shortfalls, positive.
+        level: of both.
+    """
+    _check_shapes(y=y, var=var, es=es)
+    loss, days = -exact(y), len(y)
+    return 1 - (loss / exact(es) * (loss > exact(var))).sum() / (days * _tail(level))
+
+
+def shortfall_p(
+    losses_beyond: Callable[[Tensor, Tensor], Tensor],
+    y: Tensor,
+    var: Tensor,
+    es: Tensor,
+    level: float = 0.975,
+    *,
+    draws: int = 999,
+    seed: int = 0,
+) -> float:
+    """Return the p-value of `acerbi_szekely`: how often forecasts that are right give one as low.
+
+    Args:
+        losses_beyond: (days, uniform) to the loss, on each of these days, that is exceeded by so much of what lies
+            beyond the value at risk: of a mixture ``partial(tail_losses, distribution, level=level)``.
+        y: (n,) outcomes.
+        var: (n,) values at risk.
+        es: (n,) expected shortfalls.
+        level: of both.
+        draws: how many histories.
+        seed: of the draws.
+    """
+    hits = draw_hits(len(y), _tail(level), draws=draws, seed=seed)
+    history, days = hits.nonzero().unbind(1)
+    uniform = torch.rand(len(days), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    shares = exact(losses_beyond(days, uniform)) / exact(es)[days]
+    drawn = 1 - torch.zeros(draws, dtype=torch.float64).index_add(0, history, shares) / (len(y) * _tail(level))
+    return (1 + int((drawn <= acerbi_szekely(y, var, es, level)).sum())) / (draws + 1)
+
+
+def tail_losses(distribution: Distribution, days: Tensor, uniform: Tensor, level: float = 0.975) -> Tensor:
+    """Return losses beyond the value at risk of a mixture, each at a place in the tail that a number in (0, 1) gives.
+
+    Args:
+        distribution: of batch shape (members, n).
+        days: (k,) integers.
+        uniform: (k,) numbers in (0, 1); small ones are the largest losses.
+        level: of the value at risk.
+    """
+    kind, shape, location, scale = _members(distribution)
+    at = days.numpy()  # a tensor of one number would be taken for a number
+    parts = [part[:, at] for part in shape]
+    lowest = _quantile(kind, parts, location[:, at], scale[:, at], _tail(level) * exact(uniform).numpy())
+    return -_like(lowest, distribution)
 
 
 def kupiec_power(n: int, level: float = 0.99, rate: float = 0.02, *, size: float = 0.05) -> float:
@@ -504,45 +604,59 @@ def adaptive_conformal(
 # Plumbing
 
 
-def _members(distribution: Distribution) -> tuple[Array | None, Array, Array]:
-    """Return degrees of freedom (none of a normal), location and scale, (members, n) float64."""
-    if not isinstance(distribution, Normal | StudentT):
-        raise TypeError(f"distribution must be Normal or StudentT, got {type(distribution).__name__}")
+class Kind(NamedTuple):
+    """A kind of member, of location 0 and scale 1: its distribution function, quantiles and E[Z; Z <= z]."""
+
+    shape: tuple[str, ...]  # names of its parameters beside location and scale
+    cdf: Callable[..., Array]
+    icdf: Callable[..., Array]
+    below: Callable[..., Array]
+
+
+def _normal_below(z: Array) -> Array:
+    values: Array = -np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
+    return values
+
+
+def _student_below(z: Array, df: Array) -> Array:
+    normalizer = poch(df / 2, 0.5) / np.sqrt(df * math.pi)  # a difference of log gammas would lose its digits
+    values: Array = -normalizer * np.exp(-(df + 1) / 2 * np.log1p(z**2 / df)) * (df + z**2) / (df - 1)
+    return values
+
+
+KINDS: dict[type[Distribution], Kind] = {
+    Normal: Kind((), ndtr, ndtri, _normal_below),
+    StudentT: Kind(("df",), lambda z, df: stdtr(df, z), lambda p, df: stdtrit(df, p), _student_below),
+    skewed.SkewT: Kind(("df", "skew"), skewed.cdf, skewed.icdf, skewed.below),
+}
+
+
+def _members(distribution: Any) -> tuple[Kind, list[Array], Array, Array]:
+    """Return the members' kind, the parameters of its shape, location and scale, each (members, n) float64."""
+    if type(distribution) not in KINDS:
+        known = " or ".join(kind.__name__ for kind in KINDS)
+        raise TypeError(f"distribution must be {known}, got {type(distribution).__name__}")
     shape = tuple(distribution.batch_shape)
     if len(shape) != 2 or 0 in shape:
         raise ValueError(f"batch shape must be (members, n), none of them 0, got {shape}")
-    df = [distribution.df] if isinstance(distribution, StudentT) else []
-    parts = [exact(part).detach().cpu().numpy() for part in (*df, distribution.loc, distribution.scale)]
+    kind = KINDS[type(distribution)]
+    parts = [exact(getattr(distribution, key)).detach().cpu().numpy() for key in (*kind.shape, "loc", "scale")]
     if unknown := sum(int((~np.isfinite(part)).sum()) for part in parts):
         raise ValueError(f"the distribution must be finite, got {unknown} numbers that are not")
     check_scales(distribution)
-    return (parts[0] if df else None, parts[-2], parts[-1])
+    return kind, parts[:-2], parts[-2], parts[-1]
 
 
-def _cdf(df: Array | None, z: Array) -> Array:
-    values: Array = ndtr(z) if df is None else stdtr(df, z)
-    return values
-
-
-def _density(df: Array | None, z: Array) -> Array:
-    if df is None:
-        values: Array = np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
-    else:
-        normalizer = poch(df / 2, 0.5) / np.sqrt(df * math.pi)  # a difference of log gammas would lose its digits
-        values = normalizer * np.exp(-(df + 1) / 2 * np.log1p(z**2 / df))
-    return values
-
-
-def _quantile(df: Array | None, location: Array, scale: Array, p: Array) -> Array:
+def _quantile(kind: Kind, shape: Sequence[Array], location: Array, scale: Array, p: Array) -> Array:
     """Return what `quantile` does: it lies between the smallest and the largest of the members' quantiles."""
-    of_members = location + scale * (ndtri(p) if df is None else stdtrit(df, p))
+    of_members = location + scale * kind.icdf(p, *shape)
     if not np.isfinite(of_members).all():
         raise ValueError(f"probability must give finite quantiles, got {p.min():.3g} ... {p.max():.3g}")
     low, high = of_members.min(0), of_members.max(0)
 
     def excess(x: Array, day: Array) -> Array:
-        d = None if df is None else df[:, day]
-        values: Array = _cdf(d, (x - location[:, day]) / scale[:, day]).mean(0) - p[day]
+        own = [part[:, day] for part in shape]
+        values: Array = kind.cdf((x - location[:, day]) / scale[:, day], *own).mean(0) - p[day]
         return values
 
     room = 1e-6 * scale.max(0)  # so that rounding leaves the quantile between the two
