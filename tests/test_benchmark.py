@@ -364,7 +364,7 @@ def test_of_a_large_task_one_seed_s_predictions_and_all_log_likelihoods_are_kept
             for key in ("nll", "member_nll", "diversity_gain"):
                 assert found[key] == pytest.approx(expected[name][seed][key], rel=5e-3, abs=5e-3)
             logs = again.row(kind.name, name).logs["test", seed].double()
-            assert -logs.mean().item() == pytest.approx(found["nll"], abs=1e-6)
+            assert -logs.mean().item() == pytest.approx(found["nll"], abs=2e-4)  # few, in steps of 1/4096
         for split in [] if METHODS[name].control else outside:
             ensemble, sets = trained.train_one(large, name, again.settings(kind.name, name), 0)
             entropies = (effens.total_entropy(run.ask(large, ensemble, sets[part][0], 0)) for part in ("test", split))
@@ -474,7 +474,7 @@ def test_what_each_method_trains(benchmark: Benchmark) -> None:
     assert isinstance(hyper, effens.HyperEnsemble)
     assert {name: ensemble.members for name, ensemble in made.items()} == {
         **dict.fromkeys(made, 2),
-        **dict.fromkeys(["single", "wide", "single, SGD", "single, searched", "SWA"], 1),
+        **dict.fromkeys(["single", "single, second trial", "wide", "single, SGD", "single, searched", "SWA"], 1),
         "TabM": 16,
         "deep, one setting": made["deep, one setting"].members,  # as many as a greedy choice takes
         **dict.fromkeys(["MIMO", "MIMO, repeated", "MIMO, second trial"], 3),
@@ -789,10 +789,13 @@ def test_tables_hold_scores_costs_and_differences(benchmark: Benchmark) -> None:
                 "train_seconds": factor * 0.5,
                 "latency_p50": {"1": 0.001, "256": factor * 0.01},
                 "stored_bytes": factor * 100,
+                "peak_bytes": factor * 900,
             }
             for name, factor in ratios.items()
         },
     )
+    trial = {"settings": {"lr": 0.1}, "nll": [0.5, 0.6]}
+    run.write_json(benchmark.folder / "spots/tuning.json", dict.fromkeys(ratios, [trial] * 3))
     table = benchmark.table("spots", ("nll", "accuracy"), rows=list(ratios))
     assert table.cells == {
         "single": {"NLL": "0.693 ± 0.000", "accuracy (%)": "100.0 ± 0.0"},
@@ -808,7 +811,9 @@ def test_tables_hold_scores_costs_and_differences(benchmark: Benchmark) -> None:
     assert " ".join(benchmark.card("spots", "deep ensemble").cells["deep ensemble"].values()).endswith(
         "4.0x 1.0x 4.0x 4.0x"
     )
-    assert set(benchmark.cost_table("spots", ["single, temperature"]).cells["single, temperature"].values()) == {"1.0x"}
+    costs = benchmark.cost_table("spots", ["single, temperature", "deep ensemble"]).cells
+    assert list(costs["single, temperature"].values()) == ["1.0x"] * 5 + ["6x"]
+    assert list(costs["deep ensemble"].values()) == ["4.0x", "1.0x", "4.0x", "4.0x", "4.0x", "24x"]
 
 
 def test_a_new_row_is_measured_beside_the_single_network_and_changes_nobody_s_costs(
@@ -898,13 +903,14 @@ def test_the_scores_of_students(benchmark: Benchmark) -> None:
     assert sorted(run.methods_of(WALK)) == sorted([*ROWS, "deep, as single"])
 
 
-@pytest.mark.parametrize("name", list(tasks.TARGETS))
+@pytest.mark.parametrize("name", list(tasks.MARKETS))
 def test_market_tasks_never_look_ahead(name: str) -> None:
-    sets, refits, dates = tasks.market(tasks.TARGETS[name])
-    task = markets.task(effens_book.data.prices(), tasks.TARGETS[name])
+    sets, refits, dates = tasks.market(name)
+    of = tasks.MARKETS[name]
+    task = markets.task(effens_book.data.prices(of.series), of.target)
     assert len(dates) == len(sets["test"][0]) == sum(len(part["test"][0]) for part in refits)
     began = 0
-    for year, part in enumerate(refits, tasks.FIRST_YEAR):
+    for year, part in enumerate(refits, of.first):
         mine = dates[began : began + len(part["test"][0])]
         began += len(mine)
         assert set(mine.astype("datetime64[Y]").astype(int) + 1970) == {year}
@@ -915,23 +921,23 @@ def test_market_tasks_never_look_ahead(name: str) -> None:
     assert len(sets["train"][0]) + len(sets["val"][0]) <= len(refits[0]["train"][0])
 
 
-@pytest.mark.parametrize("target", tasks.TARGETS.values())
-def test_another_future_changes_no_year_before_it(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = tasks.market(target)
-    prices = effens_book.data.prices()
+@pytest.mark.parametrize("name", list(tasks.MARKETS))
+def test_another_future_changes_no_year_before_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, of = tasks.market(name), tasks.MARKETS[name]
+    prices = effens_book.data.prices(of.series)
     close = prices.close.clone()
     close[prices.dates >= np.datetime64("2010-01-01")] *= 1.5
-    monkeypatch.setattr(effens_book.data, "prices", lambda: Prices(prices.dates, close))
+    monkeypatch.setattr(effens_book.data, "prices", lambda series: Prices(prices.dates, close))
     tasks.market.cache_clear()
-    after = tasks.market(target)
+    after = tasks.market(name)
     tasks.market.cache_clear()
-    horizon = 1 if target == "return" else 5
-    for year, first, again in zip(range(tasks.FIRST_YEAR, 2010), before[1], after[1], strict=False):
+    horizon = 1 if of.target == "return" else 5
+    for year, first, again in zip(range(of.first, 2010), before[1], after[1], strict=False):
         assert all(torch.equal(a, b) for a, b in zip(first["train"], again["train"], strict=True))  # type: ignore[arg-type]
         assert torch.equal(first["test"][0], again["test"][0])
         same = first["test"][1] == again["test"][1]
         assert same[: -horizon if year == 2009 else None].all()  # type: ignore[index]
-    assert not torch.equal(before[1][13]["train"][0], after[1][13]["train"][0])
+    assert not torch.equal(before[1][2011 - of.first]["train"][0], after[1][2011 - of.first]["train"][0])
 
 
 # ---- The results that the book was written from. ----
@@ -945,10 +951,10 @@ def test_the_results_are_complete_and_small() -> None:
     files = {path.relative_to(RESULTS).as_posix(): path.stat().st_size for path in RESULTS.rglob("*") if path.is_file()}
     expected = {
         *(f"{name}.json" for name in ("layers", "roofline", "forwards", "speed", "gpu")),
-        *(f"{name}.npz" for name in ("garch", "serving")),
+        *(f"{name}.npz" for name in ("garch", "skewed", "serving")),
         *(f"studies/{name}.json" for name in studies.STUDIES),
         *(shipped().path(*pair).relative_to(RESULTS).as_posix() for pair in SHIPPED),
-        *(f"{task}/tuning.json" for task in dict(SHIPPED)),
+        *(f"{task}/tuning.json" for task in dict(SHIPPED) if not TASKS[task].tuned_on),
         *(f"{task}/costs.json" for task in MEASURED),
     }
     assert files.keys() - {f"{task}/costs-cuda.json" for task in TASKS} == expected  # a GPU is not always at hand
@@ -963,7 +969,8 @@ def test_every_row_holds_every_member_of_every_set_at_the_settings_of_its_best_t
     splits = {"test"} if alone else sets.keys() - {"train"}
     kept = range(1 if wanted.large else wanted.seeds)
     assert row.predictions.keys() == {(split, seed) for split in splits for seed in kept}
-    singles = dict.fromkeys(["single", "wide", "single, SGD", "single, searched", "SWA"], 1) | {"TabM": wanted.tabm}
+    ones = ["single", "single, second trial", "wide", "single, SGD", "single, searched", "SWA"]
+    singles = dict.fromkeys(ones, 1) | {"TabM": wanted.tabm}
     seen: list[Tensor] = []
     for seed, facts in row.facts.items():
         best = shipped().settings(task, name)
@@ -982,7 +989,7 @@ def test_every_row_holds_every_member_of_every_set_at_the_settings_of_its_best_t
             assert numbers.isfinite().all()
         if wanted.large:
             logs = row.logs["test", seed]
-            assert facts["scores"]["test"]["nll"] == pytest.approx(-logs.double().mean().item(), abs=1e-6)
+            assert facts["scores"]["test"]["nll"] == pytest.approx(-logs.double().mean().item(), abs=1e-5)
             seen.append(logs[None].double())
             continue
         seen.append(predictions.log_likelihoods(row.predictions["test", seed], answers(wanted, seed=seed)))
@@ -1038,7 +1045,7 @@ def test_a_year_of_the_results_can_be_made_again(task: str, name: str) -> None:
     """2008 alone, which takes a second: what the finance chapter reads is what a training gives."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    sets = tasks.market(tasks.TARGETS[task])[1][2008 - tasks.FIRST_YEAR]
+    sets = tasks.market(task)[1][2008 - tasks.MARKETS[task].first]
     part = replace(TASKS[task], load=lambda seed: sets)
     ensemble, _ = trained.train_one(part, name, shipped().settings(task, name), 0)
     again = run.ask(part, ensemble, sets["test"][0], 0)

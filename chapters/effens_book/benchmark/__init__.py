@@ -1,7 +1,7 @@
 """Every method on the same tasks, with the same tuning and seeds: the book's one source of numbers over several seeds.
 
 To read results: `Benchmark`. To add a method, write one function that trains it and register it with `method`; then
-``python -m effens_book.benchmark.run`` tunes and runs it. What a task, a method and a run are stands in `tasks`,
+``python -m effens_book.benchmark`` tunes and runs it. What a task, a method and a run are stands in `tasks`,
 `methods` and `run`.
 """
 

@@ -325,6 +325,12 @@ def repetition(task: Task, train: tuple[Tensor, Tensor], settings: Settings, see
     return task.fit(ensemble, train, settings, seed)
 
 
+@method("single, second trial", like="single", place=1)
+def single_second(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """One network with the settings that came second in tuning, by next to nothing on returns."""
+    return single(task, train, settings, seed)
+
+
 @method("MIMO, second trial", like="MIMO", place=1)
 def second_trial(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
     """MIMO with the settings that came second in tuning, by next to nothing on digits: what the first place decided."""

@@ -1,8 +1,8 @@
 """How results are kept: one file for each task and method, with the predictions of all seeds.
 
 Probabilities of classes are kept in 8 bits, as the square root of each in steps of 1/255: wrong by at most 0.004. The
-probability that each member gave to the right label is kept exactly, and so are losses. Parameters of distributions are
-kept as they were found, in half precision.
+probability that each member gave to the right label is kept exactly, and log likelihoods of examples in steps of 1/4096
+nat. Parameters of distributions are kept as they were found, in half precision.
 """
 
 import io
@@ -25,6 +25,7 @@ from effens_book.benchmark.predictions import from_half, take_members
 Array = NDArray[Any]
 Targets = Callable[[int, str], Tensor | None]
 STEPS = 255  # of the square root of a probability
+PER_NAT = 4096  # steps of a log likelihood
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,10 @@ def write_row(path: Path, runs: Sequence[Path], digest: str, targets: Targets, l
     sets = [key for key in found[0] if not key.endswith((" crps", " logs"))]
     for fact, run in zip(facts, found, strict=True):
         fact["members"] = fact.get("members") or len(run[sets[0]])
-    arrays = {key: planes(np.concatenate([run[key] for run in found])) for key in found[0] if key not in sets}
+    arrays = {}
+    for key in [key for key in found[0] if key not in sets]:
+        numbers = np.concatenate([run[key] for run in found])
+        arrays[key] = planes((PER_NAT * numbers).round().astype(np.int32) if key.endswith(" logs") else numbers)
     for key in sets:
         having = [i for i, run in enumerate(found) if key in run]  # of a large task only the first seed
         numbers = np.concatenate([found[i][key] for i in having])
@@ -153,7 +157,8 @@ def read_row(path: Path, digest: str, targets: Targets, likelihood: Likelihood) 
     for name, parts in kept.items():
         for key, kind in (("crps", row.crps), ("logs", row.logs)):
             if key in parts:
-                every = torch.from_numpy(whole(parts.pop(key), np.float32)).chunk(len(seeds))
+                numbers = whole(parts.pop(key), np.int32 if key == "logs" else np.float32)
+                every = torch.from_numpy(numbers / (PER_NAT if key == "logs" else 1)).float().chunk(len(seeds))
                 kind.update({(name, seed): own.view(-1) for (seed, _), own in zip(seeds, every, strict=True)})
         if parts:
             having = facts["seeds"][:1] if "scores" in facts["seeds"][0] else facts["seeds"]

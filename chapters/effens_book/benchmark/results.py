@@ -35,7 +35,7 @@ from effens_book.benchmark.tasks import MARGIN, PRIMARY, TASKS, TRIALS, TUNING_S
 from effens_book.tables import Table
 
 RESULTS = Path(__file__).parents[1] / "results"
-COMMAND = "run python -m effens_book.benchmark.run"
+COMMAND = "run python -m effens_book.benchmark"
 BASELINES = {"single, temperature": "single"}  # derived from another method's predictions
 QUALITY = {"nll": min, "crps": min, "divergence": min, "accuracy": max, "auroc": max}  # which value is the best
 NATS = {"nll", "member_nll", "diversity_gain", "divergence"}
@@ -49,14 +49,16 @@ TITLES = {
     **{key: f"{key} (%)" for key in ("accuracy", "ece", "disagreement", "coverage")},
 }
 COSTS = {"training": "training", "batch 1": "predict 1", "batch 256": "predict 256", "memory": "memory"}
+ALL_COSTS = {**COSTS, "training memory": "training memory", "tuning": "tuning"}
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds with its 95% t interval."""
+    """A mean over seeds with its 95% t interval, and the p-value of a true mean of 0, by the same t."""
 
     mean: float
     half: float
+    p_value: float = math.nan
 
     def __format__(self, spec: str) -> str:
         """Write both numbers alike: ``f"{interval:.1f}"``, three decimals by default."""
@@ -92,8 +94,11 @@ def interval(sample: Tensor, block: int = 1) -> Interval:
         of_examples = max(by_example.var().item() / n - residual / (seeds * n), 0.0)
     variance = of_seeds + of_examples
     spread = of_seeds**2 / (seeds - 1) + (of_examples**2 / (n - 1) if n > 1 else 0.0)
-    half = float(stats.t.ppf(0.975, variance**2 / spread)) * math.sqrt(variance) if variance else 0.0
-    return Interval(mean.item(), half)
+    if not variance:
+        return Interval(mean.item(), 0.0, float(mean == 0))
+    t = stats.t(variance**2 / spread)
+    error = math.sqrt(variance)
+    return Interval(mean.item(), float(t.ppf(0.975)) * error, float(2 * t.sf(abs(mean.item()) / error)))
 
 
 @dataclass(frozen=True)
@@ -255,7 +260,7 @@ class Benchmark:
     def holm(
         self, task: str, reference: str, rows: Iterable[str] | None = None, metric: str = PRIMARY, split: str = "test"
     ) -> dict[str, float]:
-        """Return the p-value of each method's paired t test against a reference, adjusted for how many there are.
+        """Return the p-value of each method's difference from a reference, adjusted for how many there are.
 
         Holm (1979), "A simple sequentially rejective multiple test procedure". A table in which no method differs from
         the reference shows an adjusted p-value below 0.05 in one case of 20, however many rows it has.
@@ -273,11 +278,7 @@ class Benchmark:
         from statsmodels.stats.multitest import multipletests  # here: it takes a second to load
 
         others = [name for name in (names(task=task) if rows is None else rows) if name != reference]
-        base = self.values(task, reference, metric, split).double().numpy()
-        found = {}
-        for name in others:
-            p = float(stats.ttest_rel(self.values(task, name, metric, split).double().numpy(), base).pvalue)
-            found[name] = 1.0 if math.isnan(p) else p
+        found = {name: self.compare(task, name, reference, metric, split).difference.p_value for name in others}
         adjusted = multipletests(list(found.values()), method="holm")[1].tolist()
         return dict(sorted(zip(found, adjusted, strict=True), key=lambda item: item[1]))
 
@@ -335,7 +336,7 @@ class Benchmark:
 
     def settings(self, task: str, name: str) -> Settings:
         """Return the settings of a method's best trial; of a variant, those of the methods that it is like."""
-        method = METHODS[name]
+        method, task = METHODS[name], TASKS[task].tuned_on or task
         if not method.tuned:
             return {}
         found: Settings = {}
@@ -369,7 +370,7 @@ class Benchmark:
         Args:
             task: its name.
             name: of the method.
-            device: ``"cpu"``, or ``"cuda"``: the GPU on which ``python -m effens_book.benchmark.run --gpu`` was run.
+            device: ``"cpu"``, or ``"cuda"``: the GPU on which ``python -m effens_book.benchmark --gpu`` was run.
 
         Raises:
             FileNotFoundError: that was not measured.
@@ -394,7 +395,8 @@ class Benchmark:
         """Return a method's costs as multiples of the single network's, on the CPU or on a GPU, ``"cuda"``.
 
         Training is the time of a step of the task's epochs, at batch 128; prediction the median latency at batch 1 and
-        256; memory the bytes of all weights.
+        256; memory the bytes of all weights. Training memory is the peak of a step, and tuning the time of all trials,
+        in trainings of one network: a hyperparameter ensemble has none but its training.
         """
 
         def facts(row: str) -> dict[str, float]:
@@ -404,10 +406,14 @@ class Benchmark:
                 "batch 1": found["latency_p50"]["1"],
                 "batch 256": found["latency_p50"]["256"],
                 "memory": found["stored_bytes"],
+                "training memory": found["peak_bytes"],
             }
 
         one = facts("single")
-        return {key: value / one[key] for key, value in facts(name).items()}
+        costs = {key: value / one[key] for key, value in facts(name).items()}
+        method = BASELINES.get(name, name)
+        trials = self.trials(task, method) if METHODS[method].tuned else []
+        return {**costs, "tuning": costs["training"] * sum(len(trial[PRIMARY]) for trial in trials)}
 
     def table(
         self,
@@ -470,14 +476,19 @@ class Benchmark:
         return Table(rows, caption=f"{task}, paired by seed, first minus second ± 95% interval")
 
     def cost_table(self, task: str, rows: Iterable[str] | None = None, device: str = "cpu") -> Table:
-        """Return a table of what each method costs, as multiples of the single network's; all methods by default."""
+        """Return a table of what each method costs, as multiples of the single network's; all methods by default.
+
+        The last column counts trainings of one network.
+        """
         found = {
             name: times(self.relative_costs(task, name, device))
             for name in (names(task=task) if rows is None else rows)
         }
         where = "one CPU thread" if device == "cpu" else self.costs(task, "single", device)["device"]
         return Table(
-            found, caption=f"{task}, cost as a multiple of one network's, {where}; predict: of 1 row, of 256 rows"
+            found,
+            caption=f"{task}, cost as a multiple of one network's, {where}; predict: of 1 row, of 256 rows; "
+            "tuning: of all trials, in trainings of one network",
         )
 
     def best_trials(self, task: str, methods: Iterable[str], count: int = 2) -> Table:
@@ -517,7 +528,7 @@ class Benchmark:
         rows = {
             "one network" if row == "single" else row: {
                 f"NLL on test {task}": interval(self.values(task, row)),
-                **times(self.relative_costs(task, row)),
+                **times({key: self.relative_costs(task, row)[key] for key in COSTS}),
             }
             for row in ("single", name)
         }
@@ -551,5 +562,5 @@ def title(column: str) -> str:
 
 
 def times(costs: Mapping[str, float], digits: int = 1) -> dict[str, str]:
-    """Return relative costs in words: ``{"training": "4.2x", ...}``."""
-    return {COSTS.get(key, key): f"{value:.{digits}f}x" for key, value in costs.items()}
+    """Return relative costs in words: ``{"training": "4.2x", ...}``; tuning in whole trainings."""
+    return {ALL_COSTS.get(key, key): f"{value:.{0 if key == 'tuning' else digits}f}x" for key, value in costs.items()}

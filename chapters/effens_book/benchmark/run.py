@@ -1,4 +1,4 @@
-"""Run the benchmark: ``python -m effens_book.benchmark.run``, called in `chapters/`, runs what is missing.
+"""Run the benchmark: ``python -m effens_book.benchmark``, called in `chapters/`, runs what is missing.
 
 Every trial and every run is written as soon as it is done, so that it may be killed at any time. When all seeds of a
 method are done they become one file, its row. Costs are measured last: let nothing else run then.
@@ -56,9 +56,9 @@ UNFINISHED = "unfinished"  # the folder, beside the rows, of what is not packed 
 def run_row(benchmark: Benchmark, task: Task, name: str) -> None:
     """Tune a method and run it with every seed of a task, unless that was done; what was done already is used."""
     path, files = benchmark.path(task.name, name), folder(benchmark, task, name)
-    if path.exists():
-        return
     settings = tune(benchmark, task, name)
+    if is_done(benchmark, task, name):
+        return
     runs = [files / f"{seed}.npz" for seed in range(task.seeds)]
     for seed, file in enumerate(runs):
         if not file.exists():
@@ -66,6 +66,16 @@ def run_row(benchmark: Benchmark, task: Task, name: str) -> None:
     write_row(path, runs, task.digest, lambda seed, key: task.load(seed)[key][1], task.likelihood)
     shutil.rmtree(files)
     benchmark.forget(task.name, name)
+
+
+def is_done(benchmark: Benchmark, task: Task, name: str) -> bool:
+    """Say whether there is a row, of the settings that all its trials choose."""
+    if not benchmark.path(task.name, name).exists():
+        return False
+    where, method = task.tuned_on or task.name, METHODS[name]
+    tuned = (method.like or (name,)) if method.tuned else ()
+    ready = all(finalists(benchmark.trials(where, other)) for other in tuned)
+    return ready and benchmark.row(task.name, name).facts[0]["settings"] == benchmark.settings(task.name, name)
 
 
 def folder(benchmark: Benchmark, task: Task, name: str) -> Path:
@@ -81,7 +91,7 @@ def tune(benchmark: Benchmark, task: Task, name: str) -> Settings:
     Raises:
         FloatingPointError: all trials diverged.
     """
-    method = METHODS[name]
+    method, task = METHODS[name], TASKS[task.tuned_on] if task.tuned_on else task
     for other in (method.like or (name,)) if method.tuned else ():
         run_trials(benchmark, task, other)
         scores = benchmark.trial_scores(task.name, other)
@@ -167,17 +177,17 @@ def run_seed(path: Path, task: Task, name: str, settings: Settings, seed: int) -
         if key == "test" or (key != "train" and (not METHODS[name].control or name in task.everywhere)):
             if key == "test" and task.refits is not None:
                 numbers = refit(task, name, settings, seed)
-            elif task.large:
+                said = from_half(torch.from_numpy(numbers).float(), task.likelihood)
+            else:
                 said = ask(task, once(ensemble), x, seed)
                 numbers = to_half(said)
+            if task.large:
                 keep_scores(facts, task, name, sets, key, said)
                 if key == "test":
                     facts["members"] = count_members(said)
                     arrays["test logs"] = facts.pop("logs").float().numpy()
                 if seed:
                     continue
-            else:
-                numbers = to_half(ask(task, once(ensemble), x, seed))
             arrays[key] = numbers
             if y is not None and isinstance(task.likelihood, StudentT) and not task.large:  # takes seconds: kept, too
                 found = from_half(torch.from_numpy(numbers[rows]).float(), task.likelihood)
@@ -252,7 +262,8 @@ def estimate(task: Task, name: str) -> str:
         trials = points * len(TUNING_SEEDS) + min(points, FINALISTS) * len(MORE_SEEDS)
     brief = replace(task, epochs=task.members)
     start = time.perf_counter()
-    train_one(brief, name, trial_settings(task, name)[0], TUNING_SEEDS[0])
+    settings = trial_settings(task, (METHODS[name].like or [name])[-1])[0]  # of a variant those of what it is like
+    train_one(brief, name, settings, TUNING_SEEDS[0])
     seconds = (time.perf_counter() - start) * task.epochs / task.members
     minutes = math.ceil(seconds * (trials + runs) / 60)
     return f"{task.name}, {name}: {trials} trainings to tune and {runs} to keep, about {minutes} min"
@@ -387,7 +398,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run what is missing and print the tables."""
-    parser = argparse.ArgumentParser(prog="python -m effens_book.benchmark.run", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m effens_book.benchmark", description=main.__doc__)
     parser.add_argument("--results", help="the folder of the results; the book's own by default")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
@@ -406,7 +417,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"\n{task}: {device}\n{benchmark.cost_table(task, device='cuda')}")
         return
     pairs = [(TASKS[task], name) for task in chosen.tasks for name in chosen.methods if name in methods_of(TASKS[task])]
-    pairs = [(task, name) for task, name in pairs if not benchmark.path(task.name, name).exists()]
+    pairs = [(task, name) for task, name in pairs if not is_done(benchmark, task, name)]
     for task, name in pairs:
         print(estimate(task, name))
     for task, name in tqdm(pairs, desc="benchmark", unit="row", disable=not pairs):
@@ -418,7 +429,3 @@ def main(arguments: list[str] | None = None) -> None:
     if set(chosen.methods) == set(METHODS):
         for task in chosen.tasks:
             print(f"\n{task}: test set\n{benchmark.table(task)}")
-
-
-if __name__ == "__main__":
-    main()

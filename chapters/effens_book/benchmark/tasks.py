@@ -70,6 +70,8 @@ class Task:
         space: where the settings of methods trained by AdamW are searched, if not in `SPACE` and the method's own.
         tabm: members of TabM, which are nearly free in a table.
         large: whether predictions are kept of the first seed only; log likelihoods and scores are kept of all.
+        tuned_on: the task whose tuned settings it takes, if not its own.
+        device: on which it is trained.
     """
 
     name: str
@@ -91,6 +93,8 @@ class Task:
     space: Space = field(default_factory=dict, hash=False)
     tabm: int = 16
     large: bool = False
+    tuned_on: str = ""
+    device: str = "cpu"
 
     @property
     def digest(self) -> str:
@@ -119,7 +123,7 @@ class Task:
             weight_decay=settings["weight_decay"],
             optimizer=optimizer,
             likelihood=self.likelihood,
-            device="cpu",
+            device=self.device,
             seed=seed,
             progress=False,
         )
@@ -255,19 +259,41 @@ def make_order_net(width: int, dropout: float = 0.0) -> nn.Module:
     return mlp(orders.FEATURES, 2, width=width, depth=3, dropout=dropout)
 
 
-FIRST_YEAR, LAST_YEAR = 1998, 2022
 VALIDATION_DAYS = 500  # before the first year that is judged
 MARKET_FEATURES = len(markets.FEATURES)
 
 
+@dataclass(frozen=True)
+class Market:
+    """A series of daily prices, what is forecast of it, and the years that are judged."""
+
+    series: str
+    target: str
+    first: int
+    last: int
+
+    @property
+    def years(self) -> list[str]:
+        """The first days of the years that are judged."""
+        return [f"{year}-01-01" for year in range(self.first, self.last + 1)]
+
+
+MARKETS = {
+    "returns": Market("S&P 500", "return", 1998, 2022),
+    "volatility": Market("S&P 500", "volatility", 1998, 2022),
+    "nasdaq": Market("NASDAQ", "return", 2004, 2018),
+    "oil": Market("WTI", "return", 1994, 2018),
+}
+
+
 @cache
-def market(target: str) -> tuple[Sets, list[Sets], NDArray[np.datetime64]]:
+def market(name: str) -> tuple[Sets, list[Sets], NDArray[np.datetime64]]:
     """Return what settings are chosen on, the sets of every year's refit, and the days that are judged.
 
     Each part is seen through the mean and deviation of the days that it trains on. "test" of the first holds all years.
     """
-    task = markets.task(data.prices(), target)
-    years = [f"{year}-01-01" for year in range(FIRST_YEAR, LAST_YEAR + 1)]
+    years = MARKETS[name].years
+    task = markets.task(data.prices(MARKETS[name].series), MARKETS[name].target)
     splits = markets.walk_forward(task, years)
     (first, *_) = markets.walk_forward(task, years, validation=VALIDATION_DAYS)
 
@@ -282,32 +308,27 @@ def market(target: str) -> tuple[Sets, list[Sets], NDArray[np.datetime64]]:
 
 def days(task: str) -> NDArray[np.datetime64]:
     """Return the days of a market task's test set: on day i the forecast is made, at the close."""
-    return market(TARGETS[task])[2]
-
-
-TARGETS = {"returns": "return", "volatility": "volatility"}
+    return market(task)[2]
 
 
 AS_SINGLE = ("deep, as single",)
+NEAR_TIE = ("single, second trial",)  # of returns: what the first place decided
 
 
-def market_task(name: str, likelihood: Likelihood) -> Task:
-    """Make a task of daily prices: walk forward with a refit every year, 1998 to 2022."""
-    target = TARGETS[name]
+def market_task(name: str, likelihood: Likelihood, **options: Any) -> Task:
+    """Make a task of daily prices: walk forward with a refit every year."""
 
     def make(width: int, dropout: float = 0.0) -> nn.Module:
         return mlp(MARKET_FEATURES, outputs, width=width, dropout=dropout)
 
     def load(seed: int) -> Sets:
-        return market(target)[0]
+        return market(name)[0]
 
     def refits() -> Sequence[Sets]:
-        return market(target)[1]
+        return market(name)[1]
 
     outputs = int(likelihood.outputs or 0)
-    return Task(
-        *(name, 4, 4, 5, 20, 128, likelihood, 32, make, load), refits=refits, controls=AS_SINGLE, files=("prices.npz",)
-    )
+    return Task(*(name, 4, 4, 5, 20, 128, likelihood, 32, make, load), refits=refits, **options)
 
 
 TASKS = {
@@ -330,8 +351,10 @@ TASKS = {
             files=("digits.npz", "letters.npz"),
         ),
         Task("diamonds", 4, 4, 8, 40, 64, Gaussian(), 64, make_table_net, load_diamonds, files=("diamonds.npz",)),
-        market_task("returns", StudentT()),
-        market_task("volatility", Gaussian()),
+        market_task("returns", StudentT(), controls=AS_SINGLE + NEAR_TIE, files=("prices.npz",)),
+        market_task("volatility", Gaussian(), controls=AS_SINGLE, files=("prices.npz",)),
+        market_task("nasdaq", StudentT(), controls=AS_SINGLE + NEAR_TIE, tuned_on="returns", large=True),
+        market_task("oil", StudentT(), controls=AS_SINGLE + NEAR_TIE, tuned_on="returns", large=True),
         Task("orders", 4, 4, 5, 12, 128, Gaussian(), 64, make_order_net, load_orders, controls=AS_SINGLE),
         Task(
             "fashion",

@@ -1,0 +1,5 @@
+"""Run the benchmark."""
+
+from effens_book.benchmark.run import main
+
+main()
