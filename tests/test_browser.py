@@ -981,27 +981,29 @@ def test_a_player_added_later_starts_once_and_leaves_the_others(browser: "Browse
         assert state(page, 2)[2] == WORDS[1]
 
 
-@pytest.mark.parametrize("goal", choose.GOALS)
-def test_the_chooser_says_what_choose_says(browser: "Browser", tmp_path: Path, goal: str) -> None:
+@pytest.mark.parametrize(("task", "goal"), [(task, goal) for task, goals in choose.GOALS.items() for goal in goals])
+def test_the_chooser_says_what_choose_says(browser: "Browser", tmp_path: Path, task: str, goal: str) -> None:
     (tmp_path / "chooser.html").write_text(players.chooser().data, "utf-8")
     budgets = [{}, {"train": 1.5}, {"latency": 3.0}, {"memory": 5.0}, {"train": 4.0, "throughput": 2.0, "memory": 1.5}]
     with opened(browser, tmp_path / "chooser.html") as page:
-        selects = page.locator("select")
-        selects.nth(4).select_option(str(list(choose.GOALS).index(goal)))
+        of, *selects = page.locator("label:not([data-task]) select").all()
+        of.select_option(str(list(choose.GOALS).index(task)))
+        page.locator(f'label[data-task="{task}"] select').select_option(str(list(choose.GOALS[task]).index(goal)))
+        assert page.locator("section:visible").count() == 1
         for budget in budgets:
-            for place, key in enumerate(choose.BUDGETS):
-                selects.nth(place).select_option(f"{budget[key]:g}" if key in budget else "any")
-            expected = choose.choose(**budget, goal=goal)
-            rows = page.locator("tbody tr")
+            for select, key in zip(selects, choose.BUDGETS, strict=True):
+                select.select_option(f"{budget[key]:g}" if key in budget else "any")
+            expected = choose.choose(task, **budget, goal=goal)
+            rows = page.locator("section:visible tbody tr")
             said = [(row.locator("th").inner_text(), row.get_attribute("class") != "out") for row in rows.all()]
             fit = [choice.method for choice in expected if choice.qualifies]
             # What does not qualify is in any order.
             assert said[: len(fit)] == [(name, True) for name in fit]
             assert sorted(said[len(fit) :]) == sorted((c.method, False) for c in expected if not c.qualifies)
-            same = [name for name in fit[1:] if choose.alike(name, fit[0], goal)]
+            same = [name for name in fit[1:] if choose.alike(task, name, fit[0], goal)]
             words = page.locator("p[aria-live]").inner_text()
             within = f"{len(fit)} of {len(expected)} methods are within your limits."
-            assert words.startswith(f"{within} On digits {fit[0]} has the best mean.")
+            assert words.startswith(f"{within} On {players.TASK_WORDS[task]}, {fit[0]} has the best mean.")
             told = (
                 f"Not distinguishable from it: {'; '.join(same)}."
                 if same

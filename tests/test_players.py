@@ -421,17 +421,21 @@ def test_a_static_page_needs_no_widgets() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_table_of_choices_holds_every_method_in_order_with_its_costs() -> None:
+def test_the_tables_of_choices_hold_every_method_in_order_with_its_costs() -> None:
     page = players.chooser().data
+    sections = dict(re.findall(r'<section data-task="(.*?)">(.*?)</section>', page, re.S))
+    assert sections.keys() == choose.GOALS.keys() == players.TASK_WORDS.keys() == players.GOAL_WORDS.keys()
     facts = " ".join(rf"data-{name}=\"(.*?)\"" for name in ("costs", "scores", "places", "same"))
-    pattern = rf"<tr {facts}><th scope='row'>(.*?)</th>"
-    rows = re.findall(pattern, page)
-    choices = choose.choose()
-    assert [name for *_, name in rows] == [choice.method for choice in choices]
-    for (costs, scores, places, same, name), choice in zip(rows, choices, strict=True):
-        assert json.loads(costs) == [round(choice.costs[key], 2) for key in choose.BUDGETS.values()]
-        assert json.loads(scores)[0] == round(choice.score, 4)
-        assert json.loads(places)[0] == choices.index(choice)
-        for goal, found in zip(choose.GOALS, json.loads(same), strict=True):
-            expected = [i for i, other in enumerate(choices) if choose.alike(name, other.method, goal)]
-            assert found == expected
+    for task, section in sections.items():
+        goals = choose.GOALS[task]
+        assert goals.keys() == players.GOAL_WORDS[task].keys()
+        rows = re.findall(rf"<tr {facts}><th scope='row'>(.*?)</th>", section)
+        choices = choose.choose(task)
+        assert [name for *_, name in rows] == [choice.method for choice in choices]
+        for (costs, scores, places, same, name), choice in zip(rows, choices, strict=True):
+            assert json.loads(costs) == [round(choice.costs[key], 2) for key in choose.BUDGETS.values()]
+            assert json.loads(scores)[0] == round(choice.score, 4)
+            assert json.loads(places)[0] == choices.index(choice)
+            for goal, found in zip(goals, json.loads(same), strict=True):
+                expected = [i for i, other in enumerate(choices) if choose.alike(task, name, other.method, goal)]
+                assert found == expected

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 from PIL import Image
 
-from effens_book.choose import BUDGETS, alike, choose, ranks, score_of
+from effens_book.choose import BUDGETS, GOALS, agreement, alike, choose, score_of
 
 
 def _read(name: str) -> str:
@@ -185,51 +185,83 @@ def bet(question: str, replies: Mapping[str, str], *, answer: str) -> HTML:
 </div>""")
 
 
-def chooser() -> HTML:
-    """Return `choose.choose` as a table with controls: plain HTML, which works with no kernel, by mouse and keyboard.
-
-    Costs and scores are those on digits, which it says; the ranks on the other tasks stand beside them. Without script
-    it is the table of all methods, the best for the NLL first.
-    """
-    goals = {
+GOAL_WORDS = {
+    "digits": {
         "nll": "NLL on test digits, in nats (lower is better)",
         "accuracy": "accuracy on test digits, in percent (higher is better)",
         "shift": "NLL on rotated digits, in nats (lower is better)",
         "unknown": "separating letters from digits, AUROC in percent (higher is better)",
-    }
-    elsewhere = {words: ranks(task) for task, words in {"diamonds": "rank, diamonds", "gap": "rank, curve"}.items()}
-    choices = choose()
-    names = [choice.method for choice in choices]
-    orders = [[choice.method for choice in choose(goal=goal)] for goal in goals]
-    rows = []
-    for choice in choices:
-        costs = [round(choice.costs[key], 2) for key in BUDGETS.values()]
-        scores = [round(score_of(choice.method, goal), 4) for goal in goals]
-        places = [order.index(choice.method) for order in orders]
-        same = [[i for i, name in enumerate(names) if alike(choice.method, name, goal)] for goal in goals]
-        cells = "".join(f"<td>{choice.costs[key]:.1f}x</td>" for key in BUDGETS.values())
-        cells += "".join(f"<td>{found[choice.method]}</td>" for found in elsewhere.values())
-        facts = {"costs": costs, "scores": scores, "places": places, "same": same}
-        data = " ".join(f'data-{key}="{json.dumps(value)}"' for key, value in facts.items())
-        rows.append(f"<tr {data}><th scope='row'>{html.escape(choice.method)}</th>{cells}<td>{scores[0]:.3f}</td></tr>")
-    options = "".join(f"<option value='{i}'>{html.escape(words)}</option>" for i, words in enumerate(goals.values()))
+    },
+    "diamonds": {
+        "nll": "NLL on test diamonds, in nats (lower is better)",
+        "shift": "NLL on heavy diamonds, in nats (lower is better)",
+    },
+    "gap": {
+        "nll": "NLL on test points, in nats (lower is better)",
+        "shift": "NLL in the gap, in nats (lower is better)",
+    },
+}
+TASK_WORDS = {"digits": "digits (images)", "diamonds": "diamonds (a table)", "gap": "a curve with a gap"}
+
+
+def chooser() -> HTML:
+    """Return `choose.choose` as tables with controls: plain HTML, which works with no kernel, by mouse and keyboard.
+
+    There is a table for each task, of which one is seen. Without script they are all there, the best for the NLL first.
+    """
     limits = ("any", 1.5, 2, 3, 4, 5, 12)
-    budgets = "".join(
-        f"<label>{html.escape(words)} <select>"
-        + "".join(f"<option value='{limit}'>{limit if limit == 'any' else f'{limit}x'}</option>" for limit in limits)
-        + "</select></label>"
-        for words in ("training at most", "one prediction", "256 predictions", "memory")
-    )
-    titles = ("", "training", "one prediction", "256 predictions", "memory", *elsewhere, "score on digits")
-    heads = "".join(f"<th scope='col'>{word}</th>" for word in titles)
+    controls = _select("task", TASK_WORDS.values())
+    for words in ("training at most", "one prediction", "256 predictions", "memory"):
+        controls += _select(words, [each if each == "any" else f"{each}x" for each in limits], limits)
+    tables = ""
+    for task, words in TASK_WORDS.items():
+        controls += _select("what matters", GOAL_WORDS[task].values(), task=task)
+        others = [other for other in TASK_WORDS if other != task]
+        alike_words = " and ".join(f"{agreement(task, other):+.2f} with {TASK_WORDS[other]}" for other in others)
+        note = f"How far the order of the methods agrees with that on other tasks (rank correlation): {alike_words}."
+        tables += f'<section data-task="{task}">{_choices(task, words)}<p>{html.escape(note)}</p></section>'
     return HTML(f"""<div class="effens-chooser">
 <style>
 {_read("chooser.css")}</style>
-<form onsubmit="return false">{budgets}<label>what matters <select>{options}</select></label></form>
+<form onsubmit="return false">{controls}</form>
 <p aria-live="polite"></p>
-<table><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>
+{tables}
 <script>
 {_read("chooser.js")}</script></div>""")
+
+
+def _select(label: str, words: Iterable[Any], values: Iterable[Any] | None = None, task: str = "") -> str:
+    """Return a labelled control; one of a task is only seen with it."""
+    words = list(words)
+    options = "".join(
+        f"<option value='{value}'>{html.escape(str(word))}</option>"
+        for word, value in zip(words, range(len(words)) if values is None else values, strict=True)
+    )
+    of = f' data-task="{task}"' if task else ""
+    return f"<label{of}>{html.escape(label)} <select>{options}</select></label>"
+
+
+def _choices(task: str, words: str) -> str:
+    """Return the table of a task."""
+    choices, goals = choose(task), list(GOALS[task])
+    names = [choice.method for choice in choices]
+    orders = [[choice.method for choice in choose(task, goal=goal)] for goal in goals]
+    rows = []
+    for choice in choices:
+        facts: dict[str, Any] = {
+            "costs": [round(choice.costs[key], 2) for key in BUDGETS.values()],
+            "scores": [round(score_of(task, choice.method, goal), 4) for goal in goals],
+            "places": [order.index(choice.method) for order in orders],
+            "same": [[i for i, name in enumerate(names) if alike(task, choice.method, name, goal)] for goal in goals],
+        }
+        cells = "".join(f"<td>{choice.costs[key]:.1f}x</td>" for key in BUDGETS.values())
+        data = " ".join(f'data-{key}="{json.dumps(value)}"' for key, value in facts.items())
+        score = f"<td>{facts['scores'][0]:.3f}</td>"
+        rows.append(f"<tr {data}><th scope='row'>{html.escape(choice.method)}</th>{cells}{score}</tr>")
+    titles = ("", "training", "one prediction", "256 predictions", "memory", "score")
+    heads = "".join(f"<th scope='col'>{word}</th>" for word in titles)
+    head = f"<caption>{html.escape(words)}</caption><thead><tr>{heads}</tr></thead>"
+    return f"<table>{head}<tbody>{''.join(rows)}</tbody></table>"
 
 
 def planner(trainings: int, seconds: float, start: float) -> HTML:
