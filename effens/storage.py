@@ -83,8 +83,7 @@ def load(ensemble: nn.Module, path: str | os.PathLike[str]) -> None:
     for prefix, module in ensemble.named_modules():  # first, for a module may refuse its extra state
         if (name := f"{prefix}._extra_state".lstrip(".")) in tensors:
             module.set_extra_state(tensors[name])
-    ensemble.load_state_dict(tensors)
-    ensemble.eval()
+    ensemble.eval().load_state_dict(tensors)
 
 
 def kind(ensemble: nn.Module) -> dict[str, str]:
