@@ -4,15 +4,12 @@ import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from effens_book import full_size
-from effens_book.benchmark.methods import trial_settings
-from effens_book.benchmark.tasks import TASKS
 
 
 @pytest.fixture
@@ -34,16 +31,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     full_size.images.cache_clear()
 
 
-def settings(task: str, name: str) -> dict[str, float]:
-    return {} if name == "hyper" else trial_settings(TASKS[task], name)[0]
-
-
 @pytest.mark.parametrize("name", full_size.NAMES)
 def test_a_hundredth_of_the_images_trains_every_method(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EFFENS_DATA", str(folder))
-    monkeypatch.setattr(full_size, "shipped", lambda: SimpleNamespace(settings=settings))
     sets = full_size.images()
     assert {key: tuple(x.shape) for key, (x, _) in sets.items()} == {
         "train": (5500, 1, 28, 28),

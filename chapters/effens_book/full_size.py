@@ -74,7 +74,9 @@ def read(path: Path) -> Tensor:
 
 
 def train(name: str, device: str = "cuda", share: float = 1.0) -> dict[str, Any]:
-    """Train a method once, with the settings that were tuned on the smaller images, and return what was found.
+    """Train a method once, with the settings that were tuned on smaller images, and return what was found.
+
+    They are those of fashion, where the method has its row there, and else those of digits.
 
     Args:
         name: of the method.
@@ -88,9 +90,10 @@ def train(name: str, device: str = "cuda", share: float = 1.0) -> dict[str, Any]
     task = replace(TASKS["fashion"], width=max(4, round(share * WIDTH)), load=lambda seed: sets, device=device)
     x, y = sets["train"]
     assert y is not None
+    smaller = "fashion" if shipped().path("fashion", name).exists() else "digits"
     torch.manual_seed(0)
     began = time.perf_counter()
-    ensemble = METHODS[name].train(task, (x, y), shipped().settings("fashion", name), 0)
+    ensemble = METHODS[name].train(task, (x, y), shipped().settings(smaller, name), 0)
     seconds = time.perf_counter() - began
     found = score(predict(ensemble, sets["test"][0].to(device)).cpu(), sets["test"][1])  # type: ignore[arg-type]
     card = torch.cuda.get_device_name() if device == "cuda" else "CPU"
