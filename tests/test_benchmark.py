@@ -371,7 +371,8 @@ def test_of_a_large_task_one_seed_s_predictions_and_all_log_likelihoods_are_kept
             assert again.values(kind.name, name, "auroc", split)[0] == pytest.approx(
                 100 * float(effens.auroc(*entropies))
             )
-        assert {seed for _, seed in again.row(kind.name, name).predictions} == {0}
+        parts = () if METHODS[name].control else {"test", "val", *outside}
+        assert again.row(kind.name, name).predictions.keys() == {(part, 0) for part in parts}
     torch.testing.assert_close(again.values(kind.name, "single, temperature"), tempered, rtol=5e-3, atol=5e-3)
 
 
@@ -891,7 +892,6 @@ def test_the_scores_of_students(benchmark: Benchmark) -> None:
     found, y = benchmark.predictions("walk", "deep ensemble", 0), answers(WALK)
     scores = benchmark.seed_scores("walk", "deep ensemble", 0, "test")
     assert scores["nll"] == pytest.approx(-effens.mixture(found).log_prob(y).mean().item(), abs=1e-5)
-    assert scores["crps"] == pytest.approx(effens.crps(found, y).item(), rel=1e-5)
     low, high = (risk.quantile(found, p) for p in (0.025, 0.975))
     assert scores["width"] == pytest.approx((high - low).mean().item())
     assert benchmark.pool("walk").loc.shape == (4, 30)
@@ -899,7 +899,6 @@ def test_the_scores_of_students(benchmark: Benchmark) -> None:
     factor = predictions.fit_scale(val, y)
     losses = [-predictions.log_likelihoods(predictions.with_scale(val, f * factor), y).mean() for f in (1, 0.98, 1.02)]
     assert losses[0] <= min(losses[1:])
-    assert benchmark.seed_scores("walk", "single, temperature", 0, "test")["crps"] > 0
     assert sorted(run.methods_of(WALK)) == sorted([*ROWS, "deep, as single"])
 
 
@@ -907,7 +906,7 @@ def test_the_scores_of_students(benchmark: Benchmark) -> None:
 def test_market_tasks_never_look_ahead(name: str) -> None:
     sets, refits, dates = tasks.market(name)
     of = tasks.MARKETS[name]
-    task = markets.task(effens_book.data.prices(of.series), of.target)
+    task = markets.task(effens_book.data.prices(of.series))
     assert len(dates) == len(sets["test"][0]) == sum(len(part["test"][0]) for part in refits)
     began = 0
     for year, part in enumerate(refits, of.first):
@@ -931,12 +930,11 @@ def test_another_future_changes_no_year_before_it(name: str, monkeypatch: pytest
     tasks.market.cache_clear()
     after = tasks.market(name)
     tasks.market.cache_clear()
-    horizon = 1 if of.target == "return" else 5
     for year, first, again in zip(range(of.first, 2010), before[1], after[1], strict=False):
         assert all(torch.equal(a, b) for a, b in zip(first["train"], again["train"], strict=True))  # type: ignore[arg-type]
         assert torch.equal(first["test"][0], again["test"][0])
         same = first["test"][1] == again["test"][1]
-        assert same[: -horizon if year == 2009 else None].all()  # type: ignore[index]
+        assert same[: -1 if year == 2009 else None].all()  # type: ignore[index]
     assert not torch.equal(before[1][2011 - of.first]["train"][0], after[1][2011 - of.first]["train"][0])
 
 
@@ -967,6 +965,8 @@ def test_every_row_holds_every_member_of_every_set_at_the_settings_of_its_best_t
     wanted, sets, row = TASKS[task], TASKS[task].load(0), shipped().row(task, name)
     alone = METHODS[name].control and name not in wanted.everywhere
     splits = {"test"} if alone else sets.keys() - {"train"}
+    if wanted.large:
+        splits = set() if alone else {split for split, (_, y) in sets.items() if y is None or split in ("test", "val")}
     kept = range(1 if wanted.large else wanted.seeds)
     assert row.predictions.keys() == {(split, seed) for split in splits for seed in kept}
     ones = ["single", "single, second trial", "wide", "single, SGD", "single, searched", "SWA"]
@@ -1040,7 +1040,7 @@ def test_a_run_can_be_made_again(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], abs=0.005)
 
 
-@pytest.mark.parametrize(("task", "name"), [("returns", "single"), ("volatility", "BatchEnsemble")])
+@pytest.mark.parametrize(("task", "name"), [("returns", "single"), ("returns", "BatchEnsemble")])
 def test_a_year_of_the_results_can_be_made_again(task: str, name: str) -> None:
     """2008 alone, which takes a second: what the finance chapter reads is what a training gives."""
     threads = torch.get_num_threads()

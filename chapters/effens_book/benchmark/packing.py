@@ -35,13 +35,11 @@ class Row:
     Attributes:
         facts: by seed: settings, versions, device, date.
         predictions: by (set, seed): of all members.
-        crps: by (set, seed): what was kept of this score, (n,); of Student's t only.
         logs: by (set, seed): of a large task, the log likelihood of each example, (n,), of the mean of the members.
     """
 
     facts: dict[int, dict[str, Any]]
     predictions: dict[tuple[str, int], Any]
-    crps: dict[tuple[str, int], Tensor]
     logs: dict[tuple[str, int], Tensor]
 
 
@@ -118,7 +116,7 @@ def write_row(path: Path, runs: Sequence[Path], digest: str, targets: Targets, l
         with np.load(file, allow_pickle=False) as run:
             facts.append(json.loads(str(run["facts"])))
             found.append({key: run[key] for key in run.files if key != "facts"})
-    sets = [key for key in found[0] if not key.endswith((" crps", " logs"))]
+    sets = [key for key in found[0] if not key.endswith(" logs")]
     for fact, run in zip(facts, found, strict=True):
         fact["members"] = fact.get("members") or len(run[sets[0]])
     arrays = {}
@@ -153,13 +151,13 @@ def read_row(path: Path, digest: str, targets: Targets, likelihood: Likelihood) 
     for key, array in arrays.items():
         name, _, part = key.rpartition(" ")
         kept.setdefault(name, {})[part] = array
-    row = Row({fact["seed"]: fact for fact in facts["seeds"]}, {}, {}, {})
+    row = Row({fact["seed"]: fact for fact in facts["seeds"]}, {}, {})
     for name, parts in kept.items():
-        for key, kind in (("crps", row.crps), ("logs", row.logs)):
-            if key in parts:
-                numbers = whole(parts.pop(key), np.int32 if key == "logs" else np.float32)
-                every = torch.from_numpy(numbers / (PER_NAT if key == "logs" else 1)).float().chunk(len(seeds))
-                kind.update({(name, seed): own.view(-1) for (seed, _), own in zip(seeds, every, strict=True)})
+        if "logs" in parts:
+            steps = torch.from_numpy(whole(parts.pop("logs"), np.int32)).double() / PER_NAT
+            row.logs.update(
+                {(name, seed): own for (seed, _), own in zip(seeds, steps.float().view(len(seeds), -1), strict=True)}
+            )
         if parts:
             having = facts["seeds"][:1] if "scores" in facts["seeds"][0] else facts["seeds"]
             everyone = decode(parts, answers(having, name, targets), likelihood)

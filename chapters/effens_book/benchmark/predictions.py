@@ -118,12 +118,6 @@ def score(prediction: Prediction, y: Tensor) -> dict[str, float]:
     return {key: float(value) for key, value in result.items()}
 
 
-def daily_crps(prediction: StudentTDistribution, y: Tensor) -> Tensor:
-    """Return the continuous ranked probability score of each example, (n,), float64."""
-    df, location, scale = to_double(prediction)
-    return scores.crps_by_quadrature(df, location, scale, y.double())
-
-
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(64)
 
 

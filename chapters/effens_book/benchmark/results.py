@@ -15,12 +15,10 @@ from scipy import stats
 from torch import Tensor
 
 from effens import scores
-from effens.likelihoods import StudentT
 from effens_book.benchmark.methods import METHODS
 from effens_book.benchmark.packing import Row, read_row
 from effens_book.benchmark.predictions import (
     count_members,
-    daily_crps,
     distribution,
     divergence,
     groups,
@@ -175,14 +173,6 @@ class Benchmark:
         parts = zip(*map(parameters, found), strict=True)
         return distribution(type(found[0]), map(torch.cat, parts))
 
-    def kept_crps(self, task: str, name: str, seed: int, split: str = "test") -> Tensor:
-        """Return what was kept of the continuous ranked probability score of each example, (n,), in units of y.
-
-        Raises:
-            KeyError: none was kept: the members are no Student's t.
-        """
-        return self.row(task, name).crps[split, seed]
-
     def targets(self, task: str, seed: int, split: str) -> Tensor:
         """Return the right answers of a set, (n,); raise `ValueError` if there are none."""
         y = TASKS[task].load(seed)[split][1]
@@ -207,10 +197,6 @@ class Benchmark:
         prediction = self.predictions(task, name, seed, split)
         parts = groups(prediction, TASKS[task].members) if name == "deep ensemble" else [prediction]
         rows = [score(part, y) for part in parts]
-        if isinstance(TASKS[task].likelihood, StudentT):
-            kept = name not in BASELINES and len(parts) == 1  # what is kept is that of all members together
-            each = [self.kept_crps(task, name, seed, split)] if kept else [daily_crps(part, y) for part in parts]
-            rows = [{**row, "crps": float(daily.mean())} for row, daily in zip(rows, each, strict=True)]
         if (truth := TASKS[task].truth) is not None:
             exact = truth(seed, split)
             rows = [{**row, "divergence": divergence(exact, part)} for row, part in zip(rows, parts, strict=True)]

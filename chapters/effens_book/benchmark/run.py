@@ -30,14 +30,12 @@ from effens.ensembles.base import Ensemble
 from effens.ensembles.batch import BatchEnsemble
 from effens.ensembles.deep import DeepEnsemble
 from effens.ensembles.hyper import HyperEnsemble
-from effens.likelihoods import StudentT
 from effens.storage import write_whole
 from effens.training import predict
 from effens_book.benchmark.methods import METHODS, candidate, train_one, trial_settings
 from effens_book.benchmark.packing import write_row
 from effens_book.benchmark.predictions import (
     count_members,
-    daily_crps,
     from_half,
     groups,
     log_likelihoods,
@@ -171,10 +169,10 @@ def run_seed(path: Path, task: Task, name: str, settings: Settings, seed: int) -
     facts: dict[str, Any] = {"task": task.name, "method": name, "seed": seed, "settings": settings, **provenance()}
     if isinstance(ensemble, HyperEnsemble):  # what is chosen three times is kept once
         facts["rows"] = ensemble.rows
-    rows = facts.get("rows", slice(None))
+    control = METHODS[name].control and name not in task.everywhere
     arrays: dict[str, Any] = {}
     for key, (x, y) in sets.items():
-        if key == "test" or (key != "train" and (not METHODS[name].control or name in task.everywhere)):
+        if key == "test" or (key != "train" and not control):
             if key == "test" and task.refits is not None:
                 numbers = refit(task, name, settings, seed)
                 said = from_half(torch.from_numpy(numbers).float(), task.likelihood)
@@ -186,12 +184,9 @@ def run_seed(path: Path, task: Task, name: str, settings: Settings, seed: int) -
                 if key == "test":
                     facts["members"] = count_members(said)
                     arrays["test logs"] = facts.pop("logs").float().numpy()
-                if seed:
+                if seed or control or (y is not None and key not in ("test", "val")):
                     continue
             arrays[key] = numbers
-            if y is not None and isinstance(task.likelihood, StudentT) and not task.large:  # takes seconds: kept, too
-                found = from_half(torch.from_numpy(numbers[rows]).float(), task.likelihood)
-                arrays[f"{key} crps"] = daily_crps(found, y).numpy().astype(np.float32)
     facts.pop("said", None)
     content = io.BytesIO()
     np.savez_compressed(content, facts=np.array(json.dumps(facts)), **arrays)
