@@ -44,7 +44,8 @@ from effens_book.benchmark import (
 )
 from effens_book.benchmark import methods as trained
 from effens_book.benchmark.methods import trial_settings
-from effens_book.benchmark.results import BASELINES, names, shipped
+from effens_book.benchmark.report import shipped
+from effens_book.benchmark.results import BASELINES, names
 from effens_book.benchmark.tasks import Sets, Settings
 from effens_book.data import Prices, gap_regression, markets
 from effens_book.finance import risk

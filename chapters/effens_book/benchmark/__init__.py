@@ -6,7 +6,8 @@ To read results: `Benchmark`. To add a method, write one function that trains it
 """
 
 from effens_book.benchmark.methods import METHODS, method
-from effens_book.benchmark.results import RESULTS, Benchmark, Comparison, Interval, interval, shipped
+from effens_book.benchmark.report import Benchmark, shipped
+from effens_book.benchmark.results import RESULTS, Comparison, Interval, interval
 from effens_book.benchmark.tasks import TASKS, Task
 
 __all__ = [

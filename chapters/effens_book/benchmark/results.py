@@ -1,11 +1,10 @@
-"""What the benchmark found: predictions, scores with their intervals, comparisons, costs, and tables of these."""
+"""What the benchmark found: predictions, scores with their intervals, comparisons and costs."""
 
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +28,11 @@ from effens_book.benchmark.predictions import (
     take_members,
     tempered,
 )
-from effens_book.benchmark.tasks import MARGIN, PRIMARY, TASKS, TRIALS, TUNING_SEEDS, Settings
-from effens_book.tables import Table
+from effens_book.benchmark.tasks import GRADES, MARGIN, PRIMARY, TASKS, Settings
 
 RESULTS = Path(__file__).parents[1] / "results"
 COMMAND = "run python -m effens_book.benchmark"
 BASELINES = {"single, temperature": "single"}  # derived from another method's predictions
-QUALITY = {"nll": min, "crps": min, "divergence": min, "accuracy": max, "auroc": max}  # which value is the best
-NATS = {"nll", "member_nll", "diversity_gain", "divergence"}
-DECIMALS = {"accuracy": 1, "ece": 1, "disagreement": 1, "coverage": 1, "auroc": 1}  # percentages
-TITLES = {
-    "nll": "NLL",
-    "member_nll": "members' NLL",
-    "diversity_gain": "diversity gain",
-    "auroc": "AUROC (%)",
-    "crps": "CRPS",
-    **{key: f"{key} (%)" for key in ("accuracy", "ece", "disagreement", "coverage")},
-}
-COSTS = {"training": "training", "batch 1": "predict 1", "batch 256": "predict 256", "memory": "memory"}
-ALL_COSTS = {**COSTS, "training memory": "training memory", "tuning": "tuning"}
 
 
 @dataclass(frozen=True)
@@ -113,7 +98,7 @@ class Comparison:
         return f"{mean:+.3f} ± {half:.3f}, lower in {self.wins} of {self.seeds}: {self.verdict}"
 
 
-class Benchmark:
+class Results:
     """The results in a folder: by default those that the book was written from.
 
     Args:
@@ -204,7 +189,16 @@ class Benchmark:
         return self.scores[key]
 
     def values(self, task: str, name: str, metric: str = PRIMARY, split: str = "test") -> Tensor:
-        """Return one score of every seed, (seeds,); "auroc" tells the set ``split`` from the test set."""
+        """Return one score of every seed, (seeds,).
+
+        Args:
+            task: its name.
+            name: of the method.
+            metric: a score; ``"auroc"`` says how well entropy separates the set ``split`` from the test set.
+            split: a set, or a grade of shifts, ``"mild"``, ``"medium"`` or ``"strong"``: the mean over its sets.
+        """
+        if split in GRADES:
+            return torch.stack([self.values(task, name, metric, shift) for shift in GRADES[split]]).mean(0)
         if metric == "auroc":
             return self.auroc(task, name, split)
         return torch.tensor([self.seed_scores(task, name, seed, split)[metric] for seed in range(TASKS[task].seeds)])
@@ -401,134 +395,6 @@ class Benchmark:
         trials = self.trials(task, method) if METHODS[method].tuned else []
         return {**costs, "tuning": costs["training"] * sum(len(trial[PRIMARY]) for trial in trials)}
 
-    def table(
-        self,
-        task: str,
-        columns: Iterable[str] = ("nll", "member_nll", "diversity_gain"),
-        rows: Iterable[str] | None = None,
-    ) -> Table:
-        """Return a table: a row per method, a column per score, means over seeds with 95% intervals.
-
-        The best mean is marked in the columns whose direction is a matter of quality, and the rows whose paired
-        difference from it is not resolved.
-
-        Args:
-            task: its name.
-            columns: scores on the test set; ``"nll@rotated"`` is on another set.
-            rows: methods; all of them by default.
-        """
-        asked = [(title(column), *(column.split("@") if "@" in column else (column, "test"))) for column in columns]
-        found = {
-            name: {head: interval(self.values(task, name, metric, split)) for head, metric, split in asked}
-            for name in (names(task=task) if rows is None else rows)
-        }
-        best = {head: QUALITY[metric] for head, metric, _ in asked if metric in QUALITY and len(found) > 1}
-        unresolved = []
-        for head, metric, split in asked:
-            if head in best:
-                first = best[head](found, key=lambda name: found[name][head].mean)
-                verdicts = {
-                    name: self.compare(task, name, first, metric, split).verdict for name in found if name != first
-                }
-                unresolved += [(name, head) for name, verdict in verdicts.items() if verdict in ("unresolved", "tied")]
-        unit = "" if NATS.isdisjoint(metric for _, metric, _ in asked) else ", losses in nats"
-        return Table(
-            found,
-            caption=f"{task}, means over {TASKS[task].seeds} seeds ± 95% intervals{unit}",
-            best=best,
-            unresolved=unresolved,
-            digits={head: DECIMALS.get(metric, 3) for head, metric, _ in asked},
-        )
-
-    def differences(
-        self,
-        task: str,
-        pairs: Iterable[tuple[str, str]],
-        metric: str = PRIMARY,
-        split: str = "test",
-        margin: float = MARGIN,
-    ) -> Table:
-        """Return a table of paired differences, first minus second: a row for each pair, its interval and verdict."""
-        column = title(metric if split == "test" else f"{metric}@{split}")
-        rows = {}
-        for a, b in pairs:
-            found = self.compare(task, a, b, metric, split, margin)
-            digits = DECIMALS.get(metric, 3)
-            rows[f"{a} − {b}"] = {
-                f"difference in {column}": f"{found.difference:+.{digits}f}",
-                "lower in": f"{found.wins} of {found.seeds}",
-                "verdict": found.verdict,
-            }
-        return Table(rows, caption=f"{task}, paired by seed, first minus second ± 95% interval")
-
-    def cost_table(self, task: str, rows: Iterable[str] | None = None, device: str = "cpu") -> Table:
-        """Return a table of what each method costs, as multiples of the single network's; all methods by default.
-
-        The last column counts trainings of one network.
-        """
-        found = {
-            name: times(self.relative_costs(task, name, device))
-            for name in (names(task=task) if rows is None else rows)
-        }
-        where = "one CPU thread" if device == "cpu" else self.costs(task, "single", device)["device"]
-        return Table(
-            found,
-            caption=f"{task}, cost as a multiple of one network's, {where}; predict: of 1 row, of 256 rows; "
-            "tuning: of all trials, in trainings of one network",
-        )
-
-    def best_trials(self, task: str, methods: Iterable[str], count: int = 2) -> Table:
-        """Return a table of the best tuning trials of each method: their settings, and the loss on validation data.
-
-        The first is the one that was chosen. A second one that comes close with other settings says that luck chose.
-        """
-        rows = {}
-        for name in methods:
-            settings = [trial["settings"] for trial in self.trials(task, name)]
-            for place, i in enumerate(self.ranked_trials(task, name)[:count]):
-                rows[f"{name}, {'chosen' if place == 0 else f'place {place + 1}'}"] = {
-                    "learning rate": f"{settings[i]['lr']:.4f}",
-                    "weight decay": f"{settings[i]['weight_decay']:.3f}",
-                    "validation NLL": self.trial_scores(task, name)[i],
-                }
-        caption = f"{task}, the best of {TRIALS} tuning trials; NLL in nats, mean over {len(TUNING_SEEDS)} seeds"
-        return Table(rows, caption=caption, digits=4)
-
-    def layer_table(self) -> Table:
-        """Return a table of one layer's latency, as multiples of one plain layer: rows of width and batch."""
-        path = self.folder / "layers.json"
-        if not path.exists():
-            raise FileNotFoundError(f"results must hold the costs of layers, got none: {COMMAND}")
-        seen = {
-            (row["width"], row["batch"], row["method"]): row["seconds"] for row in json.loads(path.read_text())["rows"]
-        }
-        rows: dict[str, dict[str, str]] = {}
-        for width, batch in dict.fromkeys(key[:2] for key in seen):
-            one = seen[width, batch, "single"]
-            cells = {name: f"{seen[width, batch, name] / one:.1f}x" for name in ("deep ensemble", "BatchEnsemble")}
-            rows[f"width {width}, batch {batch}"] = {"one layer": f"{1e6 * one:.0f} µs", **cells}
-        return Table(rows, caption="latency of one linear layer with four members, as a multiple of one plain layer's")
-
-    def card(self, task: str, name: str) -> Table:
-        """Return a table of two rows: what one network and a method bring, and what they cost."""
-        rows = {
-            "one network" if row == "single" else row: {
-                f"NLL on test {task}": interval(self.values(task, row)),
-                **times({key: self.relative_costs(task, row)[key] for key in COSTS}),
-            }
-            for row in ("single", name)
-        }
-        caption = (
-            f"NLL in nats, mean over {TASKS[task].seeds} seeds ± 95% interval; costs as multiples of one network's"
-        )
-        return Table(rows, caption=caption)
-
-
-@cache
-def shipped() -> Benchmark:
-    """Return the results that the book was written from."""
-    return Benchmark()
-
 
 def names(controls: bool = False, task: str = "") -> list[str]:
     """Return every row of a table: the methods, each followed by the baselines derived from it; or controls, too.
@@ -538,15 +404,3 @@ def names(controls: bool = False, task: str = "") -> list[str]:
     chosen = [name for name, method in METHODS.items() if controls or not method.control]
     chosen = [name for name in chosen if not METHODS[name].only or task in METHODS[name].only]
     return [row for name in chosen for row in (name, *(key for key, value in BASELINES.items() if value == name))]
-
-
-def title(column: str) -> str:
-    """Return a column's head, such as ``"NLL, rotated"`` for ``"nll@rotated"``."""
-    metric, _, split = column.partition("@")
-    name, _, unit = TITLES.get(metric, metric).partition(" (")
-    return name + (f", {split}" if split else "") + (f" ({unit}" if unit else "")
-
-
-def times(costs: Mapping[str, float], digits: int = 1) -> dict[str, str]:
-    """Return relative costs in words: ``{"training": "4.2x", ...}``; tuning in whole trainings."""
-    return {ALL_COSTS.get(key, key): f"{value:.{0 if key == 'tuning' else digits}f}x" for key, value in costs.items()}

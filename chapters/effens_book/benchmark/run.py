@@ -45,7 +45,7 @@ from effens_book.benchmark.predictions import (
     tempered,
     to_half,
 )
-from effens_book.benchmark.results import Benchmark
+from effens_book.benchmark.report import Benchmark
 from effens_book.benchmark.tasks import FINALISTS, MORE_SEEDS, PRIMARY, TASKS, TUNING_SEEDS, Sets, Settings, Task
 
 UNFINISHED = "unfinished"  # the folder, beside the rows, of what is not packed yet

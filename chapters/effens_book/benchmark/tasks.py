@@ -179,6 +179,9 @@ SHIFTS: dict[str, Callable[[Tensor], Tensor]] = {  # mild enough that people sti
 }
 
 
+GRADES = {grade: list(SHIFTS)[i::3] for i, grade in enumerate(("mild", "medium", "strong"))}  # four shifts each
+
+
 @cache
 def fashion_sets() -> Sets:
     """Return clothes and shoes, the first 1,000 test images in twelve shifts, and digits and letters."""
