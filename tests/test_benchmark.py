@@ -39,6 +39,7 @@ from effens_book.benchmark import (
     method,
     packing,
     predictions,
+    report,
     run,
     tasks,
 )
@@ -356,6 +357,9 @@ def test_of_a_large_task_one_seed_s_predictions_and_all_log_likelihoods_are_kept
         run.run_row(benchmark, small, name)
         expected[name] = [benchmark.seed_scores(kind.name, name, seed, "test") for seed in range(2)]
     tempered = benchmark.values(kind.name, "single, temperature")
+    whole = benchmark.compare(kind.name, "deep ensemble", "single").difference
+    paired = [benchmark.losses(kind.name, name) for name in ("deep ensemble", "single")]
+    assert whole == interval(paired[0] - paired[1])  # type: ignore[operator]
     large = TASKS[kind.name] = replace(small, large=True)
     again = Benchmark(benchmark.folder.parent / "large")
     for name in rows:
@@ -375,6 +379,8 @@ def test_of_a_large_task_one_seed_s_predictions_and_all_log_likelihoods_are_kept
         parts = () if METHODS[name].control else {"test", "val", *outside}
         assert again.row(kind.name, name).predictions.keys() == {(part, 0) for part in parts}
     torch.testing.assert_close(again.values(kind.name, "single, temperature"), tempered, rtol=5e-3, atol=5e-3)
+    same = again.compare(kind.name, "deep ensemble", "single").difference
+    assert (same.mean, same.half) == pytest.approx((whole.mean, whole.half), rel=2e-2, abs=5e-3)
 
 
 def test_variants_take_the_settings_of_what_they_are_like(benchmark: Benchmark) -> None:
@@ -736,7 +742,7 @@ def test_many_comparisons_are_adjusted_as_holm_says(benchmark: Benchmark, monkey
     scored = {"a": base, "b": base + 1, "c": base + torch.randn(8, generator=generator), "d": base.clone()}
     scored["b"] = scored["b"] + 0.1 * torch.randn(8, generator=generator)
     monkeypatch.setattr(benchmark, "values", lambda task, name, metric, split: scored[name])
-    found = benchmark.holm("line", "a", ["a", "b", "c", "d"])
+    found = benchmark.holm("line", "a", ["a", "b", "c", "d"], "crps")
     plain = [*(stats.ttest_rel(scored[name], base).pvalue for name in "bc"), 1.0]
     assert [found[name] for name in "bcd"] == pytest.approx(multipletests(plain, method="holm")[1].tolist())
     low, high = sorted(plain[:2])
@@ -777,7 +783,7 @@ def test_all_members_give_the_scores_of_the_table_and_one_has_no_gain(task: str,
 # ---- Tables and costs. ----
 
 
-def test_tables_hold_scores_costs_and_differences(benchmark: Benchmark) -> None:
+def test_tables_hold_scores_costs_and_differences(benchmark: Benchmark, monkeypatch: pytest.MonkeyPatch) -> None:
     y = answers(SPOTS)
     for name, sure in (("single", 0.5), ("deep ensemble", 0.8)):
         p = torch.full((1, len(y), 3), (1 - sure) / 2)
@@ -810,9 +816,13 @@ def test_tables_hold_scores_costs_and_differences(benchmark: Benchmark) -> None:
     }
     (row,) = benchmark.differences("spots", [("deep ensemble", "single")]).cells.values()
     assert list(row.values()) == ["-0.470 ± 0.000", "2 of 2", "lower"]
-    assert " ".join(benchmark.card("spots", "deep ensemble").cells["deep ensemble"].values()).endswith(
-        "4.0x 1.0x 4.0x 4.0x"
-    )
+    monkeypatch.setattr(report, "LARGE", ("spots",))
+    monkeypatch.setattr(report, "WORDS", {"spots": "spots of two colors", "line": "a line"})
+    card = benchmark.card("deep ensemble").cells["deep ensemble"]
+    assert list(card.values())[1:] == ["4.0x", "1.0x", "4.0x", "4.0x"]
+    assert benchmark.across("deep ensemble").cells == {
+        "spots of two colors": {"difference in NLL": "-0.470 ± 0.000", "verdict": "lower"}
+    }
     costs = benchmark.cost_table("spots", ["single, temperature", "deep ensemble"]).cells
     assert list(costs["single, temperature"].values()) == ["1.0x"] * 5 + ["6x"]
     assert list(costs["deep ensemble"].values()) == ["4.0x", "1.0x", "4.0x", "4.0x", "4.0x", "24x"]

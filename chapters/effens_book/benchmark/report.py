@@ -4,8 +4,8 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 
-from effens_book.benchmark.results import COMMAND, Interval, Results, interval, names
-from effens_book.benchmark.tasks import MARGIN, PRIMARY, TASKS, TRIALS, TUNING_SEEDS
+from effens_book.benchmark.results import BASELINES, COMMAND, Interval, Results, interval, names
+from effens_book.benchmark.tasks import MARGIN, PRIMARY, TASKS, TRIALS
 from effens_book.tables import Table
 
 QUALITY = {"nll": min, "crps": min, "divergence": min, "accuracy": max, "auroc": max}  # which value is the best
@@ -23,6 +23,17 @@ COSTS = {"training": "training", "batch 1": "predict 1", "batch 256": "predict 2
 ALL_COSTS = {**COSTS, "training memory": "training memory", "tuning": "tuning"}
 
 
+WORDS = {  # the tasks, and what they predict
+    "fashion": "fashion: photos of clothes",
+    "airtime": "airtime: how long flights take",
+    "digits": "digits: small images",
+    "diamonds": "diamonds: prices, a table",
+    "gap": "gap: a curve with a gap",
+    "returns": "returns: S&P 500, daily",
+    "nasdaq": "nasdaq: NASDAQ, daily",
+    "oil": "oil: crude oil, daily",
+    "orders": "orders: simulated order flow",
+}
 LARGE = ("fashion", "airtime")  # the tasks of the chapters' main tables
 
 
@@ -95,6 +106,7 @@ class Benchmark(Results):
             split: the set on which it is scored.
             margin: two methods are tied if the whole interval is inside.
         """
+        pairs = list(pairs)
         column, digits = title(metric if split == "test" else f"{metric}@{split}"), DECIMALS.get(metric, 3)
         rows: dict[str, dict[str, str]] = {}
         for a, b in pairs:
@@ -107,8 +119,20 @@ class Benchmark(Results):
                     line |= {"lower in": f"{found.wins} of {found.seeds}", "verdict": found.verdict}
                 else:
                     line[f"{column}, {task}"] = f"{difference} {found.verdict}"
-        of = tasks if isinstance(tasks, str) else " and ".join(tasks)
-        return Table(rows, caption=f"{of}, paired by seed, first minus second ± 95% interval")
+        several = [tasks] if isinstance(tasks, str) else list(tasks)
+        every = metric == PRIMARY and all(self.losses(task, a, split) is not None for task in several for a, _ in pairs)
+        over = "seeds and test examples" if every else "seeds"
+        return Table(rows, caption=f"{' and '.join(several)}, first minus second ± 95% interval over {over}")
+
+    def across(self, name: str, other: str = "single") -> Table:
+        """Return a table of how a method's NLL differs from another's on every task on which both were run."""
+        rows = {}
+        for task, words in WORDS.items():
+            if all(self.path(task, BASELINES.get(each, each)).exists() for each in (name, other)):
+                found = self.compare(task, name, other)
+                rows[words] = {"difference in NLL": f"{found.difference:+.3f}", "verdict": found.verdict}
+        caption = f"{name} minus {'one network' if other == 'single' else other}, NLL on test data ± 95% interval"
+        return Table(rows, caption=caption)
 
     def cost_table(self, task: str, rows: Iterable[str] | None = None, device: str = "cpu") -> Table:
         """Return a table of what each method costs, as multiples of the single network's; all methods by default.
@@ -131,7 +155,7 @@ class Benchmark(Results):
 
         The first is the one that was chosen. A second one that comes close with other settings says that luck chose.
         """
-        rows = {}
+        rows, seeds = {}, set()
         for name in methods:
             settings = [trial["settings"] for trial in self.trials(task, name)]
             for place, i in enumerate(self.ranked_trials(task, name)[:count]):
@@ -140,7 +164,9 @@ class Benchmark(Results):
                     "weight decay": f"{settings[i]['weight_decay']:.3f}",
                     "validation NLL": self.trial_scores(task, name)[i],
                 }
-        caption = f"{task}, the best of {TRIALS} tuning trials; NLL in nats, mean over {len(TUNING_SEEDS)} seeds"
+                seeds.add(len(self.trials(task, name)[i][PRIMARY]))
+        counts = " or ".join(map(str, sorted(seeds)))
+        caption = f"{task}, the best of {TRIALS} tuning trials; NLL in nats, mean over {counts} seeds"
         return Table(rows, caption=caption, digits=4)
 
     def layer_table(self) -> Table:

@@ -110,6 +110,7 @@ class Results:
         self.rows: dict[tuple[str, str], Row] = {}
         self.scores: dict[tuple[str, str, int, str], dict[str, float]] = {}
         self.aurocs: dict[tuple[str, str, str], Tensor] = {}
+        self.kept_losses: dict[tuple[str, str, str], Tensor] = {}
 
     def path(self, task: str, name: str) -> Path:
         """Return where a method's row of a task is kept."""
@@ -135,6 +136,7 @@ class Results:
         self.rows.pop((task, name), None)
         self.scores.clear()
         self.aurocs.clear()
+        self.kept_losses.clear()
 
     def predictions(self, task: str, name: str, seed: int, split: str = "test") -> Any:
         """Return every member's prediction: probabilities (members, n, classes), or a distribution (members, n).
@@ -203,9 +205,26 @@ class Results:
             return self.auroc(task, name, split)
         return torch.tensor([self.seed_scores(task, name, seed, split)[metric] for seed in range(TASKS[task].seeds)])
 
-    def losses(self, task: str, name: str) -> Tensor:
-        """Return the NLL of each test example for each seed of a large task, (seeds, n), in nats."""
-        return -torch.stack([self.row(task, name).logs["test", seed] for seed in range(TASKS[task].seeds)])
+    def losses(self, task: str, name: str, split: str = "test") -> Tensor | None:
+        """Return the NLL of each example for each seed, (seeds, n), in nats, or None.
+
+        There is none where seeds have data of their own, nor of what a large task does not keep: other sets than the
+        test set, and the single network with its temperature corrected.
+        """
+        of = TASKS[task]
+        if of.fresh or split in GRADES or (of.large and (split != "test" or name in BASELINES)):
+            return None
+        if (task, name, split) not in self.kept_losses:
+            found = []
+            for seed in range(of.seeds):
+                if of.large:
+                    found.append(-self.row(task, name).logs[split, seed])
+                    continue
+                prediction, y = self.predictions(task, name, seed, split), self.targets(task, seed, split)
+                parts = groups(prediction, of.members) if name == "deep ensemble" else [prediction]
+                found.append(-torch.stack([log_mean(log_likelihoods(part, y)) for part in parts]).mean(0))
+            self.kept_losses[task, name, split] = torch.stack(found)
+        return self.kept_losses[task, name, split]
 
     def auroc(self, task: str, name: str, outside: str) -> Tensor:
         """Return how well total entropy tells ``outside`` from the test set, of every seed, (seeds,), in percent."""
@@ -224,10 +243,15 @@ class Results:
     def compare(
         self, task: str, a: str, b: str, metric: str = PRIMARY, split: str = "test", margin: float = MARGIN
     ) -> Comparison:
-        """Return by how much ``a`` differs from ``b``: lower, higher, tied (inside the margin), or unresolved."""
+        """Return by how much ``a`` differs from ``b``: lower, higher, tied (inside the margin), or unresolved.
+
+        The interval of a difference in NLL is one for other seeds and for other examples, where `losses` has those of
+        both; of another score, and elsewhere, for other seeds.
+        """
         gap = self.values(task, a, metric, split) - self.values(task, b, metric, split)
-        whole = TASKS[task].large and (metric, split) == (PRIMARY, "test") and not {a, b} & set(BASELINES)
-        difference = interval(self.losses(task, a) - self.losses(task, b) if whole else gap)
+        first, second = (self.losses(task, name, split) if metric == PRIMARY else None for name in (a, b))
+        paired = gap if first is None or second is None else first - second
+        difference = interval(paired, TASKS[task].block if paired.dim() > 1 else 1)
         low, high = difference.mean - difference.half, difference.mean + difference.half
         if -margin < low and high < margin:
             verdict = "tied"

@@ -71,6 +71,7 @@ class Task:
         tabm: members of TabM, which are nearly free in a table.
         large: whether scores are kept of all, but predictions of the first seed only, of its test and validation data
             and of sets without right answers; of controls that are not kept everywhere, none.
+        block: examples in a row that count as one, where they are days: a month.
         tuned_on: the task whose tuned settings it takes, if not its own.
         device: on which it is trained.
     """
@@ -94,6 +95,7 @@ class Task:
     space: Space = field(default_factory=dict, hash=False)
     tabm: int = 16
     large: bool = False
+    block: int = 1
     tuned_on: str = ""
     device: str = "cpu"
 
@@ -331,7 +333,9 @@ def market_task(name: str, **options: Any) -> Task:
         return market(name)[1]
 
     sizes: tuple[int, int] = (20, 128)
-    return Task(name, 4, 4, 5, *sizes, StudentT(), 32, make, load, refits=refits, controls=LUCK_OF_RETURNS, **options)
+    return Task(
+        name, 4, 4, 5, *sizes, StudentT(), 32, make, load, refits=refits, controls=LUCK_OF_RETURNS, block=22, **options
+    )
 
 
 TASKS = {

@@ -1,0 +1,289 @@
+"""The blanks in the chapters: a check says at once whether what a reader filled in is right, and gives a hint if not.
+
+A blank is `...` in a function's body. A check prints a line or two and raises nothing, also where the blank is empty,
+so that a chapter runs from top to bottom untouched; the cell after it holds a right version.
+
+Example:
+    >>> prediction(lambda probs: probs.mean(0))
+    Right.
+    >>> prediction(lambda probs: probs.mean(1))
+    Not yet: that averages over the images.
+    Hint: probs is (members, images, classes), and the members are the first axis.
+"""
+
+import copy
+import math
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A function that a reader writes, and how to see whether it is right.
+
+    Attributes:
+        answer: the right function.
+        run: calls a function on inputs that are the same each time, and returns what is compared.
+        hint: a sentence, for an empty blank and a wrong one.
+        mistakes: likely wrong functions, each after words that say what it does.
+    """
+
+    answer: Function
+    run: Callable[[Function], Any]
+    hint: str
+    mistakes: Mapping[str, Function] = field(default_factory=dict)
+
+    def __call__(self, attempt: Function) -> None:
+        """Print whether ``attempt`` is right, and a hint if it is not."""
+        said = self.verdict(attempt)
+        lines = [said] if said == "Right." else [said, f"Hint: {self.hint}"]
+        print("\n".join(textwrap.fill(line, 86) for line in lines))
+
+    def verdict(self, attempt: Function) -> str:
+        """Say in a sentence whether ``attempt`` is right."""
+        try:
+            found = self.run(attempt)
+        except Exception as error:  # whatever a reader wrote, the chapter goes on
+            if Ellipsis in getattr(getattr(attempt, "__code__", None), "co_consts", ()):
+                return "Not filled in yet."
+            return f"Not yet: it raises {type(error).__name__}: {error}."
+        if any(each is None or each is Ellipsis for each in (found if isinstance(found, list) else [found])):
+            return "Not filled in yet."
+        expected = self.run(self.answer)
+        if alike(found, expected):
+            return "Right."
+        done = [words for words, mistake in self.mistakes.items() if alike(found, self.run(mistake))]
+        return f"Not yet: {done[0] if done else difference(found, expected)}."
+
+
+def alike(found: Any, expected: Any) -> bool:
+    """Say whether two results have the same shape and the same values, up to rounding."""
+    try:
+        a, b = (torch.as_tensor(each).double() for each in (found, expected))
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def difference(found: Any, expected: Any) -> str:
+    """Say in what a wrong result differs from the right one."""
+    try:
+        a, b = (torch.as_tensor(each).double() for each in (found, expected))
+    except (TypeError, ValueError, RuntimeError):
+        return f"it should return numbers, and returns {type(found).__name__}"
+    if a.shape != b.shape:
+        return f"the result should have the shape {tuple(b.shape)}, and has {tuple(a.shape)}"
+    return f"the shape is right, but values differ by up to {(a - b).abs().max():.2g}"
+
+
+def drawn(*shapes: tuple[int, ...]) -> list[Tensor]:
+    """Return random tensors of these shapes, the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+# ---- Introduction. ----
+
+between = Check(
+    answer=lambda means: means.var(0, correction=0),
+    run=lambda f: f(*drawn((4, 6))),
+    hint="means is (members, points). Take the variance over the members, with correction=0.",
+    mistakes={
+        "that divides by M - 1": lambda means: means.var(0),
+        "that is the standard deviation": lambda means: means.std(0, correction=0),
+        "that is the variance over the points": lambda means: means.var(1, correction=0),
+    },
+)
+
+# ---- Deep ensembles. ----
+
+prediction = Check(
+    answer=lambda probs: probs.mean(0),
+    run=lambda f: f(drawn((4, 5, 3))[0].softmax(-1)),
+    hint="probs is (members, images, classes), and the members are the first axis.",
+    mistakes={
+        "that averages over the images": lambda probs: probs.mean(1),
+        "that averages over the classes": lambda probs: probs.mean(2),
+        "that averages log probabilities": lambda probs: probs.log().mean(0).softmax(-1),
+    },
+)
+
+
+def _loss_of_all(logits: Tensor, y: Tensor, reduction: str = "mean") -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction=reduction)
+
+
+summed_loss = Check(
+    answer=lambda logits, y: sum(F.cross_entropy(a, b) for a, b in zip(logits, y, strict=True)),
+    run=lambda f: f(drawn((4, 5, 3))[0], torch.arange(20).view(4, 5) % 3),
+    hint="member m has the logits logits[m] and the labels y[m]. Add up the members' mean losses.",
+    mistakes={
+        "that is the mean over the members, which divides every gradient by M": _loss_of_all,
+        "that sums over the batch as well": lambda logits, y: _loss_of_all(logits, y, "sum"),
+    },
+)
+
+# ---- BatchEnsemble. ----
+
+rank_one = Check(
+    answer=lambda x, weight, r, s, bias: F.linear(x * r[:, None], weight) * s[:, None] + bias[:, None],
+    run=lambda f: f(*drawn((4, 5, 3), (2, 3), (4, 3), (4, 2), (4, 2))),
+    hint="x * r[:, None] scales each member's inputs. Then come F.linear with the shared weight, s, and the bias.",
+    mistakes={
+        "the bias is scaled by s, too": lambda x, weight, r, s, bias: (
+            (F.linear(x * r[:, None], weight) + bias[:, None]) * s[:, None]
+        ),
+        "r is missing": lambda x, weight, r, s, bias: F.linear(x, weight) * s[:, None] + bias[:, None],
+        "s is missing": lambda x, weight, r, s, bias: F.linear(x * r[:, None], weight) + bias[:, None],
+        "the bias is missing": lambda x, weight, r, s, bias: F.linear(x * r[:, None], weight) * s[:, None],
+    },
+)
+
+tiled = Check(
+    answer=lambda x, members: x.repeat(members, 1),
+    run=lambda f: f(*drawn((3, 2)), 4),
+    hint="the rows are the whole batch, M times, one copy after the other: see Tensor.repeat.",
+    mistakes={
+        "that repeats each row M times, so that member 0 gets the first rows only": lambda x, members: (
+            x.repeat_interleave(members, 0)
+        ),
+        "that adds an axis, where a layer expects rows": lambda x, members: x.expand(members, -1, -1),
+    },
+)
+
+# ---- Snapshot ensembles. ----
+
+
+def _cosine(step: int, steps: int, cycles: int, halves: int = 1) -> float:
+    length = steps // cycles
+    return 0.5 * (1 + math.cos(halves * math.pi * (step % length) / length))
+
+
+rate = Check(
+    answer=_cosine,
+    run=lambda f: [f(step, 12, 3) for step in range(12)],
+    hint="a cycle has length = steps // cycles steps, and step % length says how far the cycle is. "
+    "Within it the rate is (1 + cos(pi * part)) / 2.",
+    mistakes={
+        "that is one fall over all steps": lambda step, steps, cycles: _cosine(step, steps, 1),
+        "that falls and rises again in every cycle": lambda step, steps, cycles: _cosine(step, steps, cycles, 2),
+    },
+)
+
+
+def _keep(f: Function) -> Any:
+    """Let a function keep a network, change the network, and return how far what was kept is from it, and moved."""
+    network = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    start = [tensor.clone().float() for tensor in network.state_dict().values()]
+    found = f(network)
+    if found is None or found is Ellipsis:
+        return found
+
+    def moved() -> float:
+        return sum(float((a - b).abs().sum()) for a, b in zip(found.state_dict().values(), start, strict=True))
+
+    before = moved()
+    with torch.no_grad():
+        for tensor in network.state_dict().values():
+            tensor.add_(1)
+    return [before, moved()]
+
+
+def _weights_alone(network: nn.Module) -> nn.Module:
+    new = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    new.load_state_dict(network.state_dict())
+    for name, buffer in network.named_buffers():
+        new.get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = buffer
+    return new
+
+
+kept = Check(
+    answer=copy.deepcopy,
+    run=_keep,
+    hint="training changes a network in place. copy.deepcopy keeps its weights and its buffers as they are now.",
+    mistakes={
+        "that is the network itself, which goes on being trained": lambda network: network,
+        "its weights are kept, but its buffers go on changing": _weights_alone,
+    },
+)
+
+# ---- SWAG. ----
+
+running_mean = Check(
+    answer=lambda mean, weights, count: mean + (weights - mean) / count,
+    run=lambda f: f(*drawn((5,), (5,)), 3),
+    hint="count includes the new weights already. Move the mean by (weights - mean) / count.",
+    mistakes={
+        "the new weights count as much as all before together": lambda mean, weights, count: (mean + weights) / 2,
+        "that divides by one too many": lambda mean, weights, count: mean + (weights - mean) / (count + 1),
+    },
+)
+
+
+def _draw(mean: Tensor, std: Tensor, deviations: Tensor, z1: Tensor, z2: Tensor, root: float) -> Tensor:
+    return mean + root * (std * z1 + deviations.mT @ z2 / math.sqrt(len(deviations) - 1))
+
+
+gaussian_draw = Check(
+    answer=lambda mean, variance, deviations, z1, z2, scale: _draw(
+        mean, variance.sqrt(), deviations, z1, z2, math.sqrt(scale)
+    ),
+    run=lambda f: f(*(t.abs() if i == 1 else t for i, t in enumerate(drawn((5,), (5,), (3, 5), (5,), (3,)))), 0.5),
+    hint="mean + sqrt(scale) * (variance.sqrt() * z1 + deviations.T @ z2 / sqrt(K - 1)), where K is len(deviations).",
+    mistakes={
+        "the scale stands there without its square root": lambda mean, variance, deviations, z1, z2, scale: _draw(
+            mean, variance.sqrt(), deviations, z1, z2, scale
+        ),
+        "z1 is multiplied by the variance, and not by its square root": lambda mean, variance, deviations, z1, z2, s: (
+            _draw(mean, variance, deviations, z1, z2, math.sqrt(s))
+        ),
+    },
+)
+
+# ---- MIMO. ----
+
+training_input = Check(
+    answer=lambda x, shuffles: torch.cat([x[shuffle] for shuffle in shuffles], dim=1),
+    run=lambda f: f(*drawn((4, 2)), torch.tensor([[0, 1, 2, 3], [2, 0, 3, 1], [1, 3, 0, 2]])),
+    hint="take the rows of x in each slot's order, x[shuffle], and put the slots side by side: torch.cat(..., dim=1).",
+    mistakes={
+        "that puts the slots one below the other": lambda x, shuffles: torch.cat([x[shuffle] for shuffle in shuffles]),
+        "that shows the same example in every slot": lambda x, shuffles: x.repeat(1, len(shuffles)),
+    },
+)
+
+same_input = Check(
+    answer=lambda x, members: x.repeat(1, members),
+    run=lambda f: f(*drawn((4, 2)), 3),
+    hint="to predict, every slot gets the same x: see Tensor.repeat.",
+    mistakes={"that repeats the rows, and not the inputs": lambda x, members: x.repeat(members, 1)},
+)
+
+# ---- Hyperparameter ensembles. ----
+
+
+def _losses(total: Tensor, right: Tensor, count: int) -> Tensor:
+    return -((total + right) / (count + 1)).log().mean(1)
+
+
+next_member = Check(
+    answer=lambda total, right, count: int(_losses(total, right, count).argmin()),
+    run=lambda f: f(
+        torch.tensor([0.9, 0.9, 0.1]), torch.tensor([[0.95, 0.9, 0.2], [0.5, 0.5, 0.8], [0.9, 0.9, 0.3]]), 1
+    ),
+    hint="add each candidate to the total, divide by count + 1, and take the lowest mean of -log.",
+    mistakes={
+        "that is the candidate with the highest loss": lambda total, right, count: int(
+            _losses(total, right, count).argmax()
+        ),
+        "that is the candidate that is best alone": lambda total, right, count: int(right.log().mean(1).argmax()),
+    },
+)
