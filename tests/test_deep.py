@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 import effens
 import effens_book.nets
-from effens.ensembles.deep import LoopedLayer, StackedConv2d, StackedLinear
+from effens.ensembles import deep
+from effens.ensembles.deep import DeepEnsemble, LoopedLayer, StackedConv2d, StackedLinear
 from effens.ensembles.layers import conv_each, linear_each
 
 MEMBERS = 3
@@ -501,3 +502,45 @@ def test_settings_that_no_repr_shows_are_each_network_s_own(layer: Any, setting:
     networks, (x, _) = [network(True), network(False)], images(5)
     expected = torch.stack([each(x) for each in networks])
     assert relative(effens.DeepEnsemble(partial(next, iter(networks)), 2)(x), expected) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["plain", "momentum None", "in place", "own forward inside"])
+def test_many_images_are_given_to_one_member_after_the_other_and_nothing_changes(kind: str) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.rand(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale
+
+    def make_net() -> nn.Sequential:
+        norm = nn.BatchNorm2d(5, momentum=None if kind == "momentum None" else 0.1)
+        first = [nn.ReLU(inplace=True)] if kind == "in place" else [Scaled()] if kind == "own forward inside" else []
+        inner = nn.Sequential(nn.Conv2d(1, 5, 3, bias=False), norm, nn.ReLU(inplace=True), nn.MaxPool2d(2))
+        return nn.Sequential(*first, inner, nn.Conv2d(5, 4, 3, groups=1), nn.Flatten(), nn.Linear(64, 3))
+
+    ensemble = DeepEnsemble(make_net, 3)
+    alone = [ensemble.member(m) for m in range(3)]
+    xs = torch.randn(3, 64, 1, 14, 14)
+    assert deep.runs_apart(ensemble.network, xs[0])
+    assert not deep.runs_apart(ensemble.network, xs[0, :8])
+    for _ in range(2):  # two steps, each of which moves the statistics
+        found = ensemble.train().forward_members(xs.clone())
+        expected = torch.stack([net.train()(x.clone()) for net, x in zip(alone, xs, strict=True)])
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    found.square().mean().backward()
+    expected.square().mean().backward()
+    for m, net in enumerate(alone):
+        of_member = ensemble.member(m)
+        for name, buffer in net.named_buffers():
+            torch.testing.assert_close(of_member.get_buffer(name), buffer, rtol=1e-4, atol=1e-5)
+    grads = [p.grad for p in ensemble.parameters()]
+    assert sum(float(g.square().sum()) for g in grads if g is not None) == pytest.approx(
+        sum(float(p.grad.square().sum()) for net in alone for p in net.parameters() if p.grad is not None), rel=1e-3
+    )
+    x = xs[0]
+    kept = x.clone()
+    found = ensemble.eval()(x)
+    torch.testing.assert_close(found, torch.stack([net.eval()(kept.clone()) for net in alone]), rtol=1e-4, atol=1e-4)
+    assert torch.equal(x, kept)  # also where the first layer works in place

@@ -113,14 +113,22 @@ class RowEnsemble(Ensemble):
         """Answer with every member: ``(batch, ...)`` to ``(members, batch, outputs)``."""
         batch, x = count_rows(x), self.features(x)
         self._check_first_call(x)
-        return self._answers(run_shared(self.network, x, self.members), batch)
+        return self._answers(self._run(x), batch)
 
     def forward_members(self, xs: Inputs) -> Tensor:
         """Give each member its own batch: ``(members, batch, ...)`` to ``(members, batch, outputs)``."""
         xs = self.stream_features(xs)
         first = rows_at(xs, 0)
         self._check_first_call(first)
-        return self._answers(call(self.network, each(lambda part: part.flatten(0, 1), xs)), count_rows(first))
+        return self._answers(self._run_each(xs), count_rows(first))
+
+    def _run(self, x: Inputs) -> Any:
+        """Run what all members are given through the network, to rows."""
+        return run_shared(self.network, x, self.members)
+
+    def _run_each(self, xs: Inputs) -> Any:
+        """Run a batch for each member through the network, to rows."""
+        return call(self.network, each(lambda part: part.flatten(0, 1), xs))
 
     def _check_first_call(self, x: Inputs) -> None:
         """Compare the ensemble with its members, once, before it answers for the first time."""

@@ -206,9 +206,7 @@ def load_fashion(seed: int) -> Sets:
 
 def make_convnet(width: int, dropout: float = 0.0) -> nn.Module:
     """Make the network of the clothes."""
-    network: nn.Module = convnet(channels=width, dropout=dropout)
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # twice as fast on a CPU
-    return network
+    return convnet(channels=width, dropout=dropout)
 
 
 @cache
