@@ -5,13 +5,13 @@ import pytest
 
 from effens_book.benchmark import shipped
 from effens_book.benchmark.results import names
-from effens_book.choose import BUDGETS, GOALS, agreement, choose
+from effens_book.choose import BUDGETS, GOALS, agreement, choose, measured
 
 
 @pytest.mark.parametrize(("task", "goal"), [(task, goal) for task, goals in GOALS.items() for goal in goals])
 def test_all_methods_are_there_and_sorted(task: str, goal: str) -> None:
     found = choose(task, goal=goal)
-    assert sorted(choice.method for choice in found) == sorted(names(task=task))
+    assert sorted(choice.method for choice in found) == sorted(measured(task))
     assert all(choice.qualifies for choice in found)
     metric, split, less = GOALS[task][goal]
     scores = [round(choice.score, 4) for choice in found]  # as `choose` counts them
@@ -50,7 +50,7 @@ def test_agreement_is_spearmans_correlation_of_losses() -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(ValueError, match="task must be one of digits, diamonds, gap, got 'faces'"):
+    with pytest.raises(ValueError, match="task must be one of fashion, airtime, digits, diamonds, gap, got 'faces'"):
         choose("faces")
     with pytest.raises(ValueError, match="goal must be one of nll, shift, got 'accuracy'"):
         choose("gap", goal="accuracy")

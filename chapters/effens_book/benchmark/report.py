@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 
-from effens_book.benchmark.results import BASELINES, COMMAND, Interval, Results, interval, names
+from effens_book.benchmark.results import COMMAND, Interval, Results, interval, names
 from effens_book.benchmark.tasks import MARGIN, PRIMARY, TASKS, TRIALS
 from effens_book.tables import Table
 
@@ -120,7 +120,9 @@ class Benchmark(Results):
                 else:
                     line[f"{column}, {task}"] = f"{difference} {found.verdict}"
         several = [tasks] if isinstance(tasks, str) else list(tasks)
-        every = metric == PRIMARY and all(self.losses(task, a, split) is not None for task in several for a, _ in pairs)
+        every = metric == PRIMARY and all(
+            self.losses(task, a, split) is not None and not TASKS[task].fresh for task in several for a, _ in pairs
+        )
         over = "seeds and test examples" if every else "seeds"
         return Table(rows, caption=f"{' and '.join(several)}, first minus second ± 95% interval over {over}")
 
@@ -128,7 +130,7 @@ class Benchmark(Results):
         """Return a table of how a method's NLL differs from another's on every task on which both were run."""
         rows = {}
         for task, words in WORDS.items():
-            if all(self.path(task, BASELINES.get(each, each)).exists() for each in (name, other)):
+            if self.has(task, name) and self.has(task, other):
                 found = self.compare(task, name, other)
                 rows[words] = {"difference in NLL": f"{found.difference:+.3f}", "verdict": found.verdict}
         caption = f"{name} minus {'one network' if other == 'single' else other}, NLL on test data ± 95% interval"

@@ -116,6 +116,10 @@ class Results:
         """Return where a method's row of a task is kept."""
         return self.folder / task / f"{name.replace(' ', '-')}.npz"
 
+    def has(self, task: str, name: str) -> bool:
+        """Say whether a method's row of a task is among the results."""
+        return self.path(task, BASELINES.get(name, name)).exists()
+
     def row(self, task: str, name: str) -> Row:
         """Return what a method did on a task.
 
@@ -203,16 +207,18 @@ class Results:
             return torch.stack([self.values(task, name, metric, shift) for shift in GRADES[split]]).mean(0)
         if metric == "auroc":
             return self.auroc(task, name, split)
+        if metric == PRIMARY and (losses := self.losses(task, name, split)) is not None and not TASKS[task].large:
+            return losses.double().mean(1).float()
         return torch.tensor([self.seed_scores(task, name, seed, split)[metric] for seed in range(TASKS[task].seeds)])
 
     def losses(self, task: str, name: str, split: str = "test") -> Tensor | None:
         """Return the NLL of each example for each seed, (seeds, n), in nats, or None.
 
-        There is none where seeds have data of their own, nor of what a large task does not keep: other sets than the
-        test set, and the single network with its temperature corrected.
+        There is none of what a large task does not keep: other sets than the test set, and the single network with its
+        temperature corrected.
         """
         of = TASKS[task]
-        if of.fresh or split in GRADES or (of.large and (split != "test" or name in BASELINES)):
+        if split in GRADES or (of.large and (split != "test" or name in BASELINES)):
             return None
         if (task, name, split) not in self.kept_losses:
             found = []
@@ -246,11 +252,11 @@ class Results:
         """Return by how much ``a`` differs from ``b``: lower, higher, tied (inside the margin), or unresolved.
 
         The interval of a difference in NLL is one for other seeds and for other examples, where `losses` has those of
-        both; of another score, and elsewhere, for other seeds.
+        both and all seeds share them; of another score, and elsewhere, for other seeds.
         """
         gap = self.values(task, a, metric, split) - self.values(task, b, metric, split)
         first, second = (self.losses(task, name, split) if metric == PRIMARY else None for name in (a, b))
-        paired = gap if first is None or second is None else first - second
+        paired = gap if first is None or second is None or TASKS[task].fresh else first - second
         difference = interval(paired, TASKS[task].block if paired.dim() > 1 else 1)
         low, high = difference.mean - difference.half, difference.mean + difference.half
         if -margin < low and high < margin:

@@ -186,6 +186,13 @@ def bet(question: str, replies: Mapping[str, str], *, answer: str) -> HTML:
 
 
 GOAL_WORDS = {
+    "fashion": {
+        "nll": "NLL on test photos, in nats (lower is better)",
+        "accuracy": "accuracy on test photos, in percent (higher is better)",
+        "shift": "NLL on strongly shifted photos, in nats (lower is better)",
+        "unknown": "separating letters from clothes, AUROC in percent (higher is better)",
+    },
+    "airtime": {"nll": "NLL on the flights of later months, in nats (lower is better)"},
     "digits": {
         "nll": "NLL on test digits, in nats (lower is better)",
         "accuracy": "accuracy on test digits, in percent (higher is better)",
@@ -201,7 +208,13 @@ GOAL_WORDS = {
         "shift": "NLL in the gap, in nats (lower is better)",
     },
 }
-TASK_WORDS = {"digits": "digits (images)", "diamonds": "diamonds (a table)", "gap": "a curve with a gap"}
+TASK_WORDS = {
+    "fashion": "photos of clothes",
+    "airtime": "flights (a table)",
+    "digits": "digits (small images)",
+    "diamonds": "diamonds (a small table)",
+    "gap": "a curve with a gap",
+}
 
 
 def chooser() -> HTML:
@@ -217,7 +230,7 @@ def chooser() -> HTML:
     for task, words in TASK_WORDS.items():
         controls += _select("what matters", GOAL_WORDS[task].values(), task=task)
         others = [other for other in TASK_WORDS if other != task]
-        alike_words = " and ".join(f"{agreement(task, other):+.2f} with {TASK_WORDS[other]}" for other in others)
+        alike_words = "; ".join(f"{agreement(task, other):+.2f} with {TASK_WORDS[other]}" for other in others)
         note = f"How far the order of the methods agrees with that on other tasks (rank correlation): {alike_words}."
         tables += f'<section data-task="{task}">{_choices(task, words)}<p>{html.escape(note)}</p></section>'
     return HTML(f"""<div class="effens-chooser">
