@@ -357,8 +357,8 @@ TASKS = {
         ),
         Task("diamonds", 4, 4, 8, 40, 64, Gaussian(), 64, make_table_net, load_diamonds, files=("diamonds.npz",)),
         market_task("returns", files=("prices.npz",)),
-        market_task("nasdaq", tuned_on="returns", large=True),
-        market_task("oil", tuned_on="returns", large=True),
+        market_task("nasdaq", everywhere=LUCK_OF_RETURNS, tuned_on="returns", large=True),
+        market_task("oil", everywhere=LUCK_OF_RETURNS, tuned_on="returns", large=True),
         Task("orders", 4, 4, 5, 12, 128, Gaussian(), 64, make_order_net, load_orders, controls=("deep, as single",)),
         Task(
             "fashion",
