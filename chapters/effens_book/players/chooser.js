@@ -8,7 +8,10 @@
       ...Object.fromEntries(["costs", "scores", "places", "same"].map(key => [key, JSON.parse(row.dataset[key])]))})),
   }));
   function show() {
-    parts.forEach((part, i) => { part.section.hidden = part.label.hidden = i !== +task.value; });
+    parts.forEach((part, i) => {
+      part.section.hidden = i !== +task.value;
+      part.label.hidden = part.section.hidden || part.label.querySelectorAll("option").length < 2;  // nothing to choose
+    });
     const {body, rows, words, label} = parts[+task.value], goal = +label.querySelector("select").value;
     const most = limits.map(s => s.value === "any" ? Infinity : +s.value);
     for (const r of rows) r.out = r.costs.some((cost, i) => cost > most[i]);
