@@ -19,8 +19,7 @@ TITLES = {
     "crps": "CRPS",
     **{key: f"{key} (%)" for key in ("accuracy", "ece", "disagreement", "coverage")},
 }
-COSTS = {"training": "training", "batch 1": "predict 1", "batch 256": "predict 256", "memory": "memory"}
-ALL_COSTS = {**COSTS, "training memory": "training memory", "tuning": "tuning"}
+COSTS = {"training": "training", "batch 1": "predict 1", "batch 256": "predict 256"}  # other costs have their own name
 
 
 WORDS = {  # the tasks, and what they predict
@@ -34,7 +33,6 @@ WORDS = {  # the tasks, and what they predict
     "oil": "oil: crude oil, daily",
     "orders": "orders: simulated order flow",
 }
-LARGE = ("fashion", "airtime")  # the tasks of the chapters' main tables
 
 
 class Benchmark(Results):
@@ -186,18 +184,6 @@ class Benchmark(Results):
             rows[f"width {width}, batch {batch}"] = {"one layer": f"{1e6 * one:.0f} µs", **cells}
         return Table(rows, caption="latency of one linear layer with four members, as a multiple of one plain layer's")
 
-    def card(self, name: str) -> Table:
-        """Return a table of two rows: what one network and a method bring on the larger tasks, and what they cost."""
-        rows = {
-            "one network" if row == "single" else row: {
-                **{f"NLL, {task}": interval(self.values(task, row)) for task in LARGE},
-                **times({key: self.relative_costs(LARGE[0], row)[key] for key in COSTS}),
-            }
-            for row in ("single", name)
-        }
-        caption = f"NLL in nats, mean over {TASKS[LARGE[0]].seeds} seeds ± 95% interval; costs on {LARGE[0]}"
-        return Table(rows, caption=f"{caption}, as multiples of one network's")
-
 
 @cache
 def shipped() -> Benchmark:
@@ -214,4 +200,4 @@ def title(column: str) -> str:
 
 def times(costs: Mapping[str, float], digits: int = 1) -> dict[str, str]:
     """Return relative costs in words: ``{"training": "4.2x", ...}``; tuning in whole trainings."""
-    return {ALL_COSTS.get(key, key): f"{value:.{0 if key == 'tuning' else digits}f}x" for key, value in costs.items()}
+    return {COSTS.get(key, key): f"{value:.{0 if key == 'tuning' else digits}f}x" for key, value in costs.items()}
