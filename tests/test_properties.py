@@ -62,7 +62,7 @@ DEFAULTS: dict[Any, dict[str, Any]] = {
     effens.BatchEnsembleLinear: {"members": 4, "bias": True, "init": "signs"},
     effens.BatchEnsembleConv2d: {"members": 4, "bias": True, "init": "signs"},
     effens.SnapshotEnsemble: {
-        **{"members": 5, "cycles": None, "schedule": "cosine"},
+        **{"members": 5, "last": None, "schedule": "cosine"},
         **{"pretrain": 0.8, "lrs": (0.5, 0.1)},
     },
     effens.SWAG: {

@@ -327,7 +327,7 @@ def test_a_checkpoint_of_another_version_is_refused(kept: Path, monkeypatch: pyt
 
 def test_settings_of_snapshots_and_swag_are_part_of_the_call(tmp_path: Path) -> None:
     pairs: list[tuple[Any, dict[str, Any], str]] = [
-        (effens.SnapshotEnsemble, {"cycles": 3}, "cycles=2, .* instead of .*cycles=3"),
+        (effens.SnapshotEnsemble, {"last": 1}, "last=2, .* instead of .*last=1"),
         (effens.SnapshotEnsemble, {"schedule": "triangular", "pretrain": 0.5}, "'cosine'.* instead of .*'triangular'"),
         (effens.SWAG, {"scale": 1.0}, r"scale=0\.5.* instead of .*scale=1\.0"),
         (effens.BatchEnsemble, {"split": True}, "split=False.* instead of .*split=True"),

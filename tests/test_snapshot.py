@@ -142,7 +142,7 @@ def test_triangular_needs_steps_for_its_cycles_before_it_starts() -> None:
 def test_snapshots_are_the_plain_loop_s_networks(net: Any, data: Any, schedule: str, make_optimizer: Any) -> None:
     """15 steps, which 4 cycles do not divide; the last 3 are kept, and moments live on from cycle to cycle."""
     make_net, (network,) = remembered(net, 1)
-    ensemble = effens.SnapshotEnsemble(make_net, 3, cycles=4, schedule=schedule, pretrain=0.3)
+    ensemble = effens.SnapshotEnsemble(make_net, 4, last=3, schedule=schedule, pretrain=0.3)
     x, y = data()
     options: dict[str, Any] = {"weight_decay": 0.1, "optimizer": make_optimizer, "device": "cpu", "seed": 3}
     history = effens.fit(ensemble, (x, y), epochs=5, batch_size=8, lr=1e-2, **options)
@@ -159,12 +159,12 @@ def test_snapshots_are_the_plain_loop_s_networks(net: Any, data: Any, schedule: 
     assert relative(ensemble(x), torch.stack([copies[end](x) for end in ends])) < 1e-9
 
 
-def test_fewer_members_than_cycles_are_the_last_ones() -> None:
+def test_the_last_snapshots_alone_can_be_kept() -> None:
     x, y = vectors()
     torch.manual_seed(0)
     start = mlp()
     every = effens.SnapshotEnsemble(lambda: copy.deepcopy(start), 5)
-    last = effens.SnapshotEnsemble(lambda: copy.deepcopy(start), 2, cycles=5)
+    last = effens.SnapshotEnsemble(lambda: copy.deepcopy(start), 5, last=2)
     for ensemble in (every, last):
         effens.fit(ensemble, (x, y), epochs=5, batch_size=8, device="cpu")
     assert torch.equal(every(x)[3:], last(x))
@@ -294,7 +294,7 @@ def test_fitting_again_collects_anew_from_where_it_was() -> None:
 
 @pytest.mark.parametrize(("net", "data"), [(mlp, vectors), (normed, images)])
 def test_members_are_saved_and_loaded(net: Any, data: Any, tmp_path: Path) -> None:
-    ensemble, (x, y) = effens.SnapshotEnsemble(net, 3, cycles=4), data()
+    ensemble, (x, y) = effens.SnapshotEnsemble(net, 4, last=3), data()
     effens.fit(ensemble, (x, y), epochs=4, device="cpu")
     effens.save(ensemble, tmp_path / "snapshots.safetensors")
     for fresh in (effens.SnapshotEnsemble(net, 3), effens.SnapshotEnsemble(net, 3, schedule="triangular")):
@@ -337,7 +337,8 @@ def test_regression() -> None:
     ("options", "message"),
     [
         ({"members": 0}, "members must be >= 1, got 0"),
-        ({"members": 3, "cycles": 2}, "cycles must be >= members, got 2 cycles and 3 members"),
+        ({"members": 2, "last": 3}, "last must be in 1 ... members, got 3 of 2 members"),
+        ({"members": 2, "last": 0}, "last must be in 1 ... members, got 0 of 2 members"),
         ({"schedule": "step"}, "schedule must be 'cosine' or 'triangular', got 'step'"),
         ({"pretrain": 1.0}, r"pretrain must be in \[0, 1\), got 1.0"),
         ({"pretrain": -0.1}, r"pretrain must be in \[0, 1\), got -0.1"),
@@ -386,6 +387,6 @@ def test_members_of_an_earlier_training_are_forgotten_when_the_next_one_begins()
 
 
 def test_it_says_its_settings() -> None:
-    assert effens.SnapshotEnsemble(mlp, 3, cycles=4).extra_repr() == "members=3, cycles=4, schedule='cosine'"
+    assert effens.SnapshotEnsemble(mlp, 4, last=3).extra_repr() == "members=4, last=3, schedule='cosine'"
     triangular = effens.SnapshotEnsemble(mlp, 3, schedule="triangular", pretrain=0.5, lrs=(0.4, 0.1))
-    assert triangular.extra_repr() == "members=3, cycles=3, schedule='triangular', pretrain=0.5, lrs=(0.4, 0.1)"
+    assert triangular.extra_repr() == "members=3, last=3, schedule='triangular', pretrain=0.5, lrs=(0.4, 0.1)"

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from effens.ensembles.base import Ensemble, MakeNet
+from effens.ensembles.base import Ensemble, MakeNet, check_positive
 from effens.ensembles.one import OneNetwork
 from effens.inputs import Inputs
 
@@ -30,8 +30,9 @@ class SnapshotEnsemble(OneNetwork):
 
     Args:
         make_net: () -> nn.Module, a fresh network; it is called once.
-        members: how many snapshots are kept: the last ones.
-        cycles: how many cycles the learning rate goes through; by default one for each member.
+        members: how many cycles the learning rate goes through, a snapshot at the end of each.
+        last: keep only the snapshots of this many cycles, the last ones; by default all of them. The first snapshots
+            are of a young network, and they often cost the average more than they add.
         schedule: ``"cosine"``: `cyclic_cosine`. ``"triangular"``: Fast Geometric Ensembling, see `triangular`.
         pretrain: of the triangular schedule, the part of all steps after which the cycles begin.
         lrs: of the triangular schedule, the high and the low, as multiples of the learning rate. The defaults
@@ -39,7 +40,7 @@ class SnapshotEnsemble(OneNetwork):
         trunk: a network that all members share: see `Ensemble`.
 
     Raises:
-        ValueError: ``members`` is below 1, there are fewer cycles than members, ``schedule`` is unknown, ``pretrain``
+        ValueError: ``members`` is below 1, ``last`` is not in 1 ... ``members``, ``schedule`` is unknown, ``pretrain``
             is not in [0, 1), or ``lrs`` are not two multiples in [0, 1], the higher first.
 
     Shape:
@@ -58,17 +59,18 @@ class SnapshotEnsemble(OneNetwork):
         self,
         make_net: MakeNet,
         members: int = 5,
+        last: int | None = None,
         *,
-        cycles: int | None = None,
         schedule: str = "cosine",
         pretrain: float = 0.8,
         lrs: tuple[float, float] = (0.5, 0.1),
         trunk: nn.Module | None = None,
     ) -> None:
-        super().__init__(make_net, members, trunk)
-        self.cycles = members if cycles is None else cycles
-        if self.cycles < members:
-            raise ValueError(f"cycles must be >= members, got {self.cycles} cycles and {members} members")
+        check_positive(members=members)
+        if last is not None and not 1 <= last <= members:
+            raise ValueError(f"last must be in 1 ... members, got {last} of {members} members")
+        super().__init__(make_net, members if last is None else last, trunk)
+        self.cycles = members
         if schedule not in ("cosine", "triangular"):
             raise ValueError(f"schedule must be 'cosine' or 'triangular', got {schedule!r}")
         if not 0 <= pretrain < 1:
@@ -117,7 +119,7 @@ class SnapshotEnsemble(OneNetwork):
     def extra_repr(self) -> str:
         """Show the settings."""
         how = f"'triangular', pretrain={self.pretrain}, lrs={self.lrs}" if self.triangular else "'cosine'"
-        return f"members={self.planned}, cycles={self.cycles}, schedule={how}"
+        return f"members={self.cycles}, last={self.planned}, schedule={how}"
 
 
 def cyclic_cosine(step: int, steps: int, cycles: int) -> float:
