@@ -340,6 +340,12 @@ def second_trial(task: Task, train: tuple[Tensor, Tensor], settings: Settings, s
 @cache
 def equal_flops_width(name: str) -> int:
     """Return the smallest width at which one network costs the FLOPs of the task's ensemble, at the least."""
+    return width_of_flops(name, TASKS[name].members)
+
+
+@cache
+def width_of_flops(name: str, networks: float) -> int:
+    """Return the smallest width at which one network costs the FLOPs of so many of the task's, at the least."""
     task = TASKS[name]
     x = task.load(0)["val"][0][:1]
 
@@ -350,8 +356,8 @@ def equal_flops_width(name: str) -> int:
         return total
 
     with torch.random.fork_rng(devices=[]):  # else the first network trained would start elsewhere than later ones
-        target = task.members * flops(task.width)
-        return next(width for width in range(task.width, 100 * task.width) if flops(width) >= target)
+        target = networks * flops(task.width)
+        return next(width for width in range(1, 100 * task.width) if flops(width) >= target)
 
 
 @cache

@@ -1,0 +1,230 @@
+"""Claims of papers about ensembles: each is a grid of settings on which it would have to show."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from effens import scores
+from effens.ensembles.base import Ensemble, MakeNet
+from effens.ensembles.batch import BatchEnsemble
+from effens.ensembles.deep import DeepEnsemble
+from effens.ensembles.mimo import MIMO
+from effens.ensembles.snapshot import SnapshotEnsemble
+from effens.training import predict
+from effens_book.benchmark import TASKS, Task
+from effens_book.benchmark.methods import train_one, width_of_flops
+from effens_book.benchmark.predictions import score, take_members
+from effens_book.benchmark.tasks import TUNING_SEEDS, Sets, flight_task
+from effens_book.studies import running
+from effens_book.studies.running import Row, study
+
+THREE = ["digits", "diamonds", "airtime"]
+
+
+@study(
+    5,
+    {"task": THREE, "start": ["independent"], "members": [1, 2, 4, 8]},
+    {"task": THREE, "start": ["signs", "normal", 0.1], "members": [2, 4, 8]},
+)
+def starts(task: str, start: str | float, members: int, seed: int) -> list[Row]:
+    """Start BatchEnsemble's vectors in three ways, beside as many independent networks.
+
+    Is it a single model? (Zamyatin et al., 2026, arXiv:2601.16936.) All is as tuned for four members.
+    """
+    of = TASKS[task]
+    if start == "independent":
+        settings = running.tuned_settings("single" if members == 1 else "deep ensemble", task)
+        return [scores_and_alarms(of, running.train(of, lambda: DeepEnsemble(of.make_net, members), settings, seed))]
+    settings = running.tuned_settings("BatchEnsemble", task)
+
+    def make() -> Ensemble:
+        return BatchEnsemble(of.make_net, members, init=start, fast_lr=settings["fast_lr"], norms="own")
+
+    return [scores_and_alarms(of, running.train(of, make, settings, seed))]
+
+
+@study(5, {"task": ["fashion", "airtime"], "members": [1, 4, 8], "budget": [1, 2, 4]})
+def newest(task: str, members: int, budget: int, seed: int) -> list[Row]:
+    """Train snapshots for the budget of one, two or four networks; a row for the last snapshot, the last two, ...
+
+    One snapshot is the network itself, with its own tuned settings.
+    """
+    of = replace(TASKS[task], epochs=budget * TASKS[task].epochs)
+    settings = running.tuned_settings("single" if members == 1 else "snapshot", task)
+    ensemble = running.train(of, lambda: SnapshotEnsemble(of.make_net, members), settings, seed)
+    x, y = of.load(seed)["test"]
+    assert y is not None
+    said = predict(ensemble, x, likelihood=of.likelihood)
+    sizes = [last for last in (1, 2, 4, 8) if last <= members]
+    return [{"last": last, **score(take_members(said, torch.arange(members - last, members)), y)} for last in sizes]
+
+
+@study(5, {"times": [0.25, 0.5, 1.0], "repeats": [1, 4]})
+def repetition(times: float, repeats: int, seed: int) -> list[Row]:
+    """Repeat each example of a batch on fashion with MIMO, as published, at the tuned learning rate and below it.
+
+    A step reads as many rows as without: its batch holds a quarter of the examples, each of them four times. So there
+    are four times the steps, at four times the cost.
+    """
+    of = replace(TASKS["fashion"], batch_size=TASKS["fashion"].batch_size // repeats)
+    tuned = running.tuned_settings("MIMO", "fashion")
+    settings = {**tuned, "lr": times * tuned["lr"]}
+
+    def make() -> Ensemble:
+        return MIMO(of.make_net, int(settings["slots"]), share=1 - settings["own"], repeats=repeats)
+
+    try:
+        ensemble = running.train(of, make, settings, seed)
+        val = running.score_ensemble(of, ensemble, seed, "val")["nll"]
+        return [{"val": val, **running.score_ensemble(of, ensemble, seed)}]
+    except FloatingPointError:
+        return [{"diverged": 1}]
+
+
+@study(8, {"method": ["single", "deep ensemble", "BatchEnsemble"]})
+def delay(method: str, seed: int) -> list[Row]:
+    """Predict by how much flights arrive late, with what was tuned for the time in the air.
+
+    Little of a delay can be known at departure, so that little is left for an ensemble to improve.
+    """
+    of = replace(flight_task("delay"), pool=4)
+    ensemble, _ = train_one(of, method, running.tuned_settings(method, "airtime"), seed)
+    return [running.score_ensemble(of, ensemble, seed)]
+
+
+class Colluding(DeepEnsemble):
+    """Networks that are trained on the loss of their average, on their own losses, or on something between.
+
+    Args:
+        joint: the weight of the average's loss: 0 is a deep ensemble whose members see the same batches.
+    """
+
+    def __init__(self, make_net: MakeNet, members: int, joint: float) -> None:
+        super().__init__(make_net, members)
+        self.joint = joint
+
+    def batches(self, n: int, batch_size: int, generator: torch.Generator | None = None) -> Iterable[Tensor]:
+        """Give all members the same examples, because an average needs them."""
+        shuffle = torch.randperm(n, generator=generator)
+        yield from shuffle.expand(self.members, n).split(batch_size, dim=1)
+
+    def reduce(self, losses: Tensor) -> Tensor:
+        """Weigh the two losses of a batch; the average's likelihood is the mean of the members' likelihoods."""
+        of_mean = math.log(self.members) - (-losses).logsumexp(0)
+        return self.members * ((1 - self.joint) * losses.mean() + self.joint * of_mean.mean())
+
+
+@study(5, {"task": ["digits", "airtime"], "joint": [0.0, 0.25, 0.5, 0.75, 0.9, 1.0]})
+def collusion(task: str, joint: float, seed: int) -> list[Row]:
+    """Train four networks on the loss of their average, more or less (Jeffares et al., 2023, arXiv:2301.11323)."""
+    of = TASKS[task]
+    settings = running.tuned_settings("deep ensemble", task)
+    ensemble = running.train(of, lambda: Colluding(of.make_net, of.members, joint), settings, seed)
+    fitted = running.score_ensemble(of, ensemble, seed, "train")
+    return [
+        {
+            **running.score_ensemble(of, ensemble, seed),
+            "fit": fitted["nll"],
+            "fit_of_members": fitted["member_nll"],
+            "fit_gain": fitted["diversity_gain"],
+        }
+    ]
+
+
+SPLIT_DECAYS = (0.01, 0.1, 1.0, 10.0)
+
+
+@study(
+    5,
+    {"task": ["digits"], "networks": [1, 2, 4, 8, 16], "examples": [125, 500, 1000]},
+    {"task": ["airtime"], "networks": [1, 2, 4, 8, 16], "examples": [2500, 10000, 40000]},
+)
+def split(task: str, networks: int, examples: int, seed: int) -> list[Row]:
+    """Divide the FLOPs of four networks among 1 to 16 networks, which differ in width, and train on fewer examples.
+
+    Epochs grow with the square root of what the examples shrink. The weight decay is chosen for each point on
+    validation data of one seed, because more regularization is what one wide network would need.
+    """
+    of = fewer(task, examples, networks)
+    settings = running.tuned_settings("single", task)
+    decay = split_decay(task, examples, networks)
+    ensemble = running.train(of, lambda: DeepEnsemble(of.make_net, networks), {**settings, "weight_decay": decay}, seed)
+    weights = networks * sum(p.numel() for p in of.make_net().parameters())
+    row = {"width": of.width, "weights": weights, "weight_decay": decay}
+    return [{**row, **running.score_ensemble(of, ensemble, seed)}]
+
+
+def fewer(task: str, examples: int, networks: int) -> Task:
+    """Return a task with fewer examples to train on, and networks that share the FLOPs of the ensemble."""
+    of = TASKS[task]
+    x, y = of.load(0)["train"]
+    assert y is not None
+    keep = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))[:examples]
+
+    def load(seed: int) -> Sets:
+        return {**of.load(seed), "train": (x[keep], y[keep])}
+
+    epochs = round(of.epochs * math.sqrt(len(y) / examples))
+    return replace(of, load=load, epochs=epochs, width=width_of_flops(task, of.members / networks))
+
+
+@cache
+def split_decay(task: str, examples: int, networks: int) -> float:
+    """Return the weight decay with the lowest validation loss."""
+    of, losses = fewer(task, examples, networks), []
+    for decay in SPLIT_DECAYS:
+        settings = {**running.tuned_settings("single", task), "weight_decay": decay}
+        ensemble = running.train(of, lambda: DeepEnsemble(of.make_net, networks), settings, TUNING_SEEDS[0])
+        losses.append(running.score_ensemble(of, ensemble, TUNING_SEEDS[0], "val")["nll"])
+    return SPLIT_DECAYS[losses.index(min(losses))]
+
+
+@study(
+    5,
+    {"task": ["gap"], "width": [16, 64, 256], "gain": [0.5, 1.0, 2.0]},
+    {"task": ["digits"], "width": [4, 8, 16, 32, 64], "gain": [1.0]},
+    {"task": ["digits"], "width": [16], "gain": [0.5, 2.0]},
+)
+def widths(task: str, width: int, gain: float, seed: int) -> list[Row]:
+    """Make the networks of a deep ensemble wider, or multiply the weights that they start from.
+
+    Does their disagreement shrink, and does it still rank what is unknown above what is known? (Kirsch, 2024,
+    arXiv:2409.02628; Young, 2026, arXiv:2606.12646.)
+    """
+    of = TASKS[task]
+
+    def make() -> nn.Module:
+        network = of.make(width)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.mul_(gain)
+        return network
+
+    settings = running.tuned_settings("deep ensemble", task)
+    ensemble = running.train(of, lambda: DeepEnsemble(make, of.members), settings, seed)
+    row = scores_and_alarms(of, ensemble, seed)
+    if "gap" in of.load(seed):
+        inside = running.score_ensemble(of, ensemble, seed, "gap")
+        row |= {f"{key}@gap": inside[key] for key in ("nll", "coverage", "spread")}
+    return [row]
+
+
+def scores_and_alarms(of: Task, ensemble: Ensemble, seed: int = 0) -> Row:
+    """Score on test data; where there are letters, also say how well they are told from it, and by how much.
+
+    ``mi`` and ``mi@letters`` are mutual information in nats; ``auroc`` and ``auroc_of_entropy`` are in percent.
+    """
+    row = running.score_ensemble(of, ensemble, seed)
+    sets = of.load(seed)
+    if "letters" not in sets:
+        return row
+    known, unknown = (predict(ensemble, sets[key][0], likelihood=of.likelihood) for key in ("test", "letters"))
+    inside, outside = scores.mutual_information(known), scores.mutual_information(unknown)
+    row |= {"mi": float(inside.mean()), "mi@letters": float(outside.mean())}
+    row["auroc"] = 100 * float(scores.auroc(inside, outside))
+    row["auroc_of_entropy"] = 100 * float(scores.auroc(scores.total_entropy(known), scores.total_entropy(unknown)))
+    return row
