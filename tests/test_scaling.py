@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import effens
 import effens_book.nets
 from effens import scaling, tuning
-from effens_book import studies
+from effens_book.makespan import makespan
 
 QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 8, "device": "cpu", "progress": False}
 
@@ -329,7 +329,7 @@ def test_a_folder_that_the_workers_do_not_share_is_noticed(tmp_path: Path, monke
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 12, 20])
 def test_equal_trainings_take_rounds(workers: int) -> None:
-    assert studies.makespan([2.0] * 12, workers) == 2.0 * math.ceil(12 / workers)
+    assert makespan([2.0] * 12, workers) == 2.0 * math.ceil(12 / workers)
 
 
 def test_longest_first_is_within_its_bound_of_the_best() -> None:
@@ -341,16 +341,16 @@ def test_longest_first_is_within_its_bound_of_the_best() -> None:
             [sum(h for h, at in zip(hours, where, strict=True) if at == w) for w in range(2)]
             for where in product(range(2), repeat=6)
         ]
-        ratios.append(studies.makespan(hours, 2) / min(map(max, ends)))
+        ratios.append(makespan(hours, 2) / min(map(max, ends)))
     assert min(ratios) >= 1
     assert max(ratios) <= 4 / 3 - 1 / 6
-    assert studies.makespan([3, 3, 2, 2, 2], 2) == 7  # the worst: 6 is possible
+    assert makespan([3, 3, 2, 2, 2], 2) == 7  # the worst: 6 is possible
 
 
 def test_no_trainings_take_no_time_and_no_workers_are_refused() -> None:
-    assert studies.makespan([], 3) == 0
+    assert makespan([], 3) == 0
     with pytest.raises(ValueError, match="workers must be >= 1, got 0"):
-        studies.makespan([1.0], 0)
+        makespan([1.0], 0)
 
 
 # What dies
