@@ -13,9 +13,8 @@ from torch.nn import functional as F
 
 import effens
 import effens_book.nets
-from effens.ensembles import deep
 from effens.ensembles.deep import DeepEnsemble, LoopedLayer, StackedConv2d, StackedLinear
-from effens.ensembles.layers import conv_each, linear_each
+from effens.ensembles.layers import conv_each, linear_each, runs_apart
 
 MEMBERS = 3
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -523,8 +522,8 @@ def test_many_images_are_given_to_one_member_after_the_other_and_nothing_changes
     ensemble = DeepEnsemble(make_net, 3)
     alone = [ensemble.member(m) for m in range(3)]
     xs = torch.randn(3, 64, 1, 14, 14)
-    assert deep.runs_apart(ensemble.network, xs[0])
-    assert not deep.runs_apart(ensemble.network, xs[0, :8])
+    assert runs_apart(xs[0], ensemble.network)
+    assert not runs_apart(xs[0, :8], ensemble.network)
     for _ in range(2):  # two steps, each of which moves the statistics
         found = ensemble.train().forward_members(xs.clone())
         expected = torch.stack([net.train()(x.clone()) for net, x in zip(alone, xs, strict=True)])

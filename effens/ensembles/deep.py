@@ -18,17 +18,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from effens.ensembles.base import Ensemble, MakeNet, call_make_net, check_positive
 from effens.ensembles.layers import (
+    ALL,
     GEOMETRY,
     MemberLayer,
     Outputs,
     Plain,
     RowEnsemble,
     WeightLayer,
-    chain,
-    convolve,
     has_hooks,
     is_large,
     is_rowwise,
+    join,
     rows_each,
 )
 from effens.inputs import Inputs, call, each, split_inputs, tensors_of
@@ -95,18 +95,6 @@ class DeepEnsemble(RowEnsemble):
         ensemble = cls.__new__(cls)
         RowEnsemble.__init__(ensemble, LoopedLayer(networks), len(networks), trunk=trunk)
         return ensemble
-
-    def _run(self, x: Inputs) -> Any:
-        """Run what all members are given, one member after the other where that is faster."""
-        if not isinstance(x, Tensor) or not runs_apart(self.network, x):
-            return super()._run(x)
-        return join([run_member(self.network, m, x.clone()) for m in range(self.members)])  # it may change in place
-
-    def _run_each(self, xs: Inputs) -> Any:
-        """Run a batch for each member, one member after the other where that is faster."""
-        if not isinstance(xs, Tensor) or not runs_apart(self.network, xs[0]):
-            return super()._run_each(xs)
-        return join([run_member(self.network, m, x.clone()) for m, x in enumerate(xs)])
 
     def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Return the optimizer's one group; raise `ValueError` if a network is there twice."""
@@ -196,16 +184,9 @@ class StackedLayer(WeightLayer):
         self.geometry = None if isinstance(first, nn.Linear) else {name: getattr(first, name) for name in GEOMETRY}
         self.train(first.training)
 
-    def weights(self) -> Tensor:
+    def weights(self, which: slice = ALL) -> Tensor:
         """Return every member's weight."""
-        return self.weight
-
-    def one(self, m: int, x: Tensor) -> Tensor:
-        """Run member ``m``'s layer on its own rows."""
-        bias = None if self.bias is None else self.bias[m]
-        if self.geometry is None:
-            return F.linear(x, self.weight[m], bias)
-        return convolve(x, self.weight[m], bias, **self.geometry)
+        return self.weight[which]
 
 
 class StackedLinear(StackedLayer):
@@ -316,30 +297,6 @@ class LoopedLayer(MemberLayer):
     def member(self, m: int) -> nn.Module:
         """Return a copy of module ``m``."""
         return copy.deepcopy(self.layers[m])
-
-
-def join(outputs: list[Any]) -> Any:
-    """Join tensors, one a member, to member-major rows; keep anything else apart."""
-    return torch.cat(outputs) if all(isinstance(output, Tensor) for output in outputs) else Outputs(outputs)
-
-
-def runs_apart(network: nn.Module, x: Tensor) -> bool:
-    """Say whether members run faster one after the other: with convolutions, on a CPU, from a few images on.
-
-    Together they need fewer calls, but their images must be rearranged, and no longer fit into the processor's cache.
-    Apart was measured faster from about 4,000 numbers a member on.
-    """
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() <= 4096:
-        return False
-    layers = list(chain(network))
-    return any(isinstance(layer, StackedConv1d | StackedConv2d) for layer in layers) and not any(map(has_hooks, layers))
-
-
-def run_member(network: nn.Module, m: int, x: Any) -> Any:
-    """Run member ``m`` alone on its rows."""
-    for layer in chain(network):
-        x = layer.one(m, x) if isinstance(layer, StackedLayer | StackedBatchNorm | LoopedLayer) else layer(x)
-    return x
 
 
 def stack(networks: Sequence[nn.Module]) -> nn.Module:
