@@ -115,9 +115,9 @@ def test_convolution_is_explicit_kernels(
     compare(convolution(**geometry), explicit_convolution, xs.detach(), shared=True)
 
 
-def test_a_convolution_folds_from_four_numbers_a_weight_on() -> None:
+def test_a_convolution_folds_from_eight_numbers_a_weight_on() -> None:
     layer = convolution()  # 4 to 6 channels, 3 x 3: 216 weights; a pixel reads 4 numbers and writes 6
-    assert [layer.folds(torch.zeros(MEMBERS, 1, 4, 1, pixels)) for pixels in (86, 87)] == [False, True]
+    assert [layer.folds(torch.zeros(MEMBERS, 1, 4, 1, pixels)) for pixels in (172, 173)] == [False, True]
 
 
 def test_convolution_with_one_channel_per_group() -> None:
