@@ -49,6 +49,7 @@ def player(
     colors: int = 64,
     interval: int = 600,
     max_kb: float = 300,
+    first: int = 0,
 ) -> HTML:
     """A figure with a slider: one frame per value, drawn now, shown anywhere.
 
@@ -67,6 +68,7 @@ def player(
         colors: shared by all frames. Fewer make a smaller page; maps of color need more.
         interval: milliseconds per frame while it plays.
         max_kb: the most the HTML may take, in thousands of bytes.
+        first: the frame that is shown before the slider moves, from 0: the one that makes readers want to move it.
 
     Returns:
         The same HTML for the same pictures, so that stored notebooks differ only where a figure does.
@@ -85,7 +87,7 @@ def player(
     pictures = _pictures(draw, values, axes, figsize, dpi, colors)
     width, height = (round(inches * mpl.rcParams["figure.dpi"]) for inches in figsize or mpl.rcParams["figure.figsize"])
     frames = list(zip(pictures, alts, said, strict=True))
-    page = _page(pictures[0], width, height, alts[0], label, frames, interval, max_kb)
+    page = _page(pictures[first], width, height, alts[first], label, frames, interval, max_kb, first=first)
     return HTML(page)
 
 
@@ -405,6 +407,7 @@ def _page(
     interval: int,
     max_kb: float,
     behind: str = "",
+    first: int = 0,
 ) -> str:
     """A picture, perhaps before another that it covers, and controls for its frames, if it has more than one.
 
@@ -416,13 +419,15 @@ def _page(
     show = cover if behind else "image.src = frames[i][0]"
     paper = f"@media print {{ .{kind} img {{ clip-path: none !important; }} }}\n" if behind else ""
     style = _read("dark.css").replace("effens-player", kind) + _filled("player.css", kind=kind) + paper
-    script = _filled("player.js", kind=kind, show=show, interval=int(interval))
-    first, last = frames[0][2], len(frames) - 1
+    script = _filled("player.js", kind=kind, show=show, first=first, interval=int(interval))
+    said, last = frames[first][2], len(frames) - 1
     # One frame a line, "<" never: text in it cannot end the script.
     content = json.dumps(frames, indent=0).replace("<", "\\u003c")
-    controls = _CONTROLS.format(label=html.escape(label), last=last, words=html.escape(first))
+    controls = _CONTROLS.format(label=html.escape(label), first=first, last=last, words=html.escape(said))
     content = f'<script type="application/json">{content}</script>\n<script>\n{script}</script>'
-    lines = math.ceil(max(len(said) for _, _, said in frames) / 40)  # on a phone, so that longer words move nothing
+    longest = max(len(words) for _, _, words in frames)
+    beside = longest <= 26  # else below the slider, in as many lines as on a phone, so that longer words move nothing
+    room = f"min-width: {longest}ch" if beside else f"flex-basis: 100%; min-height: {1.5 * math.ceil(longest / 40)}em"
     shown = f'<img src="{picture}" alt="{html.escape(alt)}" width="{width}" height="{height}">'
     if behind:
         shown = f'<div style="background: url({behind}) 0 0 / 100% 100% no-repeat">{shown}</div>'
@@ -430,8 +435,10 @@ def _page(
 <style>
 {style}</style>
 {shown}
+<div class="row">
 {controls if last else ""}
-<output aria-live="polite" style="min-height: {1.5 * lines}em">{html.escape(first)}</output>
+<output aria-live="polite" style="{room}">{html.escape(said)}</output>
+</div>
 {content if last else ""}
 </div>"""
     if len(page) > 1000 * max_kb:
@@ -527,5 +534,6 @@ def _rendered(figure: Figure) -> np.ndarray:
 _CONTROLS = """<div class="controls" hidden="hidden">
 <button type="button">Play</button>
 <label>{label}
-<input type="range" min="0" max="{last}" step="1" value="0" aria-valuetext="{words}" autocomplete="off"></label>
+<input type="range" min="0" max="{last}" step="1" value="{first}" aria-valuetext="{words}"
+style="--steps: {last}" autocomplete="off"></label>
 </div>"""

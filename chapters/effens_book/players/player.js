@@ -35,7 +35,7 @@ document.querySelectorAll(".$kind").forEach(function (root) {
   calm.addEventListener("change", pause);
   // Notebooks bind the arrow keys to their own commands.
   root.addEventListener("keydown", function (event) { event.stopPropagation(); });
-  show(0);
+  show($first);
   pause();
   controls.hidden = false;
 });
