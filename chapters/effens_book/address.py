@@ -46,6 +46,7 @@ if book.exists():
     sys.path.append(str(book / "chapters"))"""
 
 # Under each chapter's badge: what a reader needs who takes a cell home.
+HOME = "## Take it home"
 GET = "`pip install git+{url}` gets `effens` for your own code; [your own loop](your_loop.md) shows where it goes."
 
 
@@ -143,10 +144,9 @@ def dress(notebook: Any, chapter: Path) -> None:
         kept = {key: cell.metadata[key] for key in cell.metadata.keys() & {"tags", "mystnb"}}
         cell.metadata = nbformat.from_dict(kept | folds(kept.get("tags", [])))
         if cell.cell_type == "markdown":
-            cell.source = citations(cell.source)
+            cell.source = re.sub(r"\n\n`pip install git\+.*", "", citations(cell.source))
+            cell.source = cell.source.replace(HOME, f"{HOME}\n\n{GET.format(url=url())}")
     first, *rest = notebook.cells
-    first.source = re.sub(r"\n\n`pip install git\+.*", "", first.source)
-    first.source = re.sub(r"(?<= seconds on two CPU cores)", f"\n\n{GET.format(url=url())}", first.source, count=1)
     first.source = re.sub(r"https://colab\.research\.google\.com/github/[^)\s]*", colab(chapter), first.source)
     reads = f"\n· reads in about {minutes(notebook)} minutes, runs in about "
     first.source = re.sub(r"\n· (?:reads in about \d+ minutes, )?runs in about ", reads, first.source)

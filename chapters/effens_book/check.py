@@ -287,3 +287,43 @@ next_member = Check(
         "that is the candidate that is best alone": lambda total, right, count: int(right.log().mean(1).argmax()),
     },
 )
+
+# ---- From uncertainty to decisions. ----
+
+
+def risk_of(unsure: Tensor, wrong: Tensor) -> Tensor:
+    """Return the error rate of the most certain 1, 2, ..., n examples."""
+    return wrong[unsure.argsort()].double().cumsum(0) / torch.arange(1, len(wrong) + 1)
+
+
+def quantile_of(scores: Tensor, alpha: float) -> float:
+    """Return the corrected quantile of split conformal prediction."""
+    k = math.ceil((len(scores) + 1) * (1 - alpha))
+    return scores.sort().values[k - 1].item() if k <= len(scores) else math.inf
+
+
+risk_coverage = Check(
+    answer=risk_of,
+    run=lambda f: f(drawn((9,))[0], (drawn((2, 9))[0][1] > 0.3).double()),
+    hint="sort wrong by unsure, lowest first; then take the cumulative sum, divided by 1, 2, ..., n.",
+    mistakes={
+        "that begins with the least certain": lambda unsure, wrong: risk_of(-unsure, wrong),
+        "that counts errors and does not divide by the number of examples": lambda unsure, wrong: wrong[
+            unsure.argsort()
+        ].cumsum(0),
+    },
+)
+
+conformal_quantile = Check(
+    answer=quantile_of,
+    run=lambda f: [f(drawn((n,))[0], alpha) for n, alpha in ((19, 0.1), (10, 0.05), (40, 0.05))],
+    hint="k is math.ceil((n + 1) * (1 - alpha)); the k-th smallest has the index k - 1; if k > n, return math.inf.",
+    mistakes={
+        "that is the plain quantile, without the correction for the number of scores": lambda scores, alpha: (
+            scores.sort().values[min(math.ceil(len(scores) * (1 - alpha)), len(scores)) - 1].item()
+        ),
+        "that returns the largest score where it should be infinite": lambda scores, alpha: (
+            scores.sort().values[min(math.ceil((len(scores) + 1) * (1 - alpha)), len(scores)) - 1].item()
+        ),
+    },
+)

@@ -40,6 +40,11 @@ ACCESSIBLE = (
 )
 # Fetched by the theme on every page; only the page that searches needs them, and they grow with the book.
 SEARCH = re.compile(r'\s*<script src="[^"]*(searchtools|language_data|searchindex)\.js"></script>')
+# Excerpts are read from the pages found, which a browser refuses to a book opened from the disk.
+NO_EXCERPTS = """<script>
+if (location.protocol === "file:") DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false;
+</script>
+</body>"""
 ICON = re.compile(r'"?([\w-]+)"?:\[\d+,\d+,(\[[^\]]*\]),"[^"]*","[^"]*"\],?')
 ICON_LETTER = re.compile(r'\.fa-[^{}]*:before\{content:"[^"]*"\}')
 
@@ -104,7 +109,9 @@ def mend_pages(app: Sphinx, error: Exception | None) -> None:
         text = page.read_text("utf-8")
         for wrong, right in ACCESSIBLE:
             text = re.sub(wrong, right, text)
-        if page.name != "search.html":
+        if page.name == "search.html":
+            text = text.replace("</body>", NO_EXCERPTS)
+        else:
             text = SEARCH.sub("", text)
         text = box_wide_figures(text, Path(app.outdir))
         page.write_text(text, "utf-8")

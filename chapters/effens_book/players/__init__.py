@@ -435,7 +435,7 @@ def _page(
 <style>
 {style}</style>
 {shown}
-<div class="row">
+<div class="slide">
 {controls if last else ""}
 <output aria-live="polite" style="{room}">{html.escape(said)}</output>
 </div>
@@ -534,6 +534,7 @@ def _rendered(figure: Figure) -> np.ndarray:
 _CONTROLS = """<div class="controls" hidden="hidden">
 <button type="button">Play</button>
 <label>{label}
-<input type="range" min="0" max="{last}" step="1" value="{first}" aria-valuetext="{words}"
-style="--steps: {last}" autocomplete="off"></label>
+<span class="ticks" style="--steps: {last}">
+<input type="range" min="0" max="{last}" step="1" value="{first}" aria-valuetext="{words}" autocomplete="off">
+</span></label>
 </div>"""
