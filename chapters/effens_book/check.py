@@ -327,3 +327,25 @@ conformal_quantile = Check(
         ),
     },
 )
+
+# ---- When do ensembles help? ----
+
+
+def joint_of(losses: Tensor, beta: float) -> Tensor:
+    """Return the mixture of the members' mean loss and of the loss of their average."""
+    return (1 - beta) * losses.mean() - beta * (-losses).exp().mean(0).log().mean()
+
+
+joint_loss = Check(
+    answer=joint_of,
+    run=lambda f: [f(drawn((4, 6))[0].square(), beta) for beta in (0.0, 0.3, 1.0)],
+    hint="(-losses).exp() are the members' probabilities; average them over the members, the first axis, before the log.",
+    mistakes={
+        "that takes the loss of the average with the weight of the members' own": lambda losses, beta: joint_of(
+            losses, 1 - beta
+        ),
+        "that averages over the batch before the logarithm": lambda losses, beta: (
+            (1 - beta) * losses.mean() - beta * (-losses).exp().mean().log()
+        ),
+    },
+)

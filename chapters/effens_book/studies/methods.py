@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from effens import scores
 from effens.ensembles.base import Ensemble
 from effens.ensembles.deep import DeepEnsemble
 from effens.ensembles.hyper import HyperEnsemble, greedy_select
@@ -15,7 +16,7 @@ from effens.ensembles.swag import SWAG
 from effens.training import predict
 from effens_book.benchmark import TASKS, Task
 from effens_book.benchmark.methods import MOMENTUM_SGD, candidate, train_one, trial_settings
-from effens_book.benchmark.predictions import log_likelihoods, take_members
+from effens_book.benchmark.predictions import log_likelihoods, score, take_members
 from effens_book.benchmark.tasks import Settings
 from effens_book.studies import running
 from effens_book.studies.running import Row, study
@@ -179,6 +180,46 @@ def decay(task: str, method: str, weight_decay: float, seed: int) -> list[Row]:
         return [running.score_ensemble(TASKS[task], ensemble, seed)]
     except FloatingPointError:
         return [{"diverged": 1}]
+
+
+@study(8, {"method": ["single, SGD", "SWAG"]})
+def draws(method: str, seed: int) -> list[Row]:
+    """Draw more from SWAG on clothes, and nothing but its mean: a row each; and one network trained by SGD.
+
+    Each row says how well entropy tells digits and letters from clothes, in percent, so that the draws are compared
+    with what has the same optimizer.
+    """
+    of, settings = TASKS["fashion"], running.tuned_settings(method, "fashion")
+    if method == "single, SGD":
+        single = running.train(of, lambda: DeepEnsemble(of.make_net, 1), settings, seed, MOMENTUM_SGD)
+        return [{"row": method, "samples": 1, **with_alarms(of, single, seed)}]
+
+    def make() -> Ensemble:
+        return SWAG(of.make_net, 30, tail_lr=settings["tail_lr"], seed=seed)
+
+    ensemble = running.train(of, make, settings, seed, MOMENTUM_SGD)
+    assert isinstance(ensemble, SWAG)
+    found = [{"row": "SWAG", "samples": m, **with_alarms(of, ensemble, seed, m)} for m in (4, 30)]
+    ensemble.scale = 0.0
+    ensemble.finish(of.load(seed)["train"][0].split(of.batch_size))
+    return [*found, {"row": "SWA", "samples": 1, **with_alarms(of, ensemble, seed, 1)}]
+
+
+def with_alarms(of: Task, ensemble: Ensemble, seed: int, members: int | None = None) -> Row:
+    """Score some members on test data, and say how well their entropy tells unknown inputs from it, in percent."""
+    sets = of.load(seed)
+    said = {
+        key: take_members(predict(ensemble, x, likelihood=of.likelihood), torch.arange(members or ensemble.members))
+        for key, (x, y) in sets.items()
+        if key == "test" or y is None
+    }
+    y = sets["test"][1]
+    assert y is not None
+    row: Row = dict(score(said["test"], y))
+    for key in said.keys() - {"test"}:
+        parts = (scores.total_entropy(said[split]) for split in ("test", key))
+        row[f"auroc@{key}"] = 100 * float(scores.auroc(*parts))
+    return row
 
 
 def gap_scores(task: Task, ensemble: Ensemble, seed: int) -> Row:
