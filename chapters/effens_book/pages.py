@@ -20,7 +20,7 @@ import effens
 from effens_book import figures, players
 from effens_book.benchmark import RESULTS, interval, shipped
 
-TASK = "digits"
+TASK = "fashion"
 CHAPTERS = {  # the rows of the map, and where each is explained
     "single": None,
     "wide": "cost_comparison",
@@ -36,12 +36,12 @@ PICTURES = {  # from a chapter's stored outputs, by the cell: the heading above 
         "six-approximations-of-one-truth",
         "Six approximations of one truth: gray is what could be known.",
     ),
-    ("cost_comparison", "06-players-player"): (
-        "quality-good-or-different",
+    ("when_ensembles_help", "opening-figure"): (
+        "when-do-ensembles-help",
         "Good, or different? A method is not a point but a path.",
     ),
     ("cost_comparison", "38-players-player"): (
-        "cost-what-does-the-machine-wait-for",
+        "what-does-the-machine-wait-for",
         "When are members free? While the machine waits for weights.",
     ),
     ("finance", "reveal"): (
@@ -146,7 +146,7 @@ def svg_map(key: str, title: str) -> str:
         anchor = "start" if sign > 0 else "end"
         parts.append(f'<text x="{x + 8 * sign:.1f}" y="{y + shift + 4:.1f}" text-anchor="{anchor}">{name}</text>')
     alt = "; ".join(f"{name} {cost:.1f} times, {nll}" for name, (cost, nll) in points.items())
-    label = f"{title}: NLL on test digits against {AXES[key]}, as a multiple of one network. {alt}"
+    label = f"{title}: NLL on test photos against {AXES[key]}, as a multiple of one network. {alt}"
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
@@ -156,7 +156,7 @@ class MethodMap(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """Return two pictures and a table."""
         pictures = "".join(svg_map(key, title) for key, title in TITLES.items())
-        rows = ["| | NLL on digits | training | prediction | memory |", "|---|---:|---:|---:|---:|"]
+        rows = ["| | NLL on clothes | training | prediction | memory |", "|---|---:|---:|---:|---:|"]
         for name, chapter in CHAPTERS.items():
             cost = shipped().relative_costs(TASK, name)
             shown = f"[{name}]({chapter}.ipynb)" if chapter else name

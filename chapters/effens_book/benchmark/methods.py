@@ -331,6 +331,18 @@ def single_second(task: Task, train: tuple[Tensor, Tensor], settings: Settings, 
     return single(task, train, settings, seed)
 
 
+@method("deep, second trial", like="deep ensemble", place=1)
+def deep_second(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """A deep ensemble with the settings that came second in tuning: what they decide where the test data shift."""
+    return task.fit(DeepEnsemble(task.make_net, task.members), train, settings, seed)
+
+
+@method("BatchEnsemble, second trial", like="BatchEnsemble", place=1)
+def batch_second(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """BatchEnsemble with the settings that came second in tuning."""
+    return batch_ensemble(task, train, settings, seed)
+
+
 @method("MIMO, second trial", like="MIMO", place=1)
 def second_trial(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
     """MIMO with the settings that came second in tuning, by next to nothing on digits: what the first place decided."""
