@@ -372,6 +372,7 @@ TASKS = {
             make_convnet,
             load_fashion,
             controls=(*LARGE_CONTROLS, "BatchEnsemble, shared norms"),
+            everywhere=("deep, searched",),
             files=("fashion.npz", "digits.npz", "letters.npz"),
             space={"lr": (3e-3, 3e-2), "weight_decay": (1e-3, 0.3)},
             tabm=4,

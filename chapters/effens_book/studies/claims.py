@@ -27,8 +27,8 @@ THREE = ["digits", "diamonds", "airtime"]
 
 @study(
     4,
-    {"task": THREE, "start": ["independent"], "members": [1, 2, 4, 8]},
-    {"task": THREE, "start": ["signs", "normal", 0.1], "members": [2, 4, 8]},
+    {"task": THREE, "start": ["independent"], "members": [1, 4, 8]},
+    {"task": THREE, "start": ["signs", "normal", 0.1], "members": [4, 8]},
 )
 def starts(task: str, start: str | float, members: int, seed: int) -> list[Row]:
     """Start BatchEnsemble's vectors in three ways, beside as many independent networks.
