@@ -177,7 +177,11 @@ class Benchmark(Results):
                 rows[f"{name}, {'chosen' if place == 0 else f'place {place + 1}'}"] = {
                     "learning rate": f"{settings[i]['lr']:.4f}",
                     "weight decay": f"{settings[i]['weight_decay']:.3f}",
-                    **{SETTINGS[key]: f"{value:.2f}" for key, value in settings[i].items() if key in SETTINGS},
+                    **{
+                        SETTINGS[key]: f"{int(value)}" if key == "slots" else f"{value:.2f}"
+                        for key, value in settings[i].items()
+                        if key in SETTINGS
+                    },
                     "validation NLL": self.trial_scores(task, name)[i],
                 }
                 seeds.add(len(self.trials(task, name)[i][PRIMARY]))
