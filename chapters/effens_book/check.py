@@ -339,7 +339,7 @@ def joint_of(losses: Tensor, beta: float) -> Tensor:
 joint_loss = Check(
     answer=joint_of,
     run=lambda f: [f(drawn((4, 6))[0].square(), beta) for beta in (0.0, 0.3, 1.0)],
-    hint="(-losses).exp() are the members' probabilities; average them over the members, the first axis, before the log.",
+    hint="(-losses).exp() are the members' probabilities; average them over the members before the log.",
     mistakes={
         "that takes the loss of the average with the weight of the members' own": lambda losses, beta: joint_of(
             losses, 1 - beta

@@ -109,10 +109,7 @@ def mend_pages(app: Sphinx, error: Exception | None) -> None:
         text = page.read_text("utf-8")
         for wrong, right in ACCESSIBLE:
             text = re.sub(wrong, right, text)
-        if page.name == "search.html":
-            text = text.replace("</body>", NO_EXCERPTS)
-        else:
-            text = SEARCH.sub("", text)
+        text = text.replace("</body>", NO_EXCERPTS) if page.name == "search.html" else SEARCH.sub("", text)
         text = box_wide_figures(text, Path(app.outdir))
         page.write_text(text, "utf-8")
 
