@@ -296,9 +296,9 @@ def runs_apart(x: Inputs, network: nn.Module) -> TypeGuard[Tensor]:
     """Say whether members run faster one after the other: with convolutions, on a CPU, from a few images on.
 
     Together they need fewer calls, but their images must be rearranged, and no longer fit into the processor's cache.
-    Apart was measured faster from about 4,000 numbers a member on. What the members share must hold no statistics.
+    Apart was measured faster from about 10,000 numbers a member on. What the members share must hold no statistics.
     """
-    if not isinstance(x, Tensor) or x.device.type != "cpu" or x.numel() <= 4096 or torch.compiler.is_compiling():
+    if not isinstance(x, Tensor) or x.device.type != "cpu" or x.numel() <= 10_000 or torch.compiler.is_compiling():
         return False
     layers = list(chain(network))
     return any(isinstance(layer, WeightLayer) and layer.geometry for layer in layers) and not any(
