@@ -605,6 +605,31 @@ def test_search_by_keyboard_leads_to_a_page(browser: "Browser", bases: dict[str,
 # Each check must be able to fail: on a page that is right but for one thing
 
 
+def test_a_link_to_a_paper_shows_what_it_found(browser: "Browser", bases: dict[str, str]) -> None:
+    page = browser.new_page()
+    page.goto(f"{bases['server']}chapters/deep_ensembles.html")
+    link, card = page.locator("a[data-card][href*='1612.01474']").first, page.locator(".effens-card")
+    link.hover()
+    card.wait_for()
+    assert card.inner_text().startswith("Lakshminarayanan et al. (2017)")
+    page.keyboard.press("Escape")
+    assert card.count() == 0
+    link.focus()
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Tab")
+    assert card.count() == 1  # by keyboard, too
+    page.close()
+
+
+def test_search_shows_where_its_words_stand(browser: "Browser", bases: dict[str, str]) -> None:
+    page = browser.new_page()
+    page.goto(f"{bases['server']}search.html?q=temperature")
+    found = page.locator("ul.search p.context").first
+    found.wait_for()
+    assert "temperature" in found.inner_text().lower()
+    page.close()
+
+
 def png(gray: int, width: int = 200) -> str:
     file = io.BytesIO()
     Image.new("L", (width, 100), gray).save(file, "png")

@@ -58,3 +58,36 @@ def test_what_is_wrong_is_said() -> None:
     assert "should have the shape (5, 3), and has (4, 5, 3)" in check.prediction.verdict(lambda probs: probs)
     assert "values differ by up to" in check.prediction.verdict(lambda probs: probs.mean(0) + 1)
     assert "returns str" in check.prediction.verdict(lambda probs: "text")
+
+
+NUMBERS = {name: each for name, each in vars(check).items() if isinstance(each, check.Number)}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_is_right_or_its_mistake_is_named(name: str) -> None:
+    each: Any = NUMBERS[name]
+    assert said(each, each.answer) == "Right.\n"
+    assert said(each, ...).startswith("Not filled in yet.\nHint: ")
+    assert said(each, "text").startswith("Not yet.\nHint: ")
+    assert said(each, each.answer + 0.5).startswith("Not yet.\nHint: ") or each.answer + 0.5 in each.mistakes.values()
+    for words, mistake in each.mistakes.items():
+        assert said(each, mistake).replace("\n", " ").startswith(f"Not yet: {words}. Hint: ")
+
+
+def test_the_numbers_are_those_that_the_chapters_count() -> None:
+    import effens
+    from effens_book import roofline
+    from effens_book.nets import mlp
+
+    def count(module: Any) -> int:
+        return sum(p.numel() for p in module.parameters())
+
+    layer = effens.BatchEnsembleLinear(64, 64, members=4)
+    assert count(layer) - (64 * 64 + 64) == check.numbers_gained.answer
+
+    def plain() -> Any:
+        return mlp(196, 10, width=128, depth=1)
+
+    assert count(effens.MIMO(plain, 3)) - count(plain()) == check.weights_of_mimo.answer
+    knee = roofline.Machine(peak=50e12, call=5e-6, bandwidths=((4e6, 1e12),)).knee(1024)
+    assert knee == pytest.approx(check.free_rows.answer)

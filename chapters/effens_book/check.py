@@ -64,6 +64,33 @@ class Check:
         return f"Not yet: {done[0] if done else difference(found, expected)}."
 
 
+@dataclass(frozen=True)
+class Number:
+    """A number that an exercise asks for.
+
+    Attributes:
+        answer: the right number.
+        hint: a sentence, for an empty blank and a wrong number.
+        mistakes: likely wrong numbers, each after words that say how one comes to it.
+    """
+
+    answer: float
+    hint: str
+    mistakes: Mapping[str, float] = field(default_factory=dict)
+
+    def __call__(self, attempt: Any) -> None:
+        """Print whether ``attempt`` is right, and a hint if it is not."""
+        if attempt is Ellipsis or attempt is None:
+            said = "Not filled in yet."
+        elif alike(attempt, self.answer):
+            said = "Right."
+        else:
+            done = [words for words, mistake in self.mistakes.items() if alike(attempt, mistake)]
+            said = f"Not yet: {done[0]}." if done else "Not yet."
+        lines = [said] if said == "Right." else [said, f"Hint: {self.hint}"]
+        print("\n".join(textwrap.fill(line, 86) for line in lines))
+
+
 def alike(found: Any, expected: Any) -> bool:
     """Say whether two results have the same shape and the same values, up to rounding."""
     try:
@@ -347,5 +374,43 @@ joint_loss = Check(
         "that averages over the batch before the logarithm": lambda losses, beta: (
             (1 - beta) * losses.mean() - beta * (-losses).exp().mean().log()
         ),
+    },
+)
+
+# ---- Exercises. ----
+
+numbers_gained = Number(
+    4 * (64 + 64) + 3 * 64,
+    hint="each member has a vector for the inputs and one for the outputs; and each member but one adds a bias.",
+    mistakes={"that counts a bias for each member, though the plain layer has one already": 4 * (64 + 64) + 4 * 64},
+)
+
+rank_of_deviations = Number(
+    5,
+    hint="the first deviation is zero, because the first mean is the first weights.",
+    mistakes={"that counts the first deviation, which is zero": 6},
+)
+
+scale_of_diagonal = Number(
+    1,
+    hint="for rank 0 the covariance of the draws is the scale, times the variances.",
+    mistakes={"that is the scale of the paper, which is for two parts": 0.5},
+)
+
+weights_of_mimo = Number(
+    2 * (196 * 128) + 2 * 10 * (128 + 1),
+    hint="each further slot adds d k weights in front, and each further head f c weights and c biases at the end.",
+)
+
+meetings = Number(
+    1, hint="a shuffle leaves each example at its place with a probability of 1 in 64, and there are 64 examples."
+)
+
+free_rows = Number(
+    100,
+    hint="the knee is where reading takes as long as arithmetic: 4 d^2 bytes over the bandwidth, 2 d^2 operations a row.",
+    mistakes={
+        "that forgets that a weight has four bytes": 25,
+        "that forgets that a weight is multiplied and added": 200,
     },
 )
