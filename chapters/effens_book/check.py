@@ -408,7 +408,7 @@ meetings = Number(
 
 free_rows = Number(
     100,
-    hint="the knee is where reading takes as long as arithmetic: 4 d^2 bytes over the bandwidth, 2 d^2 operations a row.",
+    hint="reading 4 d^2 bytes must take as long as arithmetic, which is 2 d^2 operations a row.",
     mistakes={
         "that forgets that a weight has four bytes": 25,
         "that forgets that a weight is multiplied and added": 200,
