@@ -70,6 +70,9 @@ def name_folds(app: Sphinx, doctree: nodes.document) -> None:
         source, mode = cell.next_node(nodes.literal_block), cell.get("hide_mode")
         if mode and (is_exercise(cell) or (source and source.astext().startswith("# Solution"))):
             cell["prompt_show"], cell["prompt_hide"] = "Show the solution", "Hide the solution"
+        elif mode and source and (named := re.match(r"# (Answer|Code of the [^.\n]+)", source.astext())):
+            what = named[1][0].lower() + named[1][1:]
+            cell["prompt_show"], cell["prompt_hide"] = f"Show the {what}", f"Hide the {what}"
         elif mode in ("all", "output") and "cell_code_output" in [part.get("nb_element") for part in cell.children]:
             cell["prompt_show"], cell["prompt_hide"] = "Show what was found", "Hide what was found"
 
