@@ -17,11 +17,13 @@
     card.textContent = link.dataset.card;
     link.setAttribute("aria-describedby", card.id);
     document.body.append(card);
-    const at = link.getClientRects()[0], width = Math.min(360, innerWidth - 24);
+    const lines = link.getClientRects(), first = lines[0], last = lines[lines.length - 1];  // a link may wrap
+    const text = (link.closest("article") || document.body).getBoundingClientRect();
+    const width = Math.min(360, innerWidth - 32), right = Math.min(text.right, innerWidth - 16);
     card.style.width = width + "px";
-    card.style.left = scrollX + Math.max(12, Math.min(at.left, innerWidth - width - 12)) + "px";
-    const below = at.bottom + 8 + card.offsetHeight < innerHeight || at.top < card.offsetHeight + 16;
-    card.style.top = scrollY + (below ? at.bottom + 8 : at.top - 8 - card.offsetHeight) + "px";
+    card.style.left = scrollX + Math.max(16, Math.min(first.left, right - width)) + "px";
+    const below = last.bottom + 8 + card.offsetHeight < innerHeight || first.top < card.offsetHeight + 16;
+    card.style.top = scrollY + (below ? last.bottom + 8 : first.top - 8 - card.offsetHeight) + "px";
   }
   const linkOf = event => event.target.closest?.("a[data-card]");
   document.addEventListener("pointerover", event => {
