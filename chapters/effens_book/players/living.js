@@ -302,7 +302,7 @@ select { font: inherit; min-height: 2em; color: CanvasText; background: Canvas; 
   .own { r: 9px; pointer-events: all; }
   label.pill, button { padding-block: .5em; }
 }
-@media (max-width: 500px) { .about { min-height: 2.9em; } }
+@media (max-width: 500px) { .about { min-height: 2.9em; } .steps { display: none; } }
 @media print {
   figure { color: #000; background: #fff; }
   .controls, details, .hint { display: none; }
