@@ -293,7 +293,7 @@ def test_a_budget_is_split_among_networks_of_equal_flops(more_tasks: None, monke
     n = len(SPOTS.load(0)["train"][0])
     (many,) = claims.split(task="digits", networks=4, examples=n // 4, seed=0)
     (one,) = claims.split(task="digits", networks=1, examples=n, seed=0)
-    assert many["width"] < TASKS["digits"].width <= one["width"]
+    assert many["units"] < TASKS["digits"].width <= one["units"]
     assert many["weight_decay"] in claims.SPLIT_DECAYS
     assert [epochs for _, epochs in found] == [2 * SPOTS.epochs] * 5 + [SPOTS.epochs] * 5  # four to tune, one to keep
     assert [ensemble.members for ensemble, _ in found] == [4] * 5 + [1] * 5
@@ -301,9 +301,9 @@ def test_a_budget_is_split_among_networks_of_equal_flops(more_tasks: None, monke
 
 def test_weights_start_larger(more_tasks: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "fit", lambda *given, **options: None)  # as they start
-    rows = [claims.widths(task="digits", width=4, gain=gain, seed=0)[0] for gain in (0.5, 2.0)]
+    rows = [claims.widths(task="digits", units=4, gain=gain, seed=0)[0] for gain in (0.5, 2.0)]
     assert rows[0]["mi"] < rows[1]["mi"]
-    (row,) = claims.widths(task="gap", width=4, gain=1.0, seed=0)
+    (row,) = claims.widths(task="gap", units=4, gain=1.0, seed=0)
     assert {"spread", "spread@gap", "coverage@gap"} <= row.keys()
 
 

@@ -154,7 +154,7 @@ def split(task: str, networks: int, examples: int, seed: int) -> list[Row]:
     decay = split_decay(task, examples, networks)
     ensemble = running.train(of, lambda: DeepEnsemble(of.make_net, networks), {**settings, "weight_decay": decay}, seed)
     weights = networks * sum(p.numel() for p in of.make_net().parameters())
-    row = {"width": of.width, "weights": weights, "weight_decay": decay}
+    row = {"units": of.width, "weights": weights, "weight_decay": decay}
     return [{**row, **running.score_ensemble(of, ensemble, seed)}]
 
 
@@ -185,11 +185,11 @@ def split_decay(task: str, examples: int, networks: int) -> float:
 
 @study(
     5,
-    {"task": ["gap"], "width": [16, 64, 256], "gain": [0.5, 1.0, 2.0]},
-    {"task": ["digits"], "width": [4, 8, 16, 32, 64], "gain": [1.0]},
-    {"task": ["digits"], "width": [16], "gain": [0.5, 2.0]},
+    {"task": ["gap"], "units": [16, 64, 256], "gain": [0.5, 1.0, 2.0]},
+    {"task": ["digits"], "units": [4, 8, 16, 32, 64], "gain": [1.0]},
+    {"task": ["digits"], "units": [16], "gain": [0.5, 2.0]},
 )
-def widths(task: str, width: int, gain: float, seed: int) -> list[Row]:
+def widths(task: str, units: int, gain: float, seed: int) -> list[Row]:
     """Make the networks of a deep ensemble wider, or multiply the weights that they start from.
 
     Does their disagreement shrink, and does it still rank what is unknown above what is known? (Kirsch, 2024,
@@ -198,7 +198,7 @@ def widths(task: str, width: int, gain: float, seed: int) -> list[Row]:
     of = TASKS[task]
 
     def make() -> nn.Module:
-        network = of.make(width)
+        network = of.make(units)
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.mul_(gain)
