@@ -144,8 +144,8 @@ def test_the_map_shows_the_benchmark_s_numbers(key: str) -> None:
     drawn = pages.svg_map(key, "title")
     dots = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', drawn)
     points = {name: tuple(map(float, dot)) for name, dot in zip(pages.CHAPTERS, dots, strict=True)}
-    costs = {name: shipped().relative_costs("digits", name)[key] for name in points}
-    nlls = {name: shipped().values("digits", name).mean().item() for name in points}
+    costs = {name: shipped().relative_costs(pages.TASK, name)[key] for name in points}
+    nlls = {name: shipped().values(pages.TASK, name).mean().item() for name in points}
     assert sorted(points, key=lambda name: points[name][0]) == sorted(points, key=lambda name: costs[name])
     assert sorted(points, key=lambda name: -points[name][1]) == sorted(points, key=lambda name: nlls[name])
     for name in points:

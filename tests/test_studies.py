@@ -295,8 +295,9 @@ def test_a_budget_is_split_among_networks_of_equal_flops(more_tasks: None, monke
     (one,) = claims.split(task="digits", networks=1, examples=n, seed=0)
     assert many["units"] < TASKS["digits"].width <= one["units"]
     assert many["weight_decay"] in claims.SPLIT_DECAYS
-    assert [epochs for _, epochs in found] == [2 * SPOTS.epochs] * 5 + [SPOTS.epochs] * 5  # four to tune, one to keep
-    assert [ensemble.members for ensemble, _ in found] == [4] * 5 + [1] * 5
+    trainings = len(claims.SPLIT_DECAYS) + 1  # one for each decay, and one to keep
+    assert [epochs for _, epochs in found] == [2 * SPOTS.epochs] * trainings + [SPOTS.epochs] * trainings
+    assert [ensemble.members for ensemble, _ in found] == [4] * trainings + [1] * trainings
 
 
 def test_weights_start_larger(more_tasks: None, monkeypatch: pytest.MonkeyPatch) -> None:

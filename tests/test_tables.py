@@ -120,8 +120,8 @@ def test_a_spoiled_table_fails(spoiled: tuple[str, str, str], request: pytest.Fi
 
 
 def test_the_benchmark_marks_the_best_and_what_is_not_resolved() -> None:
-    table = shipped().table("digits", ["nll", "member_nll"], ["single", "deep ensemble", "BatchEnsemble"])
-    assert table.marks == {("BatchEnsemble", "NLL"): "*", ("deep ensemble", "NLL"): "≈"}
+    table = shipped().table("digits", ["nll", "member_nll"], ["single", "hyper", "BatchEnsemble"])
+    assert table.marks == {("hyper", "NLL"): "*", ("BatchEnsemble", "NLL"): "≈"}
     verdicts = shipped().differences("digits", [("deep ensemble", "wide")]).frame
     assert verdicts.loc["deep ensemble − wide", "verdict"] == "lower"
 
