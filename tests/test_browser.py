@@ -180,7 +180,8 @@ def every_slider_moves_its_picture(here: Visit) -> list[str]:
 # Where from, what it is said to show, whether it is there and whether it is a figure: of pictures and players' frames.
 ALTS = """() => [
   ...[...document.images].filter(picture => picture.checkVisibility()).map(picture =>
-    [picture.getAttribute("src").slice(-60), picture.alt.trim(), picture.naturalWidth > 0, picture.height > 60]),
+    [picture.getAttribute("src").slice(-60), picture.alt.trim() || picture.closest("a")?.innerText.trim(),
+     picture.naturalWidth > 0, picture.height > 60]),
   ...[...document.querySelectorAll("main svg:not([aria-hidden=true], button *, .katex *)")].map(drawing =>
     [drawing.outerHTML.slice(0, 60), drawing.getAttribute("aria-label") ?? "", true, drawing.clientHeight > 60]),
   ...[...document.querySelectorAll("[class^=effens] > script[type='application/json']")].flatMap(frames =>
@@ -189,6 +190,7 @@ ALTS = """() => [
 
 
 def every_picture_is_there_and_says_what_it_shows(here: Visit) -> list[str]:
+    """A picture beside the words of its link, as the logo is, needs no words of its own."""
     faults = []
     for source, alt, loaded, figure in here.page.evaluate(ALTS):
         if not loaded:
