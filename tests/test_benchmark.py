@@ -132,7 +132,7 @@ def benchmark(tmp_path: Path) -> Iterator[Benchmark]:
     vars(trained)["TRIALS"] = trials
     torch.set_num_threads(threads)  # the command sets them
     CHANGED.clear()
-    for cached in (trained.search_settings, trained.equal_flops_width, trained.equal_weights_width, tasks.digest_of):
+    for cached in (trained.search_settings, trained.equal_flops_width, trained.width_of_weights, tasks.digest_of):
         cached.cache_clear()
 
 

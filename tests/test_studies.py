@@ -40,7 +40,7 @@ def bank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         claims.split_decay,
         trained_methods.width_of_flops,
         trained_methods.equal_flops_width,
-        trained_methods.equal_weights_width,
+        trained_methods.width_of_weights,
     )
     for name in list(TASKS):
         monkeypatch.delitem(TASKS, name)
@@ -291,8 +291,8 @@ def test_collusion_shows_on_what_was_trained_on(more_tasks: None) -> None:
 def test_a_budget_is_split_among_networks_of_equal_flops(more_tasks: None, monkeypatch: pytest.MonkeyPatch) -> None:
     found = trained(monkeypatch)
     n = len(SPOTS.load(0)["train"][0])
-    (many,) = claims.split(task="digits", networks=4, examples=n // 4, seed=0)
-    (one,) = claims.split(task="digits", networks=1, examples=n, seed=0)
+    (many,) = claims.split(task="digits", equal="FLOPs", networks=4, examples=n // 4, seed=0)
+    (one,) = claims.split(task="digits", equal="FLOPs", networks=1, examples=n, seed=0)
     assert many["units"] < TASKS["digits"].width <= one["units"]
     assert many["weight_decay"] in claims.SPLIT_DECAYS
     trainings = len(claims.SPLIT_DECAYS) + 1  # one for each decay, and one to keep

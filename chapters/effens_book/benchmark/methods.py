@@ -1,6 +1,7 @@
 """The benchmark's methods: one function each, and the settings that are tried for it."""
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -373,16 +374,21 @@ def width_of_flops(name: str, networks: float) -> int:
 
 
 @cache
-def equal_weights_width(name: str) -> int:
-    """Return the largest width at which the task's ensemble has no more weights than one network of the task's."""
+def width_of_weights(name: str, networks: float) -> int:
+    """Return the largest width at which one network has no more weights than so many of the task's."""
     task = TASKS[name]
 
     def weights(width: int) -> int:
         return sum(p.numel() for p in task.make(width).parameters())
 
     with torch.random.fork_rng(devices=[]):
-        most = weights(task.width) // task.members
-        return max((width for width in range(1, task.width + 1) if weights(width) <= most), default=1)
+        most = networks * weights(task.width)
+        return max(itertools.takewhile(lambda width: weights(width) <= most, itertools.count(1)), default=1)
+
+
+def equal_weights_width(name: str) -> int:
+    """Return the largest width at which the task's ensemble has no more weights than one network of the task's."""
+    return width_of_weights(name, 1 / TASKS[name].members)
 
 
 def space_of(task: Task, name: str) -> dict[str, tuple[float, float]]:

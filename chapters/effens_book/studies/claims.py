@@ -16,7 +16,7 @@ from effens.ensembles.mimo import MIMO
 from effens.ensembles.snapshot import SnapshotEnsemble
 from effens.training import predict
 from effens_book.benchmark import TASKS, Task
-from effens_book.benchmark.methods import train_one, width_of_flops
+from effens_book.benchmark.methods import train_one, width_of_flops, width_of_weights
 from effens_book.benchmark.predictions import score, take_members
 from effens_book.benchmark.tasks import TUNING_SEEDS, Sets, flight_task
 from effens_book.studies import running
@@ -136,30 +136,31 @@ def collusion(task: str, joint: float, seed: int) -> list[Row]:
 
 
 SPLIT_DECAYS = (0.03, 0.3, 3.0)
+COUNTS = [1, 2, 4, 8, 16]
 
 
 @study(
     4,
-    {"task": ["digits"], "networks": [1, 2, 4, 8, 16], "examples": [125, 500, 1000]},
-    {"task": ["airtime"], "networks": [1, 2, 4, 8, 16], "examples": [2500, 10000, 40000]},
+    {"task": ["digits"], "equal": ["FLOPs", "weights"], "networks": COUNTS, "examples": [125, 500, 1000]},
+    {"task": ["airtime"], "equal": ["FLOPs"], "networks": COUNTS, "examples": [2500, 10000, 40000]},
 )
-def split(task: str, networks: int, examples: int, seed: int) -> list[Row]:
-    """Divide the FLOPs of four networks among 1 to 16 networks, which differ in width, and train on fewer examples.
+def split(task: str, equal: str, networks: int, examples: int, seed: int) -> list[Row]:
+    """Divide the FLOPs, or weights, of four networks among 1 to 16, which differ in width, and train on fewer examples.
 
     Epochs grow with the square root of what the examples shrink. The weight decay is chosen for each point on
     validation data of one seed, because more regularization is what one wide network would need.
     """
-    of = fewer(task, examples, networks)
+    of = fewer(task, equal, examples, networks)
     settings = running.tuned_settings("single", task)
-    decay = split_decay(task, examples, networks)
+    decay = split_decay(task, equal, examples, networks)
     ensemble = running.train(of, lambda: DeepEnsemble(of.make_net, networks), {**settings, "weight_decay": decay}, seed)
     weights = networks * sum(p.numel() for p in of.make_net().parameters())
     row = {"units": of.width, "weights": weights, "weight_decay": decay}
     return [{**row, **running.score_ensemble(of, ensemble, seed)}]
 
 
-def fewer(task: str, examples: int, networks: int) -> Task:
-    """Return a task with fewer examples to train on, and networks that share the FLOPs of the ensemble."""
+def fewer(task: str, equal: str, examples: int, networks: int) -> Task:
+    """Return a task with fewer examples, and networks that share the FLOPs, or the weights, of the ensemble."""
     of = TASKS[task]
     x, y = of.load(0)["train"]
     assert y is not None
@@ -168,14 +169,15 @@ def fewer(task: str, examples: int, networks: int) -> Task:
     def load(seed: int) -> Sets:
         return {**of.load(seed), "train": (x[keep], y[keep])}
 
+    width_of = {"FLOPs": width_of_flops, "weights": width_of_weights}[equal]
     epochs = round(of.epochs * math.sqrt(len(y) / examples))
-    return replace(of, load=load, epochs=epochs, width=width_of_flops(task, of.members / networks))
+    return replace(of, load=load, epochs=epochs, width=width_of(task, of.members / networks))
 
 
 @cache
-def split_decay(task: str, examples: int, networks: int) -> float:
+def split_decay(task: str, equal: str, examples: int, networks: int) -> float:
     """Return the weight decay with the lowest validation loss."""
-    of, losses = fewer(task, examples, networks), []
+    of, losses = fewer(task, equal, examples, networks), []
     for decay in SPLIT_DECAYS:
         settings = {**running.tuned_settings("single", task), "weight_decay": decay}
         ensemble = running.train(of, lambda: DeepEnsemble(of.make_net, networks), settings, TUNING_SEEDS[0])
