@@ -13,13 +13,12 @@ from torch import Tensor
 from effens_book.benchmark import interval
 
 
-def judge(values: Tensor, margin: float = 0.0, digits: int = 3) -> dict[str, str]:
+def judge(values: Tensor, margin: float = 0.0) -> dict[str, str]:
     """Judge a claim by numbers that are positive where it holds.
 
     Args:
         values: one number for each seed, ``(seeds,)``, or for each seed and test example, ``(seeds, examples)``.
         margin: what is too small to matter, in the units of the values.
-        digits: after the decimal point.
 
     Returns:
         The mean with its 95% interval, and a verdict: "supported" if the interval lies above the margin, "contradicted"
@@ -42,4 +41,4 @@ def judge(values: Tensor, margin: float = 0.0, digits: int = 3) -> dict[str, str
         verdict = "contradicted"
     else:
         verdict = "no difference" if low > -margin and high < margin else "unresolved"
-    return {"measured": f"{found:+.{digits}f}", "verdict": verdict}
+    return {"measured": f"{found:+.3f}", "verdict": verdict}
