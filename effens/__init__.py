@@ -6,7 +6,7 @@ from effens.ensembles.base import Ensemble
 from effens.ensembles.batch import BatchEnsemble, BatchEnsembleConv2d, BatchEnsembleLinear
 from effens.ensembles.deep import DeepEnsemble
 from effens.ensembles.hyper import HyperEnsemble, greedy_select
-from effens.ensembles.lora import LoRAEnsemble
+from effens.ensembles.lora import LoRAEnsemble, add_lora
 from effens.ensembles.mimo import MIMO
 from effens.ensembles.snapshot import SnapshotEnsemble, cyclic_cosine
 from effens.ensembles.swag import SWAG
@@ -37,7 +37,7 @@ from effens.tuning import Candidates, search, stratify
 __version__ = "0.1.0"
 
 __all__ = ["MIMO", "SWAG", "BatchEnsemble", "DeepEnsemble", "Ensemble", "HyperEnsemble"]
-__all__ += ["LoRAEnsemble", "SnapshotEnsemble", "TabM", "cascade", "cascade_threshold"]
+__all__ += ["LoRAEnsemble", "SnapshotEnsemble", "TabM", "add_lora", "cascade", "cascade_threshold"]
 __all__ += ["BatchEnsembleConv2d", "BatchEnsembleLinear", "cyclic_cosine"]
 __all__ += ["Costs", "History", "device", "export", "fit", "load", "measure", "predict", "save", "summarize"]
 __all__ += ["Categorical", "Gaussian", "Likelihood", "StudentT", "mixture"]

@@ -667,7 +667,7 @@ def test_temperature_is_fitted_on_validation_data(benchmark: Benchmark) -> None:
     for task, row in zip((LINE, SPOTS), rows, strict=True):
         y = answers(task, "val")
         val = row.predictions["val", 0]
-        best = benchmark.temper(task.name, 0, val)
+        best = benchmark.temper(task.name, "single", 0, val)
         assert predictions.score(best, y)["nll"] < predictions.score(val, y)["nll"] - 0.1
         hot = benchmark.predictions(task.name, "single, temperature", 0)
         if isinstance(hot, Tensor):
@@ -1068,3 +1068,53 @@ def test_a_year_of_the_results_can_be_made_again(task: str, name: str) -> None:
     assert (again.scale / there.scale - 1).abs().max() < 0.1
     losses = [-predictions.log_mean(predictions.log_likelihoods(each, y)).mean().item() for each in (again, there)]
     assert losses[0] == pytest.approx(losses[1], abs=0.005)
+
+
+# ---- A pretrained network, whose frozen part runs once. ----
+
+
+class Doubled(nn.Module):
+    """A frozen part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(2.0), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x
+
+
+def prepare_spots(sets: Sets) -> Sets:
+    return {name: (2 * x, y) for name, (x, y) in sets.items()}
+
+
+def start_spots() -> nn.Module:
+    torch.manual_seed(5)
+    return make_spots_net(4)
+
+
+def test_a_pretrained_task_starts_at_its_weights_on_what_the_trunk_makes(benchmark: Benchmark) -> None:
+    task = replace(SPOTS, name="read", rows=("single", "single, long"), start=start_spots, trunk=Doubled)
+    task = replace(task, prepare=prepare_spots, trials=3, finalists=1, more_seeds=(102,))
+    TASKS["read"] = task
+    assert run.methods_of(task) == ["single", "single, long"]
+    assert names(task="read") == ["single", "single, temperature", "single, long", "single, long, temperature"]
+    assert len(trial_settings(task, "single")) == 3
+    still = replace(task, epochs=1)
+    ensemble, sets = trained.train_one(still, "single", {"lr": 0.0, "weight_decay": 0.0}, 0)
+    x, _ = load_spots(0)["test"]
+    assert torch.equal(ensemble(sets["test"][0])[0], start_spots()(2 * x))
+    for name in task.rows:
+        run.run_row(benchmark, task, name)
+    lengths = [len(trial[tasks.PRIMARY]) for trial in benchmark.trials("read", "single")]
+    assert sorted(lengths) == [2, 2, 3]
+    run.run_costs(benchmark, task, task.rows)
+    one, found = benchmark.relative_costs("read", "single"), benchmark.costs("read", "single")
+    assert one["memory"] == 1
+    weights = sum(p.numel() for p in make_spots_net(4).parameters())
+    assert found["stored_bytes"] == 4 * (weights + 1)  # the trunk's one, too
+
+
+def test_the_confidence_of_a_long_training_is_set_on_its_own_validation_predictions() -> None:
+    found = shipped().values("definitions", "single, long, temperature")
+    assert (found < shipped().values("definitions", "single, long")).all()

@@ -523,11 +523,29 @@ def test_tasks_refuse_what_they_cannot_do() -> None:
         markets.standardize(torch.ones(5, 2), torch.arange(3))
 
 
+def test_definitions_are_balanced_and_no_text_is_in_two_sets() -> None:
+    found = data.definitions()
+    sizes = {"train": 1200, "val": 480, "test": 960, "branches": 480, "typos": 600}
+    sizes |= {"adjectives": 300, "animals": 300, "austen": 300}
+    assert {name: len(ids) for name, ids in found.ids.items()} == sizes
+    assert {name: len(texts) for name, texts in found.texts.items()} == sizes
+    assert len(found.kinds) == 8
+    for name in ("train", "val", "test", "branches"):
+        assert found.y[name].bincount().tolist() == [sizes[name] // 8] * 8
+    texts = [text for name, each in found.texts.items() if name != "typos" for text in each]
+    assert len(set(texts)) == len(texts)
+    changed = [a != b for a, b in zip(found.texts["typos"], found.texts["test"], strict=False)]
+    assert 0.6 < sum(changed) / 600 < 0.9
+    assert found.y["typos"].tolist() == found.y["test"][:600].tolist()
+    assert not set(found.y) & {"adjectives", "animals", "austen"}
+
+
 def test_the_license_page_names_every_array_with_its_checksum() -> None:
     page = (FOLDER / "LICENSES.md").read_text(encoding="utf-8")
     stored = [file for file in FOLDER.iterdir() if file.name.endswith(".npz")]
     assert {file.name for file in stored} == {
-        f"{name}.npz" for name in ("airtime", "diamonds", "digits", "fashion", "letters", "prices", "stocks")
+        f"{name}.npz"
+        for name in ("airtime", "definitions", "diamonds", "digits", "fashion", "letters", "prices", "stocks")
     }
     for file in stored:
         assert f"## {file.name}" in page

@@ -34,8 +34,8 @@ def end_labels(ax: Any) -> dict[str, Any]:
 
 
 def test_every_method_has_its_own_color() -> None:
-    methods = {"single", "deep ensemble", "BatchEnsemble", "snapshot", "SWAG", "MIMO", "hyper"}
-    baselines = {"single, temperature", "wide", "narrow", "MC dropout", "Laplace"}
+    methods = {"single", "deep ensemble", "BatchEnsemble", "snapshot", "SWAG", "MIMO", "hyper", "TabM"}
+    baselines = {"single, temperature", "wide", "narrow", "MC dropout", "Laplace", "gradient boosting"}
     assert methods | baselines == set(figures.COLORS)
     assert len({to_rgb(color) for color in figures.COLORS.values()}) == len(figures.COLORS)
 

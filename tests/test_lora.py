@@ -206,3 +206,89 @@ def test_a_trunk_that_is_trained_gets_the_mean_gradient(method: str) -> None:
 def test_a_trunk_must_be_a_network() -> None:
     with pytest.raises(TypeError, match="trunk must be an nn.Module, got function"):
         effens.DeepEnsemble(head, 2, trunk=trunk)  # type: ignore[arg-type]
+
+
+def test_a_network_with_one_change_is_a_lora_ensemble_of_one() -> None:
+    torch.manual_seed(0)
+    network = reader()
+    changed = effens.add_lora(network, rank=2, layers=("linear1",), heads=("head",))
+    x, y = texts()
+    assert relative(changed(**x), network(**x)) < 1e-12  # B starts at 0
+    trained = {name for name, p in changed.named_parameters() if p.requires_grad}
+    assert trained == {"head.weight", "head.bias"} | {
+        f"encoder.layers.{i}.linear1.parametrizations.weight.0.{part}" for i in (0, 1) for part in "ab"
+    }
+    ensemble = effens.LoRAEnsemble(lambda: copy.deepcopy(network), 1, rank=2, layers=("linear1",))
+    named = dict(changed.named_parameters())
+    with torch.no_grad():
+        for i in (0, 1):
+            layer = ensemble.network.get_submodule(f"encoder.layers.{i}.linear1")
+            assert isinstance(layer, LoRALinear)
+            named[f"encoder.layers.{i}.linear1.parametrizations.weight.0.a"].copy_(layer.a)
+    single = effens.DeepEnsemble.of([changed])
+    for each in (ensemble, single):
+        effens.fit(each, (x, y), **FIT)
+    assert not torch.equal(changed(**x), network(**x))
+    assert relative(changed(**x), ensemble(x)[0]) < 1e-10
+
+
+def test_attention_is_changed_whole() -> None:
+    torch.manual_seed(0)
+    network = reader()
+    changed = effens.add_lora(network, rank=2)
+    x, y = texts()
+    assert relative(changed(**x), network(**x)) < 1e-12
+    effens.fit(effens.DeepEnsemble.of([changed]), (x, y), **FIT)
+    weight, before = (net.get_submodule("encoder.layers.0.self_attn").in_proj_weight for net in (changed, network))
+    assert isinstance(weight, Tensor)
+    assert isinstance(before, Tensor)
+    ranks = [int(torch.linalg.matrix_rank(part, rtol=1e-8)) for part in (weight - before).detach().chunk(3)]
+    assert ranks == [2, 2, 2]
+
+
+@pytest.mark.parametrize("kind", [effens.SWAG, effens.SnapshotEnsemble, effens.DeepEnsemble])
+@pytest.mark.filterwarnings("ignore:SWAG reads the noise")
+def test_methods_of_one_network_take_it_and_keep_what_is_frozen_once(kind: Any, tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    network = reader()
+    ensemble = kind(lambda: effens.add_lora(network, rank=2), 3)
+    x, y = texts()
+    effens.fit(ensemble, (x, y), **{**FIT, "epochs": 6})
+    said = effens.predict(ensemble, x)
+    assert float(effens.disagreement(said).mean() + said.std(0).mean()) > 0
+    for m in range(3):
+        assert relative(ensemble(x)[m], ensemble.member(m)(**x)) < 1e-10
+    effens.save(ensemble, tmp_path / "kept.safetensors")
+    again = kind(lambda: effens.add_lora(network, rank=2), 3)
+    effens.load(again, tmp_path / "kept.safetensors")
+    assert torch.equal(effens.predict(again, x), said)
+    weights = list(effens.add_lora(network, rank=2).parameters())
+    trained, frozen = (sum(p.numel() for p in weights if p.requires_grad == each) for each in (True, False))
+    if kind is not effens.DeepEnsemble:  # which holds whole networks
+        assert sum(p.numel() for p in ensemble.parameters()) == frozen + 4 * trained
+
+
+def test_a_changed_network_can_be_made_plain_again() -> None:
+    from torch.nn.utils import parametrize
+
+    torch.manual_seed(0)
+    changed = effens.add_lora(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), 2, layers="0", heads="2")
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter.add_(0.1)
+    before = changed(torch.ones(5, 3))
+    assert isinstance(changed, nn.Sequential)
+    for layer in changed:
+        if parametrize.is_parametrized(layer):
+            parametrize.remove_parametrizations(layer, "weight")
+    assert type(changed[0]) is nn.Linear
+    assert relative(changed(torch.ones(5, 3)), before) < 1e-6
+
+
+def test_a_network_that_an_ensemble_has_taken_over_is_refused() -> None:
+    network = reader()
+    effens.LoRAEnsemble(lambda: network, 2)
+    with pytest.raises(ValueError, match="make_net must return a fresh network"):
+        effens.add_lora(network)
+    with pytest.raises(ValueError, match="rank must be >= 1, got 0"):
+        effens.add_lora(reader(), 0)

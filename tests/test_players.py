@@ -160,8 +160,8 @@ def test_every_methods_color_survives_as_a_small_dot_beside_large_areas() -> Non
         rng = np.random.default_rng(value)
         ax.imshow(rng.uniform(size=(20, 20)), extent=(0, 1, 0, 0.5), aspect="auto")  # hundreds of colors
         for i, color in enumerate(figures.COLORS.values()):
-            ax.plot([i / 12, i / 12], [0.6, 0.9], color=color, alpha=0.5)
-            ax.plot(i / 12, 0.9, "o", color=color, markersize=5)
+            ax.plot([i / 14, i / 14], [0.6, 0.9], color=color, alpha=0.5)
+            ax.plot(i / 14, 0.9, "o", color=color, markersize=5)
         ax.set(xlim=(0, 1), ylim=(0, 1))
 
     page = Page(players.player(dots, [1, 2], alt="x"))

@@ -69,3 +69,32 @@ def test_what_is_frozen_inside_a_layer_stays() -> None:
     effens.fit(ensemble, (x, y), epochs=2, device="cpu")
     weight = next(make().parameters())
     assert all(torch.equal(next(ensemble.member(m).parameters()), weight) for m in range(3))
+
+
+def test_it_is_the_authors_package_with_the_same_weights() -> None:
+    """tabm 0.0.3, in which rows are ``(batch, members, features)``."""
+    tabm = pytest.importorskip("tabm", reason="needs the authors' package, as .ci/run has it")
+    torch.manual_seed(0)
+    theirs = tabm.TabM(
+        n_num_features=5, d_out=3, n_blocks=2, d_block=8, dropout=0.0, k=6, start_scaling_init="random-signs"
+    )
+    ensemble = effens.TabM(lambda: nn.Sequential(*plain_layers()), 6)
+    first, second, head = (m for m in ensemble.modules() if isinstance(m, BatchEnsembleLinear | StackedLinear))
+    blocks = [block[0] for block in theirs.backbone.blocks]
+    assert set(blocks[0].r.flatten().tolist()) == {-1.0, 1.0}
+    assert all(bool((part == 1).all()) for part in (blocks[0].s, blocks[1].r, blocks[1].s))
+    with torch.no_grad():
+        for block in blocks:
+            for part in (block.r, block.s, block.bias):
+                part.add_(0.3 * torch.randn_like(part))
+        for mine, block in zip((first, second), blocks, strict=True):
+            for name in ("weight", "r", "s", "bias"):
+                mine.get_parameter(name).copy_(block.get_parameter(name))
+        head.get_parameter("weight").copy_(theirs.output.weight.mT)
+        head.get_parameter("bias").copy_(theirs.output.bias)
+        x = torch.randn(7, 5)
+        assert relative(ensemble(x), theirs(x).transpose(0, 1)) < 1e-6
+
+
+def plain_layers() -> list[nn.Module]:
+    return [nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)]

@@ -74,21 +74,21 @@ class LastLayerLaplace(OneNetwork):
     redux: effortless Bayesian deep learning", arXiv:2106.14806.
 
     Args:
-        make_net: () -> nn.Sequential that ends in `nn.Linear`.
+        make_net: () -> nn.Module, whose last layer is an `nn.Linear` that gives the outputs.
         members: how many samples.
         precision: tau, of the prior on each weight.
         likelihood: what the outputs mean: `Categorical` (by default), `Gaussian` or `StudentT`.
         seed: of the samples.
 
     Raises:
-        ValueError: ``members`` is below 1, ``precision`` is not positive, the network does not end in a linear layer.
+        ValueError: ``members`` is below 1, ``precision`` is not positive, or the network does not end in a linear layer
+            with a bias: what that gives are not the outputs.
         TypeError: the Fisher information of this likelihood is not known.
 
     Shape:
         - ``ensemble(x)``: ``(batch, ...)`` to ``(members, batch, outputs)``
     """
 
-    network: nn.Sequential
     samples: Tensor
 
     def __init__(
@@ -105,24 +105,20 @@ class LastLayerLaplace(OneNetwork):
             raise ValueError(f"precision must be > 0 and finite, got {precision}")
         self.precision, self.seed = precision, seed
         self.fisher = fisher_of(Categorical() if likelihood is None else likelihood)
-        network: nn.Module = self.network
-        if not isinstance(network, nn.Sequential) or not isinstance(network[-1], nn.Linear) or network[-1].bias is None:
-            raise ValueError(f"the network must be an nn.Sequential that ends in nn.Linear with a bias, got {network}")
-        last = network[-1]
+        last = self.last(self.network)
         self.register_buffer("samples", last.weight.new_zeros(members, last.out_features, last.in_features + 1))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Inputs) -> Tensor:
         """Answer with every sample: ``(batch, ...)`` to ``(members, batch, outputs)``."""
         self.check_ready()
-        return torch.einsum("bf,mof->mbo", self.features(x), self.samples)
+        return torch.einsum("bf,mof->mbo", self.phi(self.features(x)), self.samples)
 
     def member(self, m: int) -> nn.Module:
         """Return a copy of the network with sample ``m`` as its last layer, equal to ``ensemble(x)[m]``."""
         self.check_ready()
         weights = self.samples[self.check_member(m)].detach()
         network = copy.deepcopy(self.network)
-        last = network[-1]
-        assert isinstance(last, nn.Linear)
+        last = self.last(network)
         last.weight.data.copy_(weights[:, :-1])
         last.bias.data.copy_(weights[:, -1])
         return network
@@ -132,29 +128,41 @@ class LastLayerLaplace(OneNetwork):
         self.check_ready()
         return self, [1.0] * self.members
 
-    def features(self, x: Tensor) -> Tensor:
+    @staticmethod
+    def last(network: nn.Module) -> nn.Linear:
+        """Return a network's last layer."""
+        layer = [module for module in network.modules() if not list(module.children())][-1]
+        if not isinstance(layer, nn.Linear) or layer.bias is None:
+            raise ValueError(f"the network must end in nn.Linear with a bias, got {layer}")
+        return layer
+
+    def phi(self, x: Inputs) -> Tensor:
         """Return what the last layer reads, and 1: ``(batch, features + 1)``."""
-        found: Tensor = self.network[:-1](x.clone())  # which may change it in place
-        return torch.cat([found, found.new_ones(len(found), 1)], 1)
+        read: list[Tensor] = []
+        last = self.last(self.network)
+        with last.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0])):
+            outputs = logits_of(call(self.network, each(Tensor.clone, x)))  # which may change it in place
+        if len(read) != 1 or not torch.equal(last(read[0]), outputs):
+            raise ValueError(f"the outputs must be what the last layer gives, got others of {last}")
+        return torch.cat([read[0], read[0].new_ones(len(read[0]), 1)], 1)
 
     def extra_repr(self) -> str:
         """Show the settings."""
         return f"precision={self.precision}, seed={self.seed}, fisher={self.fisher.__name__}"
 
     @torch.no_grad()
-    def finish(self, batches: Iterable[Tensor]) -> None:
+    def finish(self, batches: Iterable[Inputs]) -> None:
         """Fit the Gaussian and draw the members, the same for the same seed.
 
         Args:
             batches: training inputs ``(batch, ...)``.
         """
-        last = self.network[-1]
-        assert isinstance(last, nn.Linear)
+        last = self.last(self.network)
         mean = torch.cat([last.weight, last.bias[:, None]], 1).double()  # (outputs, features + 1)
         information = self.precision * torch.eye(mean.numel(), dtype=mean.dtype, device=mean.device)
         information = information.view(*mean.shape, *mean.shape)
         for x in batches:
-            phi = self.features(x).double()
+            phi = self.phi(self.features(x)).double()
             fisher = self.fisher(phi @ mean.T)  # (batch, outputs, outputs)
             for i in range(len(mean)):  # an output at a time: all at once would take outputs times the memory
                 information[i] += torch.einsum("bj,bf,bg->fjg", fisher[:, i], phi, phi)

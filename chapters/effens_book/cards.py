@@ -18,7 +18,18 @@ from sphinx.application import Sphinx
 REFERENCES = Path(__file__).parents[1] / "references.bib"
 GLOSSARY = "chapters/glossary"
 # Not links: they are common words, or stand for a method that has a chapter of its own.
-UNLINKED = {"kernel", "player", "benchmark", "deep ensemble", "MIMO", "SWAG", "snapshot ensemble", "member", "stream"}
+UNLINKED = {
+    "kernel",
+    "player",
+    "benchmark",
+    "deep ensemble",
+    "MIMO",
+    "SWAG",
+    "TabM",
+    "snapshot ensemble",
+    "member",
+    "stream",
+}
 LINK = re.compile(r'<a class="reference (?:external|internal)" href="([^"]+)"')
 
 

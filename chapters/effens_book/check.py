@@ -186,6 +186,69 @@ tiled = Check(
     },
 )
 
+# ---- TabM. ----
+
+
+def _start(members: int, size: int, first: bool, everywhere: bool = False) -> Tensor:
+    return torch.randint(2, (members, size)) * 2.0 - 1 if first or everywhere else torch.ones(members, size)
+
+
+def _seen(f: Function) -> Any:
+    """Return what is the same of every right start: sizes, sums of ones, and whether both signs are there."""
+    first, other = f(16, 32, True), f(16, 32, False)
+    if first is None or first is Ellipsis:
+        return first
+    return [*first.shape, *first.abs().unique(), len(first.unique(dim=0)), len(first.unique()), *other.unique()]
+
+
+tabm_start = Check(
+    answer=_start,
+    run=_seen,
+    hint="torch.randint(2, (members, size)) is 0 or 1. Twice that, less 1, is -1 or 1. Else torch.ones.",
+    mistakes={
+        "that starts every layer at random signs, as BatchEnsemble does": lambda members, size, first: _start(
+            members, size, first, True
+        ),
+        "that gives all members the same signs": lambda members, size, first: _start(1, size, first).expand(
+            members, -1
+        ),
+    },
+)
+
+tabm_heads = Check(
+    answer=lambda z, weight, bias: z @ weight.mT + bias[:, None],
+    run=lambda f: f(*drawn((4, 5, 3), (4, 2, 3), (4, 2))),
+    hint="z @ weight.mT multiplies each member's rows by its own weights; bias[:, None] is added to all its rows.",
+    mistakes={
+        "that gives all members the first one's weights": lambda z, weight, bias: z @ weight[0].T + bias[:, None],
+        "the bias is missing": lambda z, weight, bias: z @ weight.mT,
+    },
+)
+
+# ---- Ensembles of a pretrained network. ----
+
+mean_state = Check(
+    answer=lambda states, mask: (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True),
+    run=lambda f: f(drawn((3, 4, 2))[0], torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]])),
+    hint="multiply the states by mask[..., None], sum over the tokens, and divide by how many there are.",
+    mistakes={
+        "that counts the padding as well": lambda states, mask: states.mean(1),
+        "that leaves the padding out of the sum, and divides by the whole length": lambda states, mask: (
+            states * mask[..., None]
+        ).mean(1),
+    },
+)
+
+low_rank = Check(
+    answer=lambda x, weight, bias, a, b: F.linear(x, weight, bias) + x @ a.T @ b.T,
+    run=lambda f: f(*drawn((5, 3), (4, 3), (4,), (2, 3), (4, 2))),
+    hint="F.linear(x, weight, bias) is the frozen layer. x @ a.T has as many columns as the rank; then comes b.T.",
+    mistakes={
+        "the bias is missing": lambda x, weight, bias, a, b: F.linear(x, weight) + x @ a.T @ b.T,
+        "the frozen layer is missing": lambda x, weight, bias, a, b: x @ a.T @ b.T,
+    },
+)
+
 # ---- Snapshot ensembles. ----
 
 
@@ -400,6 +463,18 @@ scale_of_diagonal = Number(
 weights_of_mimo = Number(
     2 * (196 * 128) + 2 * 10 * (128 + 1),
     hint="each further slot adds d k weights in front, and each further head f c weights and c biases at the end.",
+)
+
+weights_of_tabm = Number(
+    16 * (10 + 3 * 64) + 15 * (2 * 64 + 2 * 64 + 2),
+    hint="M vectors r and s in each of the two layers, and M - 1 more of each bias and of the head.",
+    mistakes={"that counts a bias and a head for each member, though the network has one already": 16 * 450},
+)
+
+numbers_of_lora = Number(
+    2 * 8 * (384 + 384) + 8 * (384 + 1),
+    hint="A has rank times inputs numbers, B outputs times rank; two such layers, and a head with a bias.",
+    mistakes={"that counts one of the two layers": 8 * 768 + 8 * 385, "that forgets the head": 2 * 8 * 768},
 )
 
 meetings = Number(

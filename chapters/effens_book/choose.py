@@ -17,6 +17,12 @@ GOALS: dict[str, dict[str, Goal]] = {  # what may matter most, by task
         "unknown": ("auroc", "letters", False),
     },
     "airtime": {"nll": ("nll", "test", True)},
+    "definitions": {
+        "nll": ("nll", "test", True),
+        "accuracy": ("accuracy", "test", False),
+        "shift": ("nll", "branches", True),
+        "unknown": ("auroc", "austen", False),
+    },
     "digits": {
         "nll": ("nll", "test", True),
         "accuracy": ("accuracy", "test", False),
@@ -69,13 +75,15 @@ def choose(
     choice. On another task the ranking may be another: see `agreement`.
 
     Args:
-        task: ``"fashion"`` or ``"digits"`` (images), ``"airtime"`` or ``"diamonds"`` (tables), or ``"gap"`` (a curve).
+        task: ``"fashion"`` or ``"digits"`` (images), ``"airtime"`` or ``"diamonds"`` (tables), ``"definitions"``
+            (texts, with a pretrained network), or ``"gap"`` (a curve).
         train: training time, at most this many times the single network's; None for any.
         latency: of one prediction at batch 1, likewise.
         throughput: time of a prediction at batch 256, likewise.
         memory: bytes stored, likewise.
-        goal: ``"nll"``; ``"shift"``: NLL of strongly shifted clothes, rotated digits, heavy diamonds or in the gap; of
-            images also ``"accuracy"`` or ``"unknown"`` (AUROC of letters). The test set of airtime is a shift already.
+        goal: ``"nll"``; ``"shift"``: NLL of strongly shifted clothes, rotated digits, heavy diamonds, texts of
+            other branches or in the gap; of images and texts also ``"accuracy"`` or ``"unknown"`` (AUROC of letters, of
+            a novel). The test set of airtime is a shift already.
 
     Returns:
         Every method, in order.

@@ -29,6 +29,8 @@ COLORS = {
     "narrow": "#8c6d31",
     "MC dropout": "#6b4c9a",
     "Laplace": "#a3352c",
+    "TabM": "#b8336a",
+    "gradient boosting": "#5b7f2b",
 }
 
 # Three lines without hue are told apart by their dashes; every other method is solid.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 
 from effens.ensembles.attention import MemberAttention, call_layers, linear, why_no_attention
 from effens.ensembles.base import MakeNet, check_positive
@@ -59,38 +60,25 @@ class LoRAEnsemble(RowEnsemble):
     ) -> None:
         check_positive(members=members, rank=rank)
         network = fresh_network(make_net).requires_grad_(False)
-        heads, layers = names_of(heads), None if layers is None else names_of(layers)
-        found: set[str] = set()
-
-        def fits(name: str, wanted: Sequence[str]) -> bool:
-            fitting = [each for each in wanted if name == each or name.endswith("." + each)]
-            found.update(fitting)
-            return bool(fitting)
+        adapted, whole = chosen_layers(network, layers, heads)
 
         def low_rank(plain: nn.Linear) -> LoRALinear:
             return LoRALinear(plain, members, rank)
 
         def replace(name: str, module: nn.Module) -> nn.Module | None:
-            if fits(name, heads):
+            if name in whole:
                 return stack([copy.deepcopy(module).requires_grad_() for _ in range(members)])
             call_layers(module)
             if isinstance(module, _BatchNorm):
                 module.eval()  # and stays so: it is frozen
-            attention = isinstance(module, nn.MultiheadAttention)
-            if not (attention if layers is None else fits(name, layers)):
+            if name not in adapted:
                 return None
-            if isinstance(module, nn.MultiheadAttention) and not (reason := why_no_attention(module)):
+            if isinstance(module, nn.MultiheadAttention):
                 return MemberAttention(module, members, low_rank)
-            if type(module) is nn.Linear:
-                return low_rank(module)
-            raise ValueError(f"layers must be nn.Linear or attention, got {name!r}, {reason if attention else module}")
+            assert isinstance(module, nn.Linear)
+            return low_rank(module)
 
         network = replace_layers(network, replace)
-        have = [name for name, _ in network.named_modules() if name]
-        if unknown := [name for name in (*heads, *(layers or ())) if name not in found]:
-            raise ValueError(f"layers and heads must name modules of the network, got {unknown}, have {have}")
-        if not any(isinstance(module, LoRALinear) for module in network.modules()):
-            raise ValueError(f"the network must have nn.MultiheadAttention, or layers= name linear layers, have {have}")
         remedy = "rows must be the first axis, and layers called through their forward"
         super().__init__(network, members, remedy, trunk)
 
@@ -101,6 +89,35 @@ class LoRAEnsemble(RowEnsemble):
     def extra_repr(self) -> str:
         """Show the settings."""
         return f"members={self.members}"
+
+
+def chosen_layers(
+    network: nn.Module, layers: str | Sequence[str] | None, heads: str | Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Return the full names of the layers that get a low-rank change, and of the heads; raise `ValueError` if wrong."""
+    heads, layers = names_of(heads), None if layers is None else names_of(layers)
+    adapted, whole, used = list[str](), list[str](), set[str]()
+    for name, module in network.named_modules():
+        if not name or any(name.startswith(f"{outer}.") for outer in [*adapted, *whole]):
+            continue
+        fits_heads, fits_layers = (
+            [each for each in wanted if name == each or name.endswith(f".{each}")] for wanted in (heads, layers or ())
+        )
+        used.update(fits_heads or fits_layers)
+        attention = isinstance(module, nn.MultiheadAttention)
+        if fits_heads:
+            whole.append(name)
+        elif attention if layers is None else fits_layers:
+            reason = why_no_attention(module) if isinstance(module, nn.MultiheadAttention) else ""
+            if reason or not (attention or type(module) is nn.Linear):
+                raise ValueError(f"layers must be nn.Linear or attention, got {name!r}, {reason or module}")
+            adapted.append(name)
+    have = [name for name, _ in network.named_modules() if name]
+    if unknown := [name for name in (*heads, *(layers or ())) if name not in used]:
+        raise ValueError(f"layers and heads must name modules of the network, got {unknown}, have {have}")
+    if not adapted:
+        raise ValueError(f"the network must have nn.MultiheadAttention, or layers= name linear layers, have {have}")
+    return adapted, whole
 
 
 class LoRALinear(MemberLayer):
@@ -126,3 +143,65 @@ class LoRALinear(MemberLayer):
     def extra_repr(self) -> str:
         """Describe the layer."""
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, members={self.members}, rank={self.a.shape[1]}"
+
+
+def add_lora(
+    network: nn.Module,
+    rank: int = 8,
+    *,
+    layers: str | Sequence[str] | None = None,
+    heads: str | Sequence[str] = ("head",),
+) -> nn.Module:
+    """Return a network that is frozen but for a low-rank change of some layers, and its heads: for `SWAG`, say.
+
+    What is frozen is shared by all copies that these methods make. To have one plain network again, its change added
+    in, call `torch.nn.utils.parametrize.remove_parametrizations` with each changed layer.
+
+    Args:
+        network: a pretrained network; it is copied.
+        rank: of the change.
+        layers: as of `LoRAEnsemble`.
+        heads: as of `LoRAEnsemble`.
+
+    Raises:
+        ValueError: as of `LoRAEnsemble`.
+
+    Example:
+        >>> network = add_lora(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), 2, layers="0", heads="2")
+        >>> sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
+        40
+        >>> ensemble = effens.SnapshotEnsemble(lambda: network, members=4)
+    """
+    check_positive(rank=rank)
+    adapted, whole = chosen_layers(fresh_network(lambda: network), layers, heads)
+    network = copy.deepcopy(network).requires_grad_(False)
+    for name in whole:
+        network.get_submodule(name).requires_grad_()
+    for name in adapted:
+        layer = network.get_submodule(name)
+        if isinstance(layer, nn.MultiheadAttention):
+            change(layer, "in_proj_weight", rank, parts=3)
+            change(layer.out_proj, "weight", rank)
+        else:
+            change(layer, "weight", rank)
+    return network
+
+
+def change(layer: nn.Module, name: str, rank: int, parts: int = 1) -> None:
+    """Give a weight of a layer a low-rank change."""
+    parametrize.register_parametrization(layer, name, LowRank(getattr(layer, name), rank, parts))
+
+
+class LowRank(nn.Module):
+    """A change of a weight ``(out, in)``, or of several in one, as attention has them: of rank ``rank`` in each."""
+
+    def __init__(self, weight: Tensor, rank: int, parts: int = 1) -> None:
+        super().__init__()
+        outputs, inputs = weight.shape
+        bound = inputs**-0.5
+        self.a = nn.Parameter(weight.new_empty(parts, rank, inputs).uniform_(-bound, bound))
+        self.b = nn.Parameter(weight.new_zeros(parts, outputs // parts, rank))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the weight with its change."""
+        return weight + (self.b @ self.a).flatten(0, 1)

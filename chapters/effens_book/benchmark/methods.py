@@ -17,6 +17,7 @@ from effens.ensembles.base import Ensemble
 from effens.ensembles.batch import BatchEnsemble
 from effens.ensembles.deep import DeepEnsemble
 from effens.ensembles.hyper import HyperEnsemble, greedy_select
+from effens.ensembles.lora import LoRAEnsemble, add_lora
 from effens.ensembles.mimo import MIMO
 from effens.ensembles.snapshot import SnapshotEnsemble
 from effens.ensembles.swag import SWAG
@@ -24,7 +25,8 @@ from effens.ensembles.tabm import TabM
 from effens.training import predict
 from effens_book.baselines import LastLayerLaplace, MCDropout
 from effens_book.benchmark.predictions import to_half
-from effens_book.benchmark.tasks import MORE_SEEDS, SPACE, TASKS, TRIALS, TUNING_SEEDS, Sets, Settings, Task
+from effens_book.benchmark.tasks import SPACE, TASKS, TRIALS, TUNING_SEEDS, Sets, Settings, Task
+from effens_book.boosting import GradientBoosting
 
 Train = Callable[[Task, tuple[Tensor, Tensor], Settings, int], Ensemble]
 
@@ -92,7 +94,7 @@ def wide(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int
 @method("deep ensemble")
 def deep_ensemble(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
     """Independent networks; while tuning as many as the ensemble has, then the whole pool."""
-    networks = task.members if seed in TUNING_SEEDS + MORE_SEEDS else task.pool
+    networks = task.members if seed in (*TUNING_SEEDS, *task.more_seeds) else task.pool
     return task.fit(DeepEnsemble(task.make_net, networks), train, settings, seed)
 
 
@@ -103,10 +105,21 @@ def batch_ensemble(task: Task, train: tuple[Tensor, Tensor], settings: Settings,
     return task.fit(ensemble, train, settings, seed)
 
 
-@method("TabM", only=("fashion", "airtime"), fast_lr=(0.1, 10.0))
+TABLES = ("airtime", "diamonds")
+
+
+@method("TabM", only=("fashion", *TABLES), fast_lr=(0.1, 10.0))
 def tabm(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
     """BatchEnsemble for tables: signs in the first layer only, heads for each member, and many members."""
     return task.fit(TabM(task.make_net, task.tabm, fast_lr=settings["fast_lr"]), train, settings, seed)
+
+
+@method("gradient boosting", control=True, lr=(0.02, 0.3), trees=(50, 500), leaves=(4, 64), l2=(1e-3, 100.0))
+def gradient_boosting(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """Boosted trees, for the mean and for the spread: what a table is given to first. It has no weight decay."""
+    options: dict[str, Any] = {name: round(settings[name]) for name in ("trees", "leaves")}
+    options |= {"one_hot": task.one_hot, "seed": seed}
+    return GradientBoosting(task.likelihood, lr=settings["lr"], l2=settings["l2"], **options).fit(*train)
 
 
 @method("snapshot")
@@ -218,6 +231,89 @@ def laplace(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: 
     likelihood, precision = task.likelihood, settings["precision"]
     ensemble = LastLayerLaplace(task.make_net, task.members, precision, likelihood=likelihood, seed=seed)
     return task.fit(ensemble, train, settings, seed)
+
+
+# The methods of a pretrained network. A low-rank change needs a higher rate than the weights themselves.
+PRETRAINED = ("definitions",)
+LORA: dict[str, Any] = {"lr": (2e-3, 5e-2)}
+CHANGED = ("query", "value")  # the layers that LoRA changes
+
+
+@method("frozen features", only=PRETRAINED, lr=(3e-4, 3e-2))
+def frozen_features(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """Heads alone, as many as the ensemble has members, on what the pretrained network says of a text."""
+    body = Body(task.make_net()).requires_grad_(False)
+    ensemble = DeepEnsemble(lambda: nn.Linear(body.width, body.classes), task.members, trunk=body)
+    return replace(task, epochs=10 * task.epochs).fit(ensemble, train, settings, seed)
+
+
+class Body(nn.Module):
+    """A network without its head."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        head = network.get_submodule("head")
+        assert isinstance(head, nn.Linear)
+        self.width, self.classes, self.network = head.in_features, head.out_features, network
+        network.register_module("head", nn.Identity())
+
+    def forward(self, *x: Tensor) -> Any:
+        """Return what the head would read."""
+        return self.network(*x)
+
+
+@method("single, long", only=PRETRAINED)
+def single_long(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """One network, trained for as long as the networks of the ensemble together."""
+    return single(long(task), train, settings, seed)
+
+
+def long(task: Task) -> Task:
+    """Return a task with the ensemble's budget for one network."""
+    return replace(task, epochs=task.members * task.epochs)
+
+
+@method("LoRA ensemble", only=PRETRAINED, **LORA)
+def lora_ensemble(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """Members that share the pretrained network, each with its own low-rank change and its own head."""
+    return task.fit(LoRAEnsemble(task.make_net, task.members, layers=CHANGED), train, settings, seed)
+
+
+@method("BatchEnsemble, spread", only=PRETRAINED, fast_lr=(0.1, 10.0), spread=(0.02, 0.5))
+def batch_spread(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """BatchEnsemble whose factors start near 1, so that what is pretrained is kept."""
+    ensemble = BatchEnsemble(task.make_net, task.members, init=settings["spread"], fast_lr=settings["fast_lr"])
+    return task.fit(ensemble, train, settings, seed)
+
+
+def changed(task: Task) -> nn.Module:
+    """Return the pretrained network with a low-rank change to train, and a head."""
+    return add_lora(task.make_net(), layers=CHANGED)
+
+
+@method("LoRA snapshots", only=PRETRAINED, **LORA)
+def lora_snapshots(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """One low-rank change, in as many cycles as the ensemble has members."""
+    return task.fit(SnapshotEnsemble(partial(changed, task), task.members), train, settings, seed)
+
+
+@method("LoRA snapshots, long", only=PRETRAINED, **LORA)
+def lora_snapshots_long(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """The same, each cycle as long as the training of one network."""
+    return lora_snapshots(long(task), train, settings, seed)
+
+
+@method("LoRA SWAG", only=PRETRAINED, **LORA, tail_lr=(0.05, 1.0))
+def lora_swag(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """One low-rank change, and samples of the Gaussian around its path; by AdamW, as transformers are trained."""
+    ensemble = SWAG(partial(changed, task), task.members, tail_lr=settings["tail_lr"], seed=seed)
+    return task.fit(ensemble, train, settings, seed)
+
+
+@method("LoRA SWAG, long", only=PRETRAINED, **LORA, tail_lr=(0.05, 1.0))
+def lora_swag_long(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
+    """The same, trained for as long as the networks of the ensemble together."""
+    return lora_swag(long(task), train, settings, seed)
 
 
 @method("deep, as single", like="single")
@@ -401,7 +497,7 @@ def space_of(task: Task, name: str) -> dict[str, tuple[float, float]]:
 def trial_settings(task: Task, name: str, seed: int = 0, trials: int | None = None) -> list[Settings]:
     """Return the settings of a method's trials: Sobol points, the same for rate and decay of every method."""
     space = space_of(task, name)
-    trials = TRIALS if trials is None else trials
+    trials = trials or task.trials or TRIALS
     points = SobolEngine(len(space), scramble=True, seed=seed).draw(trials).double()
     shared = SobolEngine(len(SPACE), scramble=True, seed=seed).draw(trials).double()
     points[:, : len(SPACE)] = shared
@@ -414,7 +510,7 @@ def trial_settings(task: Task, name: str, seed: int = 0, trials: int | None = No
 
 def train_one(task: Task, name: str, settings: Settings, seed: int) -> tuple[Ensemble, Sets]:
     """Train one method with one seed, which decides the data draw, the start, the shuffles and dropout."""
-    sets = task.load(seed)
+    sets = task.sets(seed)
     x, y = sets["train"]
     assert y is not None
     with torch.random.fork_rng(devices=[]):

@@ -39,6 +39,7 @@ WORDS = {  # the tasks, and what they predict
     "nasdaq": "nasdaq: NASDAQ, daily",
     "oil": "oil: crude oil, daily",
     "orders": "orders: simulated order flow",
+    "definitions": "definitions: a pretrained transformer",
 }
 
 
@@ -186,7 +187,9 @@ class Benchmark(Results):
                 }
                 seeds.add(len(self.trials(task, name)[i][PRIMARY]))
         counts = " or ".join(map(str, sorted(seeds)))
-        caption = f"{task}, the best of {TRIALS} tuning trials; NLL in nats, mean over {counts} seeds"
+        caption = (
+            f"{task}, the best of {TASKS[task].trials or TRIALS} tuning trials; NLL in nats, mean over {counts} seeds"
+        )
         return Table(rows, caption=caption, digits=4)
 
     def layer_table(self) -> Table:

@@ -32,7 +32,10 @@ from effens_book.benchmark.tasks import GRADES, MARGIN, PRIMARY, TASKS, Settings
 
 RESULTS = Path(__file__).parents[1] / "results"
 COMMAND = "run python -m effens_book.benchmark"
-BASELINES = {"single, temperature": "single"}  # derived from another method's predictions
+BASELINES = {
+    "single, temperature": "single",
+    "single, long, temperature": "single, long",
+}  # derived from another method's predictions
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ class Results:
         The baseline "single, temperature" is the single network's prediction, its confidence set on validation data.
         """
         found = self.row(task, BASELINES.get(name, name)).predictions[split, seed]
-        return self.temper(task, seed, found) if name in BASELINES else found
+        return self.temper(task, BASELINES[name], seed, found) if name in BASELINES else found
 
     def pool(self, task: str, split: str = "test", seed: int = 0) -> Any:
         """Return the predictions of all independent networks that saw the same data.
@@ -171,10 +174,10 @@ class Results:
             raise ValueError(f"scores need a set with right answers, got {split}, which has none")
         return y
 
-    def temper(self, task: str, seed: int, prediction: Any) -> Any:
-        """Return the single network's prediction, its confidence set on validation data by one number."""
+    def temper(self, task: str, name: str, seed: int, prediction: Any) -> Any:
+        """Return one network's prediction, its confidence set on validation data by one number."""
         y = self.targets(task, seed, "val")
-        val = self.predictions(task, "single", seed, "val")
+        val = self.predictions(task, name, seed, "val")
         return tempered(prediction, val, y)
 
     def seed_scores(self, task: str, name: str, seed: int, split: str) -> dict[str, float]:
@@ -433,4 +436,6 @@ def names(controls: bool = False, task: str = "") -> list[str]:
     """
     chosen = [name for name, method in METHODS.items() if controls or not method.control]
     chosen = [name for name in chosen if not METHODS[name].only or task in METHODS[name].only]
+    if task and TASKS[task].rows:
+        chosen = list(TASKS[task].rows)
     return [row for name in chosen for row in (name, *(key for key, value in BASELINES.items() if value == name))]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from effens import scores
-from effens.costs import measure
+from effens.costs import durations, measure
 from effens.ensembles.base import Ensemble
 from effens.ensembles.batch import BatchEnsemble
 from effens.ensembles.deep import DeepEnsemble
@@ -46,7 +46,8 @@ from effens_book.benchmark.predictions import (
     to_half,
 )
 from effens_book.benchmark.report import Benchmark
-from effens_book.benchmark.tasks import FINALISTS, MORE_SEEDS, PRIMARY, TASKS, TUNING_SEEDS, Sets, Settings, Task
+from effens_book.benchmark.results import BASELINES
+from effens_book.benchmark.tasks import PRIMARY, TASKS, TUNING_SEEDS, Sets, Settings, Task
 
 UNFINISHED = "unfinished"  # the folder, beside the rows, of what is not packed yet
 
@@ -72,7 +73,7 @@ def is_done(benchmark: Benchmark, task: Task, name: str) -> bool:
         return False
     where, method = task.tuned_on or task.name, METHODS[name]
     tuned = (method.like or (name,)) if method.tuned else ()
-    ready = all(finalists(benchmark.trials(where, other)) for other in tuned)
+    ready = all(finalists(TASKS[where], benchmark.trials(where, other)) for other in tuned)
     return ready and benchmark.row(task.name, name).facts[0]["settings"] == benchmark.settings(task.name, name)
 
 
@@ -108,7 +109,7 @@ def run_trials(benchmark: Benchmark, task: Task, name: str) -> None:
         return found
 
     before = kept().get(name, [])
-    if finalists(before) is not None:
+    if finalists(task, before) is not None:
         return
     points = trial_settings(task, name)
     files = [folder(benchmark, task, name) / f"trial-{i}.json" for i in range(len(points))]
@@ -116,8 +117,8 @@ def run_trials(benchmark: Benchmark, task: Task, name: str) -> None:
         if not file.exists():
             write_json(file, before[i] if before else {"settings": settings, PRIMARY: []})
         run_trial(file, task, name, TUNING_SEEDS)
-    while finalists(trials := [json.loads(file.read_text("utf-8")) for file in files]) is None:
-        run_trial(files[next_finalists(trials)[0]], task, name, TUNING_SEEDS + MORE_SEEDS)
+    while finalists(task, trials := [json.loads(file.read_text("utf-8")) for file in files]) is None:
+        run_trial(files[next_finalists(task, trials)[0]], task, name, tuning_seeds(task))
     write_json(path, kept() | {name: trials})
 
 
@@ -132,21 +133,26 @@ def run_trial(file: Path, task: Task, name: str, seeds: Sequence[int]) -> None:
         write_json(file, {**trial, **provenance()})
 
 
-def finalists(trials: Sequence[Mapping[str, Any]]) -> list[int] | None:
+def tuning_seeds(task: Task) -> list[int]:
+    """Return the seeds on which a finalist is run."""
+    return [*TUNING_SEEDS, *task.more_seeds]
+
+
+def finalists(task: Task, trials: Sequence[Mapping[str, Any]]) -> list[int] | None:
     """Return the numbers of the trials that ran on all seeds, or None while there are others to run.
 
     The best trials on the first seeds are run on more. One that diverges on any of them makes room for the next best,
     so that a setting is chosen that never diverged; unless there is none.
     """
-    done = [i for i, trial in enumerate(trials) if len(trial[PRIMARY]) == len(TUNING_SEEDS + MORE_SEEDS)]
+    done = [i for i, trial in enumerate(trials) if len(trial[PRIMARY]) == len(tuning_seeds(task))]
     sound = [i for i in done if None not in trials[i][PRIMARY]]
-    return done if trials and (len(sound) >= FINALISTS or not next_finalists(trials)) else None
+    return done if trials and (len(sound) >= task.finalists or not next_finalists(task, trials)) else None
 
 
-def next_finalists(trials: Sequence[Mapping[str, Any]]) -> list[int]:
+def next_finalists(task: Task, trials: Sequence[Mapping[str, Any]]) -> list[int]:
     """Return the trials that lack seeds and did not diverge on the first, the lowest mean on these first."""
     first = {i: trial[PRIMARY][: len(TUNING_SEEDS)] for i, trial in enumerate(trials)}
-    lacking = [i for i, trial in enumerate(trials) if len(trial[PRIMARY]) < len(TUNING_SEEDS + MORE_SEEDS)]
+    lacking = [i for i, trial in enumerate(trials) if len(trial[PRIMARY]) < len(tuning_seeds(task))]
     return sorted((i for i in lacking if None not in first[i]), key=lambda i: float(np.mean(first[i])))
 
 
@@ -195,7 +201,7 @@ def run_seed(path: Path, task: Task, name: str, settings: Settings, seed: int) -
 
 
 def keep_scores(facts: dict[str, Any], task: Task, name: str, sets: Sets, key: str, said: Any) -> None:
-    """Put a set's scores among the facts; of the single network also those with its confidence set on validation data.
+    """Put a set's scores among the facts; of one network also those with its confidence set on validation data.
 
     Of the test set also the log likelihood of each example; of a pool, the mean over its groups.
 
@@ -205,7 +211,7 @@ def keep_scores(facts: dict[str, Any], task: Task, name: str, sets: Sets, key: s
     everyone = take_members(said, torch.tensor(facts["rows"])) if "rows" in facts else said
     versions = {"scores": everyone}
     y_val = sets["val"][1]
-    if name == "single" and key != "val" and y_val is not None:
+    if name in BASELINES.values() and key != "val" and y_val is not None:
         versions["tempered"] = tempered(everyone, kept["scores", "val"], y_val)
     for version, prediction in versions.items():
         kept[version, key] = prediction
@@ -254,7 +260,7 @@ def estimate(task: Task, name: str) -> str:
     trials, runs = 0, task.seeds * (1 if task.refits is None else 1 + len(task.refits()))
     if METHODS[name].tuned and not METHODS[name].like:
         points = len(trial_settings(task, name))
-        trials = points * len(TUNING_SEEDS) + min(points, FINALISTS) * len(MORE_SEEDS)
+        trials = points * len(TUNING_SEEDS) + min(points, task.finalists) * len(task.more_seeds)
     brief = replace(task, epochs=task.members)
     start = time.perf_counter()
     settings = trial_settings(task, (METHODS[name].like or [name])[-1])[0]  # of a variant those of what it is like
@@ -311,10 +317,10 @@ def measure_costs(
             candidates = [candidate(task, settings) for settings in trial_settings(task, name)]
             searches[name] = DeepEnsemble.of(candidates).to(device)
         ensembles[name] = ensemble.to(device)
-    x, y = task.load(0)["train"]
+    x, y = task.sets(0)["train"]
     assert y is not None
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in ensembles}
-    for _ in range(5):
+    for _ in range(5 if task.trunk is None else 1):
         for name, ensemble in ensembles.items():
             found = asdict(measure(plain(ensemble), x, y, likelihood=task.likelihood, seconds=seconds))
             if name in searches:
@@ -328,12 +334,29 @@ def measure_costs(
         for key in ("latency_p50", "latency_p99"):
             middles[name][key] = {size: float(np.median([one[key][size] for one in each])) for size in each[0][key]}
     result: dict[str, dict[str, Any]] = json.loads(json.dumps(middles))  # as they are read again
+    add_trunk(task, result, device)
     return result
 
 
 def plain(ensemble: Ensemble) -> nn.Module:
     """Return what costs are measured of: of a deep ensemble of one its network, as plain PyTorch trains and asks it."""
     return ensemble.member(0) if isinstance(ensemble, DeepEnsemble) and ensemble.members == 1 else ensemble
+
+
+def add_trunk(task: Task, costs: Mapping[str, dict[str, Any]], device: str) -> None:
+    """Add the trunk to predictions and to what is stored; it runs once for all members. Training keeps its states."""
+    if task.trunk is None:
+        return
+    trunk, (x, _) = task.trunk().to(device), task.load(0)["train"]
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in trunk.state_dict().values())
+    for size in (1, 256):
+        with torch.inference_mode():
+            times = durations(partial(trunk, x[:size].to(device)), 0.4, torch.device(device))
+        for found in costs.values():
+            for key, time_ in {"latency_p50": times.median(), "latency_p99": times.quantile(0.99)}.items():
+                found[key][str(size)] += time_.item()
+    for found in costs.values():
+        found["stored_bytes"] += stored
 
 
 LAYERS: dict[str, Any] = {"widths": (64, 256, 1024, 4096), "batches": (1, 16, 256), "members": 4}
@@ -381,6 +404,8 @@ def provenance() -> dict[str, str]:
 
 def methods_of(task: Task) -> list[str]:
     """Return what is run on a task."""
+    if task.rows:
+        return list(task.rows)
     rows = [name for name, method in METHODS.items() if not method.only or task.name in method.only]
     return [name for name in rows if not METHODS[name].control or name in task.controls]
 

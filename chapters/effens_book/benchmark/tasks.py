@@ -17,7 +17,7 @@ from torch.distributions import Normal
 from effens.ensembles.base import Ensemble
 from effens.likelihoods import Categorical, Gaussian, Likelihood, StudentT
 from effens.training import MakeOptimizer, fit
-from effens_book import data
+from effens_book import data, minilm
 from effens_book.data import markets, orders
 from effens_book.nets import cnn, convnet, mlp
 
@@ -41,6 +41,11 @@ CONTROLS = (
 LARGE_CONTROLS = (
     *("deep, as single", "BatchEnsemble, as single", "single, SGD", "deep, SGD", "SWA"),
     *("single, searched", "deep, searched", "deep, one setting", "deep, one start", "deep, bagged"),
+)
+TREES = ("gradient boosting",)  # the rival of every network on a table
+PRETRAINED = (
+    *("frozen features", "single", "single, long", "deep ensemble", "LoRA ensemble", "BatchEnsemble"),
+    *("BatchEnsemble, spread", "LoRA snapshots", "LoRA snapshots, long", "LoRA SWAG", "LoRA SWAG, long", "Laplace"),
 )
 LUCK = tuple(f"{name}, second trial" for name in ("deep", "BatchEnsemble", "MIMO"))  # what a near tie in tuning decided
 
@@ -68,12 +73,20 @@ class Task:
         everywhere: which of these are kept for every set; of the others only their predictions of the test set are.
         files: the arrays in ``data/`` that it reads.
         space: where the settings of methods trained by AdamW are searched, if not in `SPACE` and the method's own.
+        one_hot: how many columns each of the categories has, which are the last columns of a table.
         tabm: members of TabM, which are nearly free in a table.
         large: whether scores are kept of all, but predictions of the first seed only, of its test and validation data
             and of sets without right answers; of controls that are not kept everywhere, none.
         block: examples in a row that count as one, where they are days: a month.
         tuned_on: the task whose tuned settings it takes, if not its own.
         device: on which it is trained.
+        rows: the methods that are run, where it has some of its own; empty: those of every task.
+        trials: how many settings are tried; None: `TRIALS`.
+        finalists: how many of them are tried on more seeds.
+        more_seeds: these seeds.
+        start: makes a network with pretrained weights, where training does not start anew.
+        trunk: makes the frozen part of the network, which all members share.
+        prepare: gives what the trunk makes of the sets, which is what is trained on.
     """
 
     name: str
@@ -93,11 +106,19 @@ class Task:
     everywhere: Sequence[str] = ()
     files: Sequence[str] = ()
     space: Space = field(default_factory=dict, hash=False)
+    one_hot: Sequence[int] = ()
     tabm: int = 16
     large: bool = False
     block: int = 1
     tuned_on: str = ""
     device: str = "cpu"
+    rows: Sequence[str] = ()
+    trials: int | None = None
+    finalists: int = FINALISTS
+    more_seeds: Sequence[int] = MORE_SEEDS
+    start: Callable[[], nn.Module] | None = None
+    trunk: Callable[[], nn.Module] | None = None
+    prepare: Callable[[Sets], Sets] | None = None
 
     @property
     def digest(self) -> str:
@@ -105,8 +126,13 @@ class Task:
         return digest_of(self)
 
     def make_net(self) -> nn.Module:
-        """Return a fresh network of the task's width."""
-        return self.make(self.width)
+        """Return a fresh network of the task's width, or the pretrained one."""
+        return self.make(self.width) if self.start is None else self.start()
+
+    def sets(self, seed: int) -> Sets:
+        """Return the sets as a network gets them."""
+        found = self.load(seed)
+        return found if self.prepare is None else self.prepare(found)
 
     def fit(
         self,
@@ -137,7 +163,7 @@ class Task:
 def digest_of(task: Task) -> str:
     """Return the digest of a task, 16 hexadecimal digits."""
     numbers = [task.name, task.members, task.pool, task.epochs, task.batch_size, task.width]
-    kind = [type(task.likelihood).__name__, sum(p.numel() for p in task.make_net().parameters())]
+    kind = [type(task.likelihood).__name__, sum(p.numel() for p in task.make(task.width).parameters())]
     sizes = {name: list(x.shape) for name, (x, _) in task.load(0).items()}
     files = [hashlib.sha256((Path(data.__file__).parent / name).read_bytes()).hexdigest() for name in task.files]
     return hashlib.sha256(json.dumps([numbers, kind, sizes, files]).encode()).hexdigest()[:16]
@@ -228,7 +254,20 @@ def flight_task(name: str, **options: Any) -> Task:
     space = {"lr": (1e-3, 2e-2), "weight_decay": (1e-3, 1.0), "fast_lr": (0.1, 10.0)}
     sizes: tuple[int, int] = (10, 256)
     return Task(
-        name, 4, 12, 8, *sizes, StudentT(), 64, make, load, files=("airtime.npz",), space=space, large=True, **options
+        name,
+        4,
+        12,
+        8,
+        *sizes,
+        StudentT(),
+        64,
+        make,
+        load,
+        files=("airtime.npz",),
+        space=space,
+        large=True,
+        one_hot=(3, 15, 101, 7),
+        **options,
     )
 
 
@@ -265,6 +304,64 @@ def make_order_net(width: int, dropout: float = 0.0) -> nn.Module:
     return mlp(orders.FEATURES, 2, width=width, depth=3, dropout=dropout)
 
 
+@cache
+def definition_sets() -> Sets:
+    """Return definitions as token ids, their kinds, and texts that define nothing of these kinds."""
+    task = data.definitions()
+    return {name: (ids, task.y.get(name)) for name, ids in task.ids.items()}
+
+
+def load_definitions(seed: int) -> Sets:
+    """Load definitions, the same for every seed."""
+    return dict(definition_sets())
+
+
+@cache
+def pretrained_weights() -> dict[str, Tensor]:
+    """Return MiniLM's trained weights."""
+    return minilm.weights()
+
+
+class DefinitionTrunk(nn.Module):
+    """The layers of MiniLM that stay frozen: token ids (n, length) to states and the mask of the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = minilm.minilm(pretrained_weights(), minilm.LAYERS - TOP_LAYERS)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the states (n, length, width) and the mask (n, length)."""
+        found: tuple[Tensor, Tensor] = self.network(ids, ids.sign())
+        return found
+
+
+@cache
+def definition_states() -> dict[str, Any]:
+    """Return what the trunk makes of all texts."""
+    trunk, found = DefinitionTrunk(), {}
+    for name, (ids, y) in definition_sets().items():
+        with torch.no_grad():
+            states, masks = zip(*map(trunk, ids.split(64)), strict=True)
+        found[name] = ((torch.cat(states), torch.cat(masks)), y)
+    return found
+
+
+def prepare_definitions(sets: Sets) -> Sets:
+    """Return the states of the same sets."""
+    return {name: definition_states()[name] for name in sets}
+
+
+def start_definitions() -> nn.Module:
+    """Return MiniLM's last layers as they were trained, and a head drawn anew."""
+    return minilm.top(pretrained_weights(), TOP_LAYERS)
+
+
+def make_top(width: int, dropout: float = 0.0) -> nn.Module:
+    """Make the last layers of MiniLM, without their trained weights."""
+    return minilm.Top(TOP_LAYERS)
+
+
+TOP_LAYERS = 1  # of MiniLM that is trained
 VALIDATION_DAYS = 500  # before the first year that is judged
 MARKET_FEATURES = len(markets.FEATURES)
 
@@ -355,7 +452,21 @@ TASKS = {
             everywhere=LUCK,
             files=("digits.npz", "letters.npz"),
         ),
-        Task("diamonds", 4, 4, 8, 40, 64, Gaussian(), 64, make_table_net, load_diamonds, files=("diamonds.npz",)),
+        Task(
+            "diamonds",
+            4,
+            4,
+            8,
+            40,
+            64,
+            Gaussian(),
+            64,
+            make_table_net,
+            load_diamonds,
+            controls=(*CONTROLS, *TREES),
+            everywhere=TREES,
+            files=("diamonds.npz",),
+        ),
         market_task("returns", files=("prices.npz",)),
         market_task("nasdaq", everywhere=LUCK_OF_RETURNS, tuned_on="returns", large=True),
         market_task("oil", everywhere=LUCK_OF_RETURNS, tuned_on="returns", large=True),
@@ -378,6 +489,29 @@ TASKS = {
             tabm=4,
             large=True,
         ),
-        flight_task("airtime", controls=LARGE_CONTROLS),
+        flight_task("airtime", controls=(*LARGE_CONTROLS, *TREES)),
+        Task(
+            "definitions",
+            4,
+            4,
+            5,
+            3,
+            32,
+            Categorical(),
+            minilm.WIDTH,
+            make_top,
+            load_definitions,
+            controls=(),
+            files=("definitions.npz",),
+            space={"lr": (2e-4, 5e-3), "weight_decay": (1e-3, 0.3)},
+            large=True,
+            rows=PRETRAINED,
+            trials=6,
+            finalists=2,
+            more_seeds=(102, 103, 104),
+            start=start_definitions,
+            trunk=DefinitionTrunk,
+            prepare=prepare_definitions,
+        ),
     )
 }

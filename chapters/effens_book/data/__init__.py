@@ -18,6 +18,7 @@ from torch.nn import functional
 
 __all__ = [
     "Airtime",
+    "Definitions",
     "Diamonds",
     "Digits",
     "GapRegression",
@@ -25,6 +26,7 @@ __all__ = [
     "add_noise",
     "airtime",
     "blur",
+    "definitions",
     "diamonds",
     "digits",
     "fashion",
@@ -444,3 +446,33 @@ def stock_prices() -> Prices:
 
 def _price(ticks: NDArray[Any], per_unit: int) -> Tensor:
     return torch.from_numpy(ticks).double() / per_unit
+
+
+@dataclass(frozen=True, eq=False)
+class Definitions:
+    """What a definition in a dictionary defines: texts of eight kinds of things.
+
+    Attributes:
+        kinds: the names of the kinds.
+        texts: by set: the texts. Of branches of the tree of meanings that no other set has; and of the test set's
+            first texts, misspelled; of adjectives, animals, and of a novel, which are of none of the kinds.
+        ids: by set: token ids (n, 14), int64, 0 where there is none.
+        y: by set: the kind (n,), int64, of those that have one.
+    """
+
+    kinds: list[str]
+    texts: dict[str, list[str]]
+    ids: dict[str, Tensor]
+    y: dict[str, Tensor]
+
+
+def definitions() -> Definitions:
+    """Load definitions of WordNet 3.0."""
+    arrays = _arrays("definitions")
+    names = [name.removeprefix("ids_") for name in arrays if name.startswith("ids_")]
+    return Definitions(
+        arrays["kinds"].tolist(),
+        {name: arrays[f"text_{name}"].tobytes().decode().split("\n") for name in names},
+        {name: torch.from_numpy(arrays[f"ids_{name}"].astype(np.int64)) for name in names},
+        {name: torch.from_numpy(arrays[f"y_{name}"].astype(np.int64)) for name in names if f"y_{name}" in arrays},
+    )

@@ -195,6 +195,12 @@ GOAL_WORDS = {
         "unknown": "separating letters from clothes, AUROC in percent (higher is better)",
     },
     "airtime": {"nll": "NLL on the flights of later months, in nats (lower is better)"},
+    "definitions": {
+        "nll": "NLL on test definitions, in nats (lower is better)",
+        "accuracy": "accuracy on test definitions, in percent (higher is better)",
+        "shift": "NLL on definitions from other branches, in nats (lower is better)",
+        "unknown": "separating a novel from definitions, AUROC in percent (higher is better)",
+    },
     "digits": {
         "nll": "NLL on test digits, in nats (lower is better)",
         "accuracy": "accuracy on test digits, in percent (higher is better)",
@@ -213,6 +219,7 @@ GOAL_WORDS = {
 TASK_WORDS = {
     "fashion": "photos of clothes",
     "airtime": "flights (a table)",
+    "definitions": "texts (a pretrained network)",
     "digits": "digits (small images)",
     "diamonds": "diamonds (a small table)",
     "gap": "a curve with a gap",

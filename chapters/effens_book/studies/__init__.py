@@ -11,11 +11,24 @@ import argparse
 import torch
 from tqdm import tqdm
 
-from effens_book.studies import claims, methods, panel, running
+from effens_book.studies import claims, methods, panel, running, table_rows
 from effens_book.studies.methods import DECAYED
 from effens_book.studies.running import STUDIES, read, run, study, values
 
-__all__ = ["DECAYED", "STUDIES", "claims", "main", "methods", "panel", "read", "run", "running", "study", "values"]
+__all__ = [
+    "DECAYED",
+    "STUDIES",
+    "claims",
+    "main",
+    "methods",
+    "panel",
+    "read",
+    "run",
+    "running",
+    "study",
+    "table_rows",
+    "values",
+]
 
 
 def main(arguments: list[str] | None = None) -> None:
