@@ -80,7 +80,7 @@ def changes(task: str, like: str, variant: str, seed: int) -> list[Row]:
 RIVALS = ("single", "deep ensemble", "BatchEnsemble", "TabM", "narrow", "MIMO", "gradient boosting")
 
 
-@study(5, {"task": TABLES, "method": RIVALS})
+@study(3, {"task": TABLES, "method": RIVALS})
 def rivals(task: str, method: str, seed: int) -> list[Row]:
     """Train what is tuned for a table once more, for the error of the mean, and for the time; let nothing else run."""
     of = replace(TASKS[task], pool=TASKS[task].members)
