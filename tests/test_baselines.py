@@ -143,7 +143,7 @@ def test_a_precise_prior_leaves_the_network() -> None:
 def test_what_laplace_refuses() -> None:
     with pytest.raises(ValueError, match="precision must be > 0 and finite, got 0"):
         LastLayerLaplace(lambda: effens_book.nets.mlp(3, 2), 4, precision=0)
-    with pytest.raises(ValueError, match="must be an nn.Sequential that ends in nn.Linear with a bias"):
+    with pytest.raises(ValueError, match="the network must end in nn.Linear with a bias"):
         LastLayerLaplace(lambda: nn.Sequential(nn.Linear(3, 2), nn.ReLU()), 4)
     with pytest.raises(TypeError, match="likelihood must be Categorical, Gaussian or StudentT, got Likelihood"):
         LastLayerLaplace(lambda: effens_book.nets.mlp(3, 3), 4, likelihood=effens.Likelihood())

@@ -23,12 +23,13 @@ def test_all_methods_are_there_and_sorted(task: str, goal: str) -> None:
 @pytest.mark.parametrize("task", GOALS)
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_what_is_above_a_budget_comes_last_and_says_why(task: str, budget: str) -> None:
-    found = choose(task, **{budget: 1.5})  # type: ignore[arg-type]
-    within = [choice.costs[BUDGETS[budget]] <= 1.5 for choice in found]
+    limit = 1.1 if (task, budget) == ("definitions", "memory") else 1.5  # what all share is most of it
+    found = choose(task, **{budget: limit})  # type: ignore[arg-type]
+    within = [round(choice.costs[BUDGETS[budget]], 2) <= limit for choice in found]
     assert within == [choice.qualifies for choice in found] == sorted(within, reverse=True)
     assert 0 < sum(within) < len(within)
     for choice in found:
-        assert ("above 1.5x" in choice.reason) is not choice.qualifies
+        assert (f"above {limit}x" in choice.reason) is not choice.qualifies
 
 
 @pytest.mark.parametrize("task", GOALS)
@@ -50,7 +51,9 @@ def test_agreement_is_spearmans_correlation_of_losses() -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(ValueError, match="task must be one of fashion, airtime, digits, diamonds, gap, got 'faces'"):
+    with pytest.raises(
+        ValueError, match="task must be one of fashion, airtime, definitions, digits, diamonds, gap, got 'faces'"
+    ):
         choose("faces")
     with pytest.raises(ValueError, match="goal must be one of nll, shift, got 'accuracy'"):
         choose("gap", goal="accuracy")

@@ -38,7 +38,7 @@ ELSEWHERE = {
     *("Ensemble", "Likelihood", "device"),
     # Minutes, compilers or processes: shapes, kinds of numbers and layouts are in the tests of their files.
     *("search", "stratify", "export", "fit_each"),
-    "LoRAEnsemble",  # against explicit networks, in test_lora.py
+    *("LoRAEnsemble", "add_lora"),  # against explicit networks, in test_lora.py
     *("cascade", "cascade_threshold"),  # against the obvious loop, in test_cascade.py
     *("Comparison", "Conformal", "LikelihoodRatio"),
 }

@@ -489,7 +489,7 @@ TASKS = {
             tabm=4,
             large=True,
         ),
-        flight_task("airtime", controls=(*LARGE_CONTROLS, *TREES)),
+        flight_task("airtime", controls=(*LARGE_CONTROLS, *TREES), everywhere=TREES),
         Task(
             "definitions",
             4,
