@@ -285,6 +285,22 @@ def test_a_changed_network_can_be_made_plain_again() -> None:
     assert relative(changed(torch.ones(5, 3)), before) < 1e-6
 
 
+def test_frozen_batch_norm_keeps_its_statistics_and_a_head_s_does_not() -> None:
+    def norms() -> nn.Sequential:
+        head = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 3))
+        return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), head)
+
+    torch.manual_seed(0)
+    changed = effens.add_lora(norms().double(), rank=2, layers="0", heads="3")
+    assert isinstance(changed, nn.Sequential)
+    x, y = vectors()
+    effens.fit(effens.DeepEnsemble.of([changed]), (x, y), **FIT)
+    inner = changed[3]
+    assert isinstance(inner, nn.Sequential)
+    assert bool((changed[1].get_buffer("running_mean") == 0).all())
+    assert bool((inner[0].get_buffer("running_mean") != 0).any())
+
+
 def test_a_network_that_an_ensemble_has_taken_over_is_refused() -> None:
     network = reader()
     effens.LoRAEnsemble(lambda: network, 2)

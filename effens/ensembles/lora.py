@@ -177,6 +177,9 @@ def add_lora(
     network = copy.deepcopy(network).requires_grad_(False)
     for name in whole:
         network.get_submodule(name).requires_grad_()
+    for module in network.modules():
+        if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters()):
+            module.eval()  # and stays so: it is frozen
     for name in adapted:
         layer = network.get_submodule(name)
         if isinstance(layer, nn.MultiheadAttention):

@@ -44,6 +44,7 @@ class Method:
         control: whether it is there to explain a method, and is no row of the tables: variants are.
         tuned: whether trials choose its settings; the others train their own candidates.
         only: the tasks on which alone it is a row of the tables; empty: all.
+        long: whether it trains as long as all networks of the ensemble together.
     """
 
     train: Train
@@ -53,6 +54,7 @@ class Method:
     control: bool = False
     tuned: bool = True
     only: Sequence[str] = ()
+    long: bool = False
 
 
 METHODS: dict[str, Method] = {}
@@ -66,13 +68,14 @@ def method(
     control: bool = False,
     tuned: bool = True,
     only: Sequence[str] = (),
+    long: bool = False,
     **space: tuple[float, float],
 ) -> Callable[[Train], Train]:
     """Register a function ``(task, (x, y), settings, seed) -> trained ensemble`` as a method of the benchmark."""
     others = (like,) if isinstance(like, str) else tuple(like)
 
     def register(train: Train) -> Train:
-        METHODS[name] = Method(train, space, others, place, control or bool(others), tuned, only)
+        METHODS[name] = Method(train, space, others, place, control or bool(others), tuned, only, long)
         return train
 
     return register
@@ -236,6 +239,7 @@ def laplace(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: 
 # The methods of a pretrained network. A low-rank change needs a higher rate than the weights themselves.
 PRETRAINED = ("definitions",)
 LORA: dict[str, Any] = {"lr": (2e-3, 5e-2)}
+TAIL: dict[str, Any] = {"tail_lr": (0.05, 1.0)}
 CHANGED = ("query", "value")  # the layers that LoRA changes
 
 
@@ -262,17 +266,6 @@ class Body(nn.Module):
         return self.network(*x)
 
 
-@method("single, long", only=PRETRAINED)
-def single_long(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
-    """One network, trained for as long as the networks of the ensemble together."""
-    return single(long(task), train, settings, seed)
-
-
-def long(task: Task) -> Task:
-    """Return a task with the ensemble's budget for one network."""
-    return replace(task, epochs=task.members * task.epochs)
-
-
 @method("LoRA ensemble", only=PRETRAINED, **LORA)
 def lora_ensemble(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
     """Members that share the pretrained network, each with its own low-rank change and its own head."""
@@ -297,23 +290,16 @@ def lora_snapshots(task: Task, train: tuple[Tensor, Tensor], settings: Settings,
     return task.fit(SnapshotEnsemble(partial(changed, task), task.members), train, settings, seed)
 
 
-@method("LoRA snapshots, long", only=PRETRAINED, **LORA)
-def lora_snapshots_long(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
-    """The same, each cycle as long as the training of one network."""
-    return lora_snapshots(long(task), train, settings, seed)
-
-
-@method("LoRA SWAG", only=PRETRAINED, **LORA, tail_lr=(0.05, 1.0))
+@method("LoRA SWAG", only=PRETRAINED, **LORA, **TAIL)
 def lora_swag(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
     """One low-rank change, and samples of the Gaussian around its path; by AdamW, as transformers are trained."""
     ensemble = SWAG(partial(changed, task), task.members, tail_lr=settings["tail_lr"], seed=seed)
     return task.fit(ensemble, train, settings, seed)
 
 
-@method("LoRA SWAG, long", only=PRETRAINED, **LORA, tail_lr=(0.05, 1.0))
-def lora_swag_long(task: Task, train: tuple[Tensor, Tensor], settings: Settings, seed: int) -> Ensemble:
-    """The same, trained for as long as the networks of the ensemble together."""
-    return lora_swag(long(task), train, settings, seed)
+for _name, _space in {"single": {}, "LoRA snapshots": LORA, "LoRA SWAG": LORA | TAIL}.items():
+    # One network, trained for as long as the networks of the ensemble together.
+    method(f"{_name}, long", only=PRETRAINED, long=True, **_space)(METHODS[_name].train)
 
 
 @method("deep, as single", like="single")
@@ -511,6 +497,8 @@ def trial_settings(task: Task, name: str, seed: int = 0, trials: int | None = No
 def train_one(task: Task, name: str, settings: Settings, seed: int) -> tuple[Ensemble, Sets]:
     """Train one method with one seed, which decides the data draw, the start, the shuffles and dropout."""
     sets = task.sets(seed)
+    if METHODS[name].long:
+        task = replace(task, epochs=task.members * task.epochs)
     x, y = sets["train"]
     assert y is not None
     with torch.random.fork_rng(devices=[]):

@@ -333,7 +333,7 @@ def measure_costs(
     middles = {}
     for name, each in rounds.items():
         middles[name] = dict(each[0])
-        longer = task.members if name.endswith(", long") else 1  # a step costs the same, and there are more
+        longer = task.members if METHODS[name].long else 1  # a step costs the same, and there are more
         middles[name]["train_seconds"] = longer * float(np.median([one["train_seconds"] for one in each]))
         for key in ("latency_p50", "latency_p99"):
             middles[name][key] = {size: float(np.median([one[key][size] for one in each])) for size in each[0][key]}
