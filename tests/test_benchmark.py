@@ -976,7 +976,7 @@ def test_the_results_are_complete_and_small() -> None:
     }
     assert files.keys() - {f"{task}/costs-cuda.json" for task in TASKS} == expected  # a GPU is not always at hand
     assert len(files) <= 250
-    assert sum(files.values()) <= 47_000_000
+    assert sum(files.values()) <= 45_000_000
 
 
 @pytest.mark.parametrize(("task", "name"), SHIPPED)

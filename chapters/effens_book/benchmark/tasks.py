@@ -436,7 +436,7 @@ def market_task(name: str, **options: Any) -> Task:
 TASKS = {
     task.name: task
     for task in (
-        Task("gap", 5, 20, 10, 800, 160, Gaussian(), 64, make_mlp, load_gap, True, gap_truth),
+        Task("gap", 5, 20, 10, 800, 160, Gaussian(), 64, make_mlp, load_gap, True, gap_truth, controls=()),
         Task(
             "digits",
             4,
@@ -463,14 +463,14 @@ TASKS = {
             64,
             make_table_net,
             load_diamonds,
-            controls=(*CONTROLS, *TREES),
+            controls=("single, searched", "deep, searched", *TREES),
             everywhere=TREES,
             files=("diamonds.npz",),
         ),
         market_task("returns", files=("prices.npz",)),
         market_task("nasdaq", everywhere=LUCK_OF_RETURNS, tuned_on="returns", large=True),
         market_task("oil", everywhere=LUCK_OF_RETURNS, tuned_on="returns", large=True),
-        Task("orders", 4, 4, 5, 12, 128, Gaussian(), 64, make_order_net, load_orders, controls=("deep, as single",)),
+        Task("orders", 4, 4, 5, 12, 128, Gaussian(), 64, make_order_net, load_orders, controls=()),
         Task(
             "fashion",
             4,
