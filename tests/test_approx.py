@@ -15,7 +15,7 @@ from nbval.plugin import IPyNbFile
 
 from effens_book.address import ROOT
 
-MODULES = ("__init__", "address", "minilm", "rerun")  # of the book, for conftest.py
+MODULES = ("__init__", "address", "rerun")  # of the book, for conftest.py
 
 
 def same(request: pytest.FixtureRequest, folder: Path, stored: Any, new: Any, tag: str = "approx") -> bool:
