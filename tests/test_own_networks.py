@@ -143,7 +143,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:BatchEnsemble leaves .*'query'")
+@pytest.mark.filterwarnings("ignore:all members share .*'query'")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("net", NETS)
 def test_right_or_refused(net: str, method: str, tmp_path: Path) -> None:

@@ -382,7 +382,7 @@ def convert(
                 left[name or key] = left.get(name or key, 0) + p.numel()
     if left:
         share = sum(left.values()) / sum(parameter.numel() for parameter in network.parameters())
-        rule = f"BatchEnsemble leaves {list(left)} shared by all members, {share:.0%} of all weights"
+        rule = f"all members share {list(left)}, {share:.0%} of all weights, which cannot be converted"
         warnings.warn(f"{rule}: name them in skip= if that is wanted", stacklevel=3)
     return network
 
