@@ -96,13 +96,20 @@ def test_a_killed_study_goes_on_where_it_was(asked: list[tuple[int, int]], monke
     assert [row["seed"] for row in running.read("counting")] == [0, 0, 1, 1, 0, 0, 1, 1]
 
 
+def test_packed_rows_come_back_as_they_were() -> None:
+    rows = [{"seed": 0, "nll": 0.5}, {"seed": 1, "diverged": 1}]
+    packed = json.loads(json.dumps(running.pack(rows)))
+    assert packed["columns"] == ["seed", "nll", "diverged"]
+    assert running.unpack(packed) == rows
+
+
 def test_scores_are_rounded_and_settings_are_not() -> None:
     assert running.round_row({"nll": 0.12345678, "seed": 3, "kind": "x"}) == {"nll": 0.123457, "seed": 3, "kind": "x"}
 
 
 def test_values_are_in_the_order_of_the_seeds(bank: Path) -> None:
     rows = [{"seed": seed, "nll": float(seed)} for seed in (2, 0, 1)]
-    run.write_json(running.path_of("mine"), {"rows": rows})
+    run.write_json(running.path_of("mine"), running.pack(rows))
     assert running.values("mine", "nll").tolist() == [0, 1, 2]
 
 
@@ -412,7 +419,7 @@ def test_stocks_are_judged_after_they_were_trained_on() -> None:
 
 @pytest.mark.parametrize("name", running.STUDIES)
 def test_a_shipped_study_is_complete(name: str) -> None:
-    rows, study = SHIPPED[name]["rows"], running.STUDIES[name]
+    rows, study = running.unpack(SHIPPED[name]), running.STUDIES[name]
     for point in study.grid:
         for seed in range(study.seeds):
             assert running.matching(rows, {**point, "seed": seed}), (point, seed)
@@ -424,7 +431,7 @@ def test_a_shipped_study_is_complete(name: str) -> None:
 
 @pytest.mark.parametrize("name", running.STUDIES)
 def test_the_numbers_of_a_shipped_study_are_sound(name: str) -> None:
-    whole = [row for row in SHIPPED[name]["rows"] if "diverged" not in row]
+    whole = [row for row in running.unpack(SHIPPED[name]) if "diverged" not in row]
     assert whole
     for row in whole:
         assert all(math.isfinite(value) for value in row.values() if isinstance(value, float))

@@ -92,13 +92,13 @@ def path_of(name: str) -> Path:
 def run(name: str, shown: "tqdm[Any] | None" = None) -> None:
     """Ask what is not answered yet; every answer is kept at once."""
     asked, path = STUDIES[name], path_of(name)
-    rows: list[Row] = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = unpack(json.loads(path.read_text())) if path.exists() else []
     for point in asked.grid:
         for seed in range(asked.seeds):
             if not matching(rows, {**point, "seed": seed}):
                 found = asked.answer(**point, seed=seed)
                 rows += [{**point, "seed": seed, **row} for row in found]
-                write_json(path, {"study": name, **provenance(), "rows": [round_row(row) for row in rows]})
+                write_json(path, {"study": name, **provenance(), **pack([round_row(row) for row in rows])})
             if shown is not None:
                 shown.update()
     read.cache_clear()
@@ -107,6 +107,18 @@ def run(name: str, shown: "tqdm[Any] | None" = None) -> None:
 def round_row(row: Row) -> Row:
     """Round scores to six digits."""
     return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in row.items()}
+
+
+def pack(rows: Sequence[Row]) -> dict[str, Any]:
+    """Name the columns once, and give each row their values, None where it has none."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    return {"columns": columns, "rows": [[row.get(key) for key in columns] for row in rows]}
+
+
+def unpack(content: Mapping[str, Any]) -> list[Row]:
+    """Return the rows of `pack`."""
+    named = (zip(content["columns"], row, strict=True) for row in content["rows"])
+    return [{key: value for key, value in row if value is not None} for row in named]
 
 
 def matching(rows: Sequence[Row], where: Mapping[str, Any]) -> list[Row]:
@@ -124,8 +136,7 @@ def read(name: str) -> list[Row]:
     path = path_of(name)
     if not path.exists():
         raise FileNotFoundError(f"results must hold the study {name}, got none: run python -m effens_book.studies")
-    rows: list[Row] = json.loads(path.read_text())["rows"]
-    return rows
+    return unpack(json.loads(path.read_text()))
 
 
 def values(name: str, metric: str, **where: Any) -> Tensor:
