@@ -139,7 +139,7 @@ class Benchmark(Results):
         nothing chose the first, a last column compares with these.
         """
         rows: dict[str, dict[str, str | None]] = {}
-        luck = "against its second-best trial"
+        luck = "against one network's second trial"
         for task, words in WORDS.items():
             if self.has(task, name) and self.has(task, other):
                 found = self.compare(task, name, other)
