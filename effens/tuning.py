@@ -369,6 +369,8 @@ def are_integers(*values: float) -> bool:
 def check_default(default: Settings, space: Space) -> dict[str, float]:
     """Return the default settings if they lie in the space; raise `ValueError` if not."""
     for key, bounds in space.items():
+        if len(bounds) != 2 or not all(isinstance(bound, int | float) for bound in bounds):
+            raise ValueError(f"space must have two numbers for each setting, low and high, got {key}: {bounds}")
         low, high = bounds
         if not low <= high:
             raise ValueError(f"space must go from low to high, got {key}: {bounds}")

@@ -32,14 +32,16 @@ def steps(low: float, high: float, step: float = 1) -> list[float]:
 
 
 class Reader:
-    """A reader with a kernel who ran a chapter's imports and its cell with sliders, and nothing else."""
+    """A reader with a kernel who ran a chapter's imports, one cell ``before`` if need be, and its cell with sliders."""
 
-    def __init__(self, chapter: str, own: bool = False) -> None:
+    def __init__(self, chapter: str, own: bool = False, before: str | None = None) -> None:
         cells = nbformat.read(ROOT / f"chapters/{chapter}.ipynb", as_version=4).cells
         imports = next(cell.source for cell in cells if cell.cell_type == "code" and "import effens\n" in cell.source)
         self.scope: dict[str, Any] = {}
         exec(imports, self.scope)
         self.scope["device"] = torch.device("cpu")
+        if before:
+            exec(cell(chapter, before).source, self.scope)
         self.sliders: dict[str, list[Any]] = {}
         source = cell(chapter, "live-retrain").source
         if own:  # points of the reader's in place of the cell's
@@ -182,12 +184,17 @@ CLAIMS: dict[str, Callable[[See], list[bool]]] = {
         see(dropout=0.5)[0] > 1.5 * see(dropout=0.0)[0],
         see(dropout=0.5)[1] > 1.8 * see(dropout=0.0)[1],
     ],
+    "tabm": lambda see: [
+        see(members=2)[0] > see(members=8)[0] > see(members=32)[0],
+        see(members=2)[1] - see(members=8)[1] > 5 * abs(see(members=16)[1] - see(members=32)[1]),
+    ],
 }
+DATA = {"tabm": "flights"}  # the cell that a chapter's sliders take their data from
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chapter", CLAIMS)
 def test_a_reader_sees_what_the_sentences_say(chapter: str) -> None:
-    reader = Reader(chapter)
+    reader = Reader(chapter, before=DATA.get(chapter))
     claims = CLAIMS[chapter](lambda **values: reader.see(**values)[1])
     assert claims == [True] * len(claims)

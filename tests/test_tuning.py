@@ -331,6 +331,7 @@ def test_stratify_marks_what_diverges() -> None:
         ({"default": {**DEFAULT, "width": 8.5}}, "default must have an integer width in 4 ... 16, got 8.5"),
         ({"default": {"lr": 1e-2}}, "default must have weight_decay in .*, got None"),
         ({"space": {"lr": (1e-2, 1e-3)}}, "space must go from low to high, got lr"),
+        ({"space": {"act": ["relu", "gelu", "tanh"]}}, "space must have two numbers for each setting, .*got act"),
     ],
 )
 def test_search_refuses(changes: dict[str, Any], message: str) -> None:
