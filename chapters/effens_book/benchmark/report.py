@@ -126,10 +126,16 @@ class Benchmark(Results):
                 else:
                     line[f"{column}, {task}"] = f"{difference} {found.verdict}"
         several = [tasks] if isinstance(tasks, str) else list(tasks)
-        every = metric == PRIMARY and all(
-            self.losses(task, a, split) is not None and not TASKS[task].fresh for task in several for a, _ in pairs
-        )
-        over = "seeds and test examples" if every else "seeds"
+        by_example = [
+            metric == PRIMARY
+            and not TASKS[task].fresh
+            and all(self.losses(task, name, split) is not None for name in pair)
+            for task in several
+            for pair in pairs
+        ]
+        over = "seeds and test examples" if any(by_example) else "seeds"
+        if any(by_example) and not all(by_example):  # a large task keeps no losses at a temperature
+            over += ", with a temperature over seeds"
         return Table(rows, caption=f"{' and '.join(several)}, first minus second ± 95% interval over {over}")
 
     def across(self, name: str, other: str = "single") -> Table:
