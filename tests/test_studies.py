@@ -97,7 +97,7 @@ def test_a_killed_study_goes_on_where_it_was(asked: list[tuple[int, int]], monke
 
 
 def test_packed_rows_come_back_as_they_were() -> None:
-    rows = [{"seed": 0, "nll": 0.5}, {"seed": 1, "diverged": 1}]
+    rows: list[Row] = [{"seed": 0, "nll": 0.5}, {"seed": 1, "diverged": 1}]
     packed = json.loads(json.dumps(running.pack(rows)))
     assert packed["columns"] == ["seed", "nll", "diverged"]
     assert running.unpack(packed) == rows

@@ -230,3 +230,44 @@ def scores_and_alarms(of: Task, ensemble: Ensemble, seed: int = 0) -> Row:
     row["auroc"] = 100 * float(scores.auroc(inside, outside))
     row["auroc_of_entropy"] = 100 * float(scores.auroc(scores.total_entropy(known), scores.total_entropy(unknown)))
     return row
+
+
+CORRECTED = ["single", "deep ensemble", "LoRA ensemble", "BatchEnsemble, spread"]
+PROMISE = 0.85  # how many of the automatic labels have to be right
+
+
+def threshold(probs: Tensor, y: Tensor, promise: float = PROMISE) -> float:
+    """Return the lowest largest probability from which on as many labels are right as was promised."""
+    sure, label = probs.mean(0).max(1)
+    order = sure.argsort(descending=True)
+    right = (label == y)[order].double().cumsum(0) / torch.arange(1, len(y) + 1)
+    return float(sure[order][int((right >= promise).nonzero().max())])
+
+
+@study(5, {"method": CORRECTED})
+def corrected(method: str, seed: int) -> list[Row]:
+    """Fine-tune a pretrained network once more, correct the confidence on validation data, and label automatically."""
+    of = TASKS["definitions"]
+    ensemble, sets = train_one(of, method, running.tuned_settings(method, of.name), seed)
+    said = {split: predict(ensemble, sets[split][0]) for split in ("val", "test", "branches", "typos")}
+    y_val, y_test = sets["val"][1], sets["test"][1]
+    assert y_val is not None
+    assert y_test is not None
+    heat = scores.temperature(said["val"], y_val)
+    row: Row = {"temperature": float(heat)}
+    for split in ("test", "branches", "typos"):
+        y = sets[split][1]
+        assert y is not None
+        found, after = score(said[split], y), score(scores.temper(said[split], heat), y)
+        end = "" if split == "test" else f"@{split}"
+        row |= {f"{key}{end}": found[key] for key in ("nll", "member_nll", "diversity_gain", "ece")}
+        row |= {f"corrected {key}{end}": after[key] for key in ("nll", "ece")}
+    probs = scores.temper(said["test"], heat)[0]
+    each = -probs[torch.arange(len(y_test)), y_test].log()
+    row["corrected losses"] = [round(loss, 3) for loss in each.tolist()]  # of each test text
+    sure, label = said["test"].mean(0).max(1)
+    right, kept = label == y_test, sure >= threshold(said["val"], y_val)
+    entropy = scores.total_entropy(said["test"])
+    row["auroc of errors"] = 100 * float(scores.auroc(entropy[right], entropy[~right]))
+    row |= {"labelled": 100 * float(kept.float().mean()), "right": 100 * float(right[kept].float().mean())}
+    return [row]
