@@ -193,9 +193,9 @@ class RankOneLayer(WeightLayer):
 
     def weights(self, which: slice = ALL) -> Tensor:
         """Return members' weights: the shared one, its rows and columns scaled."""
-        r, s = self.r[which], self.s[which]
+        r, s = (self.r, self.s) if which is ALL else (self.r[which], self.s[which])
         if self.geometry is None:
-            return self.weight * r[:, None] * s[:, :, None]
+            return self.weight * r.unsqueeze(1) * s.unsqueeze(2)
         outputs, groups = len(self.weight), self.geometry["groups"]
         r = r.view(len(r), groups, 1, -1).expand(-1, -1, outputs // groups, -1).flatten(1, 2)
         factors = r * s[:, :, None]

@@ -353,11 +353,13 @@ def linear_each(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         (members, batch, ..., out)
     """
-    rows = (x if x.dim() == 3 else x.flatten(1, -2)).expand(len(weight), -1, -1)  # (members, batch * ..., in), no copy
+    rows = x if x.dim() == 3 else x.flatten(1, -2)  # (members or 1, batch * ..., in)
+    if len(rows) != len(weight):
+        rows = rows.expand(len(weight), -1, -1)  # no copy
     if x.shape[-1] == 1:  # numbers times numbers: a batched product of so little was measured to take twice as long
-        y = rows * weight.mT if bias is None else torch.addcmul(bias[:, None], rows, weight.mT)
+        y = rows * weight.mT if bias is None else torch.addcmul(bias.unsqueeze(1), rows, weight.mT)
     else:
-        y = torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias[:, None], rows, weight.mT)
+        y = torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, weight.mT)
     return y if x.dim() == 3 else y.view(*y.shape[:1], *x.shape[1:-1], y.shape[-1])
 
 
