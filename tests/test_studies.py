@@ -18,7 +18,7 @@ import effens
 from effens_book import studies
 from effens_book.benchmark import TASKS, run, tasks
 from effens_book.benchmark import methods as trained_methods
-from effens_book.studies import claims, panel, running
+from effens_book.studies import claims, panel, running, table_rows
 from effens_book.studies import methods as one_setting
 from effens_book.studies.running import Row
 
@@ -415,6 +415,38 @@ def test_stocks_are_judged_after_they_were_trained_on() -> None:
     torch.testing.assert_close(target.mean(1), torch.zeros(len(target)), rtol=0, atol=1e-5)
     assert len(sets["train"][0]) > len(sets["test"][0]) > 700 * 20
     assert len(sets["val"][0]) == 500 * 20
+
+
+def test_a_threshold_keeps_the_promise_for_as_many_texts_as_it_can() -> None:
+    torch.manual_seed(0)
+    probs, y = torch.randn(3, 200, 4).mul(2).softmax(2), torch.randint(4, (200,))
+    probs[:, :120] = probs[:, :120] / 9 + 8 / 9 * torch.nn.functional.one_hot(y[:120], 4)  # most are right
+    sure, label = probs.mean(0).max(1)
+    kept = [float(t) for t in sure if (label == y)[sure >= t].double().mean() >= claims.PROMISE]
+    assert claims.threshold(probs, y) == pytest.approx(min(kept))
+
+
+def test_changed_tables_differ_in_what_they_are_named_after() -> None:
+    flights, few, numbers = (
+        table_rows.SHARED[f"airtime{end}"] for end in ("", ", 2,000 rows", ", 2,000 rows, no categories")
+    )
+    columns = flights.load(0)["train"][0].shape[1]
+    assert columns - sum(flights.one_hot) == table_rows.NUMBERS
+    x = few.load(1)["train"][0]
+    assert len(x) == table_rows.FEW
+    torch.testing.assert_close(numbers.load(1)["train"][0], x[:, : table_rows.NUMBERS])
+    assert numbers.make_net()(numbers.load(1)["train"][0][:5]).shape == (5, 3)
+    plain, noisy, wide = (
+        table_rows.SHARED[f"diamonds{end}"] for end in ("", ", noisy prices", ", 150 useless columns")
+    )
+    (x, y), (same, changed) = plain.load(1)["train"], noisy.load(1)["train"]
+    torch.testing.assert_close(same, x)
+    assert y is not None
+    assert changed is not None
+    assert (changed - y).std().item() == pytest.approx(table_rows.NOISE, rel=0.05)
+    torch.testing.assert_close(wide.load(1)["train"][0][:, :9], x)
+    torch.testing.assert_close(wide.load(1)["train"][1], y)
+    assert wide.make_net()(wide.load(1)["train"][0][:5]).shape == (5, 2)
 
 
 @pytest.mark.parametrize("name", running.STUDIES)

@@ -236,12 +236,12 @@ CORRECTED = ["single", "deep ensemble", "LoRA ensemble", "BatchEnsemble, spread"
 PROMISE = 0.85  # how many of the automatic labels have to be right
 
 
-def threshold(probs: Tensor, y: Tensor, promise: float = PROMISE) -> float:
+def threshold(probs: Tensor, y: Tensor) -> float:
     """Return the lowest largest probability from which on as many labels are right as was promised."""
     sure, label = probs.mean(0).max(1)
     order = sure.argsort(descending=True)
     right = (label == y)[order].double().cumsum(0) / torch.arange(1, len(y) + 1)
-    return float(sure[order][int((right >= promise).nonzero().max())])
+    return float(sure[order][int((right >= PROMISE).nonzero().max())])
 
 
 @study(5, {"method": CORRECTED})
