@@ -5,6 +5,9 @@ mean of the members. They are computed in float64 and returned in the precision 
 several targets an example, pixels or tokens, these are (members, n, ..., classes) and (n, ...), and a score of examples
 is a score of targets. Targets that are missing, labels of -100 and numbers of NaN, do not count.
 
+`nll`, `member_nll` and `diversity_gain` also take what is predicted for numbers: a distribution of batch shape
+(members, n), with y (n,); probabilities are then densities.
+
 For every example, exactly:
 
 .. math:: \underbrace{-\log \bar p_y}_{\text{nll}} =
@@ -19,14 +22,14 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Normal, StudentT
 
-from effens.likelihoods import MISSING
+from effens.likelihoods import MISSING, student_t
 
 TINY = 1e-38  # the smallest probability that scores tell from 0
 CLOSED = 128  # up to so many normal members CRPS is computed in closed form, whose work grows with their square
 PIECES = 600  # of the integral that takes its place
 
 
-def nll(probs: Tensor, y: Tensor) -> Tensor:
+def nll(prediction: Tensor | Distribution, y: Tensor) -> Tensor:
     r"""Return the negative log likelihood of the mean of the members, in nats.
 
     .. math:: -\frac1n \sum_i \log \bar p_{i, y_i}
@@ -34,21 +37,23 @@ def nll(probs: Tensor, y: Tensor) -> Tensor:
     Probabilities below 1e-38 count as 1e-38, so that one confident mistake costs 87 nats, not infinity.
 
     Args:
-        probs: (members, n, classes).
-        y: (n,) integers.
+        prediction: probabilities (members, n, classes), or a distribution of batch shape (members, n).
+        y: (n,), integers for classes.
 
     Raises:
-        ValueError: the shapes do not agree, labels are out of range, or probabilities do not sum to 1.
+        TypeError: ``prediction`` is neither.
+        ValueError: the shapes do not agree, labels are out of range, probabilities do not sum to 1, or a density is
+            not finite.
 
     Example:
         >>> probs = torch.tensor([[[0.5, 0.5]], [[1.0, 0.0]]])  # two members, one example
         >>> nll(probs, torch.tensor([0]))  # of the mean, 0.75
         tensor(0.2877)
     """
-    return as_given(-of_labels(probs, y).mean(0).log().mean(), probs)
+    return given(-log_mean(log_likelihoods(prediction, y)).mean(), prediction, y)
 
 
-def member_nll(probs: Tensor, y: Tensor) -> Tensor:
+def member_nll(prediction: Tensor | Distribution, y: Tensor) -> Tensor:
     """Return the members' own negative log likelihood, averaged over members: `nll` plus `diversity_gain`.
 
     Example:
@@ -56,10 +61,10 @@ def member_nll(probs: Tensor, y: Tensor) -> Tensor:
         >>> member_nll(probs, torch.tensor([0]))  # the mean of log 2 and 0
         tensor(0.3466)
     """
-    return as_given(-of_labels(probs, y).log().mean(), probs)
+    return given(-log_likelihoods(prediction, y).mean(), prediction, y)
 
 
-def diversity_gain(probs: Tensor, y: Tensor) -> Tensor:
+def diversity_gain(prediction: Tensor | Distribution, y: Tensor) -> Tensor:
     """Return what averaging gains over the average member, in nats, never negative: `member_nll` less `nll`.
 
     Example:
@@ -67,8 +72,8 @@ def diversity_gain(probs: Tensor, y: Tensor) -> Tensor:
         >>> diversity_gain(probs, torch.tensor([0]))  # member_nll less nll
         tensor(0.0589)
     """
-    p = of_labels(probs, y)
-    return as_given((p.mean(0).log() - p.log().mean(0)).mean().clamp_min(0), probs)
+    logs = log_likelihoods(prediction, y)
+    return given((log_mean(logs) - logs.mean(0)).mean().clamp_min(0), prediction, y)
 
 
 def brier(probs: Tensor, y: Tensor) -> Tensor:
@@ -362,6 +367,37 @@ def entropy(p: Tensor) -> Tensor:
 def clip_probabilities(p: Tensor) -> Tensor:
     """Keep probabilities away from 0, so that their logarithms are finite."""
     return p.clamp_min(TINY)
+
+
+def log_likelihoods(prediction: Tensor | Distribution, y: Tensor) -> Tensor:
+    """Return each member's log likelihood of each target that is there, ``(members, n)``, in float64."""
+    if isinstance(prediction, Tensor):
+        return of_labels(prediction, y).log()
+    if not isinstance(prediction, Distribution):
+        raise TypeError(f"predictions must be a tensor or a distribution, got {type(prediction).__name__}")
+    shape = tuple(prediction.batch_shape)
+    if len(shape) < 2 or 0 in shape or tuple(y.shape) != shape[1:] or bool(y.isnan().all()):
+        raise ValueError(f"predictions must be (members, n) and y (n,), none 0, got {shape}, {tuple(y.shape)}")
+    match prediction:
+        case Normal():
+            y, prediction = exact(y), Normal(exact(prediction.loc), exact(prediction.scale), validate_args=False)
+        case StudentT():
+            parts = (prediction.df, prediction.loc, prediction.scale)
+            y, prediction = exact(y), student_t(*map(exact, parts))
+    logs = exact(prediction.log_prob(y))[..., ~y.isnan()]
+    if not bool(logs.isfinite().all()):
+        raise ValueError(f"log likelihoods must be finite, got {int((~logs.isfinite()).sum())} that are not")
+    return logs
+
+
+def log_mean(logs: Tensor) -> Tensor:
+    """Return the logarithm of the mean over members, ``(n,)``, of likelihoods given as logarithms."""
+    return logs.logsumexp(0) - math.log(len(logs))
+
+
+def given(score: Tensor, prediction: Tensor | Distribution, y: Tensor) -> Tensor:
+    """Return a score in the precision of the prediction, or of the targets of a distribution."""
+    return as_given(score, prediction if isinstance(prediction, Tensor) else y)
 
 
 def of_labels(probs: Tensor, y: Tensor) -> Tensor:

@@ -85,6 +85,22 @@ def test_one_class_is_no_question() -> None:
     assert effens.temperature(probs, y) == 1
 
 
+@pytest.mark.parametrize("likelihood", [effens.Gaussian(), effens.StudentT()])
+def test_nll_of_numbers_is_that_of_the_mixture(likelihood: effens.Likelihood) -> None:
+    prediction = likelihood.predict(torch.randn(4, 20, int(likelihood.outputs or 0), dtype=F64))
+    assert isinstance(prediction, torch.distributions.Distribution)
+    y = torch.randn(20, dtype=F64)
+    nll, member_nll, gain = (f(prediction, y) for f in (effens.nll, effens.member_nll, effens.diversity_gain))
+    assert nll.item() == pytest.approx(-effens.mixture(prediction).log_prob(y).mean().item())
+    assert member_nll.item() == pytest.approx(-prediction.log_prob(y).mean().item())
+    assert gain.item() == pytest.approx((member_nll - nll).item())
+    there = y.clone()
+    there[3:] = math.nan  # missing
+    assert effens.nll(prediction, there).item() == pytest.approx(
+        -effens.mixture(prediction).log_prob(y)[:3].mean().item()
+    )
+
+
 def test_nll_is_the_members_less_the_gain_and_the_gain_is_never_negative() -> None:
     for probs, y in everything():
         exact = probs.double()

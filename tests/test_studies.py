@@ -18,6 +18,7 @@ import effens
 from effens_book import studies
 from effens_book.benchmark import TASKS, run, tasks
 from effens_book.benchmark import methods as trained_methods
+from effens_book.benchmark.tasks import TUNING_SEEDS
 from effens_book.studies import claims, panel, running, table_rows
 from effens_book.studies import methods as one_setting
 from effens_book.studies.running import Row
@@ -37,7 +38,8 @@ def bank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(running, "STUDIES", dict(running.STUDIES))
     cached = (
         running.read,
-        claims.split_decay,
+        claims.split_settings,
+        claims.longer_settings,
         trained_methods.width_of_flops,
         trained_methods.equal_flops_width,
         trained_methods.width_of_weights,
@@ -302,9 +304,23 @@ def test_a_budget_is_split_among_networks_of_equal_flops(more_tasks: None, monke
     (one,) = claims.split(task="digits", equal="FLOPs", networks=1, examples=n, seed=0)
     assert many["units"] < TASKS["digits"].width <= one["units"]
     assert many["weight_decay"] in claims.SPLIT_DECAYS
-    trainings = len(claims.SPLIT_DECAYS) + 1  # one for each decay, and one to keep
+    assert many["lr"] / SETTINGS["lr"] in claims.SPLIT_TIMES
+    trainings = len(claims.SPLIT_TIMES) * len(claims.SPLIT_DECAYS) + 1  # one for each choice, and one to keep
     assert [epochs for _, epochs in found] == [2 * SPOTS.epochs] * trainings + [SPOTS.epochs] * trainings
     assert [ensemble.members for ensemble, _ in found] == [4] * trainings + [1] * trainings
+
+
+def test_a_longer_training_has_the_weight_decay_of_its_budget(
+    more_tasks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = trained(monkeypatch)
+    decays = (0.5, 0.05)
+    monkeypatch.setattr(claims, "LONGER_DECAYS", {"digits": decays})
+    (row,) = claims.longer(budget=2, task="digits", members=3, seed=0)
+    assert [epochs for _, epochs in found] == [2 * SPOTS.epochs] * 3  # one for each decay, and one to keep
+    assert all(isinstance(ensemble, effens.SnapshotEnsemble) and ensemble.members == 3 for ensemble, _ in found)
+    losses = [running.score_ensemble(TASKS["digits"], each, TUNING_SEEDS[0], "val")["nll"] for each, _ in found]
+    assert row["weight_decay"] == decays[losses.index(min(losses[:2]))]
 
 
 def test_weights_start_larger(more_tasks: None, monkeypatch: pytest.MonkeyPatch) -> None:

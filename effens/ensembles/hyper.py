@@ -23,14 +23,12 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Normal
-from torch.distributions import StudentT as StudentTDistribution
+from torch.distributions import Distribution
 
 from effens.ensembles.base import Ensemble, check_positive
 from effens.ensembles.deep import DeepEnsemble
 from effens.inputs import Inputs
-from effens.likelihoods import student_t
-from effens.scores import exact, of_labels
+from effens.scores import log_likelihoods
 
 TIE = 1e-12  # nats: smaller differences are rounding
 LONGEST = 1000  # additions: where the first choice proves useless, each further one dilutes it, by ever less, for ever
@@ -156,24 +154,3 @@ def greedy_select(probs: Tensor | Distribution, y: Tensor, size: int) -> list[in
         total = torch.logaddexp(total, logs[first])
         chosen.append(first)
     return chosen
-
-
-def log_likelihoods(prediction: Tensor | Distribution, y: Tensor) -> Tensor:
-    """Return each candidate's log likelihood of each target, (candidates, n), in float64."""
-    if isinstance(prediction, Tensor):
-        return of_labels(prediction, y).log()
-    if not isinstance(prediction, Distribution):
-        raise TypeError(f"predictions must be a tensor or a distribution, got {type(prediction).__name__}")
-    shape = tuple(prediction.batch_shape)
-    if len(shape) < 2 or 0 in shape or tuple(y.shape) != shape[1:] or bool(y.isnan().all()):
-        raise ValueError(f"predictions must be (candidates, n) and y (n,), none 0, got {shape}, {tuple(y.shape)}")
-    match prediction:
-        case Normal():
-            y, prediction = exact(y), Normal(exact(prediction.loc), exact(prediction.scale), validate_args=False)
-        case StudentTDistribution():
-            parts = (prediction.df, prediction.loc, prediction.scale)
-            y, prediction = exact(y), student_t(*map(exact, parts))
-    logs = exact(prediction.log_prob(y))[..., ~y.isnan()]
-    if not bool(logs.isfinite().all()):
-        raise ValueError(f"log likelihoods must be finite, got {int((~logs.isfinite()).sum())} that are not")
-    return logs

@@ -17,8 +17,9 @@ from torch.distributions import Normal
 from torch.distributions import StudentT as StudentTDistribution
 
 from effens import scores
-from effens.ensembles.hyper import log_likelihoods as log_likelihoods
 from effens.likelihoods import Categorical, Likelihood, StudentT
+from effens.scores import log_likelihoods as log_likelihoods
+from effens.scores import log_mean as log_mean
 from effens_book.finance import risk
 
 PARAMETERS = {Normal: ("loc", "scale"), StudentTDistribution: ("df", "loc", "scale")}
@@ -84,11 +85,6 @@ def groups(prediction: Any, members: int) -> list[Any]:
     size = count_members(prediction)
     parts = torch.arange(size).split(members)[: max(1, size // members)]
     return [take_members(prediction, part) for part in parts]
-
-
-def log_mean(logs: Tensor) -> Tensor:
-    """Return the log likelihood of the mean of the members, (n,)."""
-    return logs.logsumexp(0) - math.log(len(logs))
 
 
 def score(prediction: Prediction, y: Tensor) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Claims of papers about ensembles: each is a grid of settings on which it would have to show."""
 
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import replace
@@ -18,7 +19,7 @@ from effens.training import predict
 from effens_book.benchmark import TASKS, Task
 from effens_book.benchmark.methods import train_one, width_of_flops, width_of_weights
 from effens_book.benchmark.predictions import score, take_members
-from effens_book.benchmark.tasks import TUNING_SEEDS, Sets, flight_task
+from effens_book.benchmark.tasks import TUNING_SEEDS, Sets, Settings, flight_task
 from effens_book.studies import running
 from effens_book.studies.running import Row, study
 
@@ -61,6 +62,32 @@ def newest(task: str, members: int, budget: int, seed: int) -> list[Row]:
     said = predict(ensemble, x, likelihood=of.likelihood)
     sizes = [last for last in (1, 2, 4, 8) if last <= members]
     return [{"last": last, **score(take_members(said, torch.arange(members - last, members)), y)} for last in sizes]
+
+
+LONGER_DECAYS = {"fashion": (0.02, 0.1, 0.5), "airtime": (0.001, 0.03, 0.3, 1.0)}  # around both methods' tuned ones
+
+
+@study(4, {"budget": [1, 2, 4], "task": ["airtime", "fashion"], "members": [1, 8]})
+def longer(budget: int, task: str, members: int, seed: int) -> list[Row]:
+    """Train one network, or eight snapshots, for the budget of one, two or four, with a weight decay for each budget.
+
+    A longer training overfits more, so that it wants more weight decay. All else is as tuned for the usual budget.
+    """
+    of, settings = longer_settings(budget, task, members)
+    ensemble = running.train(of, lambda: SnapshotEnsemble(of.make_net, members), settings, seed)
+    return [{"weight_decay": settings["weight_decay"], **running.score_ensemble(of, ensemble, seed)}]
+
+
+@cache
+def longer_settings(budget: int, task: str, members: int) -> tuple[Task, Settings]:
+    """Return the task with that budget, and settings whose weight decay has the lowest validation loss."""
+    of = replace(TASKS[task], epochs=budget * TASKS[task].epochs)
+    tuned = running.tuned_settings("single" if members == 1 else "snapshot", task)
+    points, losses = [{**tuned, "weight_decay": decay} for decay in LONGER_DECAYS[task]], []
+    for settings in points:
+        ensemble = running.train(of, lambda: SnapshotEnsemble(of.make_net, members), settings, TUNING_SEEDS[0])
+        losses.append(running.score_ensemble(of, ensemble, TUNING_SEEDS[0], "val")["nll"])
+    return of, points[losses.index(min(losses))]
 
 
 @study(4, {"times": [0.25, 0.5, 1.0], "repeats": [1, 4]})
@@ -136,6 +163,7 @@ def collusion(task: str, joint: float, seed: int) -> list[Row]:
 
 
 SPLIT_DECAYS = (0.03, 0.3, 3.0)
+SPLIT_TIMES = (0.5, 1.0, 2.0)  # of the learning rate
 COUNTS = [1, 2, 4, 8, 16]
 
 
@@ -147,16 +175,14 @@ COUNTS = [1, 2, 4, 8, 16]
 def split(task: str, equal: str, networks: int, examples: int, seed: int) -> list[Row]:
     """Divide the FLOPs, or weights, of four networks among 1 to 16, which differ in width, and train on fewer examples.
 
-    Epochs grow with the square root of what the examples shrink. The weight decay is chosen for each point on
-    validation data of one seed, because more regularization is what one wide network would need.
+    Epochs grow with the square root of what the examples shrink. The learning rate and the weight decay are chosen for
+    each point on validation data of one seed, because a wide network wants other settings than a narrow one.
     """
     of = fewer(task, equal, examples, networks)
-    settings = running.tuned_settings("single", task)
-    decay = split_decay(task, equal, examples, networks)
-    ensemble = running.train(of, lambda: DeepEnsemble(of.make_net, networks), {**settings, "weight_decay": decay}, seed)
+    settings = split_settings(task, equal, examples, networks)
+    ensemble = running.train(of, lambda: DeepEnsemble(of.make_net, networks), settings, seed)
     weights = networks * sum(p.numel() for p in of.make_net().parameters())
-    row = {"units": of.width, "weights": weights, "weight_decay": decay}
-    return [{**row, **running.score_ensemble(of, ensemble, seed)}]
+    return [{"units": of.width, "weights": weights, **settings, **running.score_ensemble(of, ensemble, seed)}]
 
 
 def fewer(task: str, equal: str, examples: int, networks: int) -> Task:
@@ -175,14 +201,19 @@ def fewer(task: str, equal: str, examples: int, networks: int) -> Task:
 
 
 @cache
-def split_decay(task: str, equal: str, examples: int, networks: int) -> float:
-    """Return the weight decay with the lowest validation loss."""
-    of, losses = fewer(task, equal, examples, networks), []
-    for decay in SPLIT_DECAYS:
-        settings = {**running.tuned_settings("single", task), "weight_decay": decay}
-        ensemble = running.train(of, lambda: DeepEnsemble(of.make_net, networks), settings, TUNING_SEEDS[0])
-        losses.append(running.score_ensemble(of, ensemble, TUNING_SEEDS[0], "val")["nll"])
-    return SPLIT_DECAYS[losses.index(min(losses))]
+def split_settings(task: str, equal: str, examples: int, networks: int) -> Settings:
+    """Return the learning rate and the weight decay with the lowest validation loss."""
+    of, losses = fewer(task, equal, examples, networks), dict[tuple[float, float], float]()
+    tuned = running.tuned_settings("single", task)
+    for lr, decay in itertools.product([times * tuned["lr"] for times in SPLIT_TIMES], SPLIT_DECAYS):
+        try:
+            settings = {"lr": lr, "weight_decay": decay}
+            ensemble = running.train(of, lambda: DeepEnsemble(of.make_net, networks), settings, TUNING_SEEDS[0])
+            losses[lr, decay] = running.score_ensemble(of, ensemble, TUNING_SEEDS[0], "val")["nll"]
+        except FloatingPointError:
+            continue
+    lr, decay = min(losses, key=lambda point: losses[point])
+    return {"lr": lr, "weight_decay": decay}
 
 
 @study(
