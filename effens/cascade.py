@@ -2,8 +2,8 @@ r"""Cascades: one member answers first, and all of them only where it is unsure.
 
 .. math:: \bar p(x) = p_1(x) \text{ where } \max_c p_{1c}(x) \ge t, \text{ else } \frac1M \sum_m p_m(x)
 
-Most rows are easy and cost one network. Xia and Bouganis (2023), "Window-based early-exit cascades for uncertainty
-estimation", arXiv:2303.08010.
+Most rows are easy and cost one network. Wang et al. (2022), "Wisdom of committees: an overlooked approach to faster and
+more accurate models", arXiv:2012.01988.
 """
 
 import torch

@@ -203,6 +203,16 @@ def test_samples_are_as_many_as_asked(bank: Path, monkeypatch: pytest.MonkeyPatc
     assert [ensemble.members for ensemble, _ in found] == [1, 3]
 
 
+def test_the_tail_on_digits_has_the_rate_that_is_asked_for(bank: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = trained(monkeypatch)
+    (row,) = one_setting.tail_on_digits(tail_lr=0.7, seed=0)
+    ((ensemble, _),) = found
+    assert isinstance(ensemble, effens.SWAG)
+    assert (ensemble.tail_lr, ensemble.members) == (0.7, TASKS["digits"].members)
+    train = running.score_ensemble(TASKS["digits"], ensemble, 0, "train")
+    assert row["fit"] == pytest.approx(train["member_nll"])
+
+
 @pytest.mark.parametrize("task", ["digits", "gap"])
 def test_every_way_to_search_keeps_to_its_budget(task: str, bank: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = trained(monkeypatch)
@@ -305,7 +315,7 @@ def test_a_budget_is_split_among_networks_of_equal_flops(more_tasks: None, monke
     assert many["units"] < TASKS["digits"].width <= one["units"]
     assert many["weight_decay"] in claims.SPLIT_DECAYS
     assert many["lr"] / SETTINGS["lr"] in claims.SPLIT_TIMES
-    trainings = len(claims.SPLIT_TIMES) * len(claims.SPLIT_DECAYS) + 1  # one for each choice, and one to keep
+    trainings = len(claims.SPLIT_TIMES) + len(claims.SPLIT_DECAYS)  # one for each choice but the first, one to keep
     assert [epochs for _, epochs in found] == [2 * SPOTS.epochs] * trainings + [SPOTS.epochs] * trainings
     assert [ensemble.members for ensemble, _ in found] == [4] * trainings + [1] * trainings
 
@@ -314,13 +324,12 @@ def test_a_longer_training_has_the_weight_decay_of_its_budget(
     more_tasks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = trained(monkeypatch)
-    decays = (0.5, 0.05)
-    monkeypatch.setattr(claims, "LONGER_DECAYS", {"digits": decays})
     (row,) = claims.longer(budget=2, task="digits", members=3, seed=0)
-    assert [epochs for _, epochs in found] == [2 * SPOTS.epochs] * 3  # one for each decay, and one to keep
+    assert [epochs for _, epochs in found] == [2 * SPOTS.epochs] * 5  # one for each decay, and one to keep
     assert all(isinstance(ensemble, effens.SnapshotEnsemble) and ensemble.members == 3 for ensemble, _ in found)
     losses = [running.score_ensemble(TASKS["digits"], each, TUNING_SEEDS[0], "val")["nll"] for each, _ in found]
-    assert row["weight_decay"] == decays[losses.index(min(losses[:2]))]
+    tuned = SETTINGS["weight_decay"]
+    assert row["weight_decay"] == pytest.approx([tuned, tuned, tuned, 3 * tuned][losses.index(min(losses[:4]))])
 
 
 def test_weights_start_larger(more_tasks: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,9 +53,10 @@ def terms(app: Sphinx) -> dict[str, tuple[str, str]]:
     """Return the place and the meaning of each term of the glossary, by its name."""
     found = {}
     for item in app.env.get_doctree(GLOSSARY).findall(nodes.definition_list_item):
-        term, meaning = item.next_node(nodes.term), item.next_node(nodes.paragraph)
-        if term is not None and meaning is not None:
-            found[term.astext()] = (term["ids"][0], " ".join(meaning.astext().split()))
+        meaning = item.next_node(nodes.paragraph)
+        for term in item.findall(nodes.term):  # those that mean the same
+            if meaning is not None:
+                found[term.astext()] = (term["ids"][0], " ".join(meaning.astext().split()))
     return found
 
 

@@ -85,14 +85,6 @@ def is_exercise(cell: nodes.container) -> bool:
 # On a phone a figure wider than the text keeps a legible size in a box that scrolls; keys then reach the box.
 FIGURE = re.compile(r'(?<!<div class="wide-figure">)<img [^>]*src="\.\./(_images/[^"]+\.png)"[^>]*>')
 WIDE = 780  # pixels: two panels or more side by side
-SCROLL_FIGURES = """<script>
-(() => {
-  const reach = new ResizeObserver(seen => seen.forEach(({target: box}) =>
-    box.scrollWidth > box.clientWidth ? box.tabIndex = 0 : box.removeAttribute("tabindex")));
-  document.querySelectorAll(".wide-figure").forEach(box => reach.observe(box));
-})();
-</script>
-</body>"""
 
 
 def box_wide_figures(text: str, site: Path) -> str:
@@ -102,8 +94,7 @@ def box_wide_figures(text: str, site: Path) -> str:
         with Image.open(site / image[1]) as picture:
             return f'<div class="wide-figure">{image[0]}</div>' if picture.width > WIDE else image[0]
 
-    mended = FIGURE.sub(boxed, text)
-    return mended if mended == text else mended.replace("</body>", SCROLL_FIGURES)
+    return FIGURE.sub(boxed, text)
 
 
 def mend_pages(app: Sphinx, error: Exception | None) -> None:

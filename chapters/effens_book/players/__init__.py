@@ -438,6 +438,8 @@ def _page(
     shown = f'<img src="{picture}" alt="{html.escape(alt)}" width="{width}" height="{height}">'
     if behind:
         shown = f'<div style="background: url({behind}) 0 0 / 100% 100% no-repeat">{shown}</div>'
+    elif width > WIDE:
+        shown = f'<div class="picture">{shown}</div>'
     page = f"""<div class="{kind}" data-lm-suppress-shortcuts="true" style="max-width: {width}px">
 <style>
 {style}</style>
@@ -538,6 +540,7 @@ def _rendered(figure: Figure) -> np.ndarray:
 
 
 # hidden="hidden": JupyterLab drops attributes without a value from notebooks that it does not trust.
+WIDE = 620  # pixels: on a phone a wider picture keeps a legible size, and scrolls
 _CONTROLS = """<div class="controls" hidden="hidden">
 <button type="button">Play</button>
 <label>{label}

@@ -1,6 +1,5 @@
 """Claims of papers about ensembles: each is a grid of settings on which it would have to show."""
 
-import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import replace
@@ -64,14 +63,12 @@ def newest(task: str, members: int, budget: int, seed: int) -> list[Row]:
     return [{"last": last, **score(take_members(said, torch.arange(members - last, members)), y)} for last in sizes]
 
 
-LONGER_DECAYS = {"fashion": (0.02, 0.1, 0.5), "airtime": (0.001, 0.03, 0.3, 1.0)}  # around both methods' tuned ones
-
-
 @study(4, {"budget": [1, 2, 4], "task": ["airtime", "fashion"], "members": [1, 8]})
 def longer(budget: int, task: str, members: int, seed: int) -> list[Row]:
     """Train one network, or eight snapshots, for the budget of one, two or four, with a weight decay for each budget.
 
-    A longer training overfits more, so that it wants more weight decay. All else is as tuned for the usual budget.
+    A longer training overfits more, so that it wants more weight decay. All else is as tuned for the usual budget. Both
+    choose among the same decays: what was tuned for either, their geometric mean, and three times the larger.
     """
     of, settings = longer_settings(budget, task, members)
     ensemble = running.train(of, lambda: SnapshotEnsemble(of.make_net, members), settings, seed)
@@ -82,8 +79,11 @@ def longer(budget: int, task: str, members: int, seed: int) -> list[Row]:
 def longer_settings(budget: int, task: str, members: int) -> tuple[Task, Settings]:
     """Return the task with that budget, and settings whose weight decay has the lowest validation loss."""
     of = replace(TASKS[task], epochs=budget * TASKS[task].epochs)
-    tuned = running.tuned_settings("single" if members == 1 else "snapshot", task)
-    points, losses = [{**tuned, "weight_decay": decay} for decay in LONGER_DECAYS[task]], []
+    one, snapshot = (running.tuned_settings(name, task) for name in ("single", "snapshot"))
+    low, high = sorted((one["weight_decay"], snapshot["weight_decay"]))
+    decays = (low, math.sqrt(low * high), high, 3 * high)
+    points = [{**(one if members == 1 else snapshot), "weight_decay": decay} for decay in decays]
+    losses = []
     for settings in points:
         ensemble = running.train(of, lambda: SnapshotEnsemble(of.make_net, members), settings, TUNING_SEEDS[0])
         losses.append(running.score_ensemble(of, ensemble, TUNING_SEEDS[0], "val")["nll"])
@@ -163,14 +163,14 @@ def collusion(task: str, joint: float, seed: int) -> list[Row]:
 
 
 SPLIT_DECAYS = (0.03, 0.3, 3.0)
-SPLIT_TIMES = (0.5, 1.0, 2.0)  # of the learning rate
+SPLIT_TIMES = (0.125, 0.25, 0.5, 1.0, 2.0)  # of the learning rate that was tuned for one network
 COUNTS = [1, 2, 4, 8, 16]
 
 
 @study(
     4,
-    {"task": ["digits"], "equal": ["FLOPs", "weights"], "networks": COUNTS, "examples": [125, 500, 1000]},
     {"task": ["airtime"], "equal": ["FLOPs"], "networks": COUNTS, "examples": [2500, 10000, 40000]},
+    {"task": ["digits"], "equal": ["FLOPs", "weights"], "networks": COUNTS, "examples": [125, 500, 1000]},
 )
 def split(task: str, equal: str, networks: int, examples: int, seed: int) -> list[Row]:
     """Divide the FLOPs, or weights, of four networks among 1 to 16, which differ in width, and train on fewer examples.
@@ -202,17 +202,22 @@ def fewer(task: str, equal: str, examples: int, networks: int) -> Task:
 
 @cache
 def split_settings(task: str, equal: str, examples: int, networks: int) -> Settings:
-    """Return the learning rate and the weight decay with the lowest validation loss."""
+    """Return the learning rate with the lowest validation loss, and then the best weight decay at it."""
     of, losses = fewer(task, equal, examples, networks), dict[tuple[float, float], float]()
-    tuned = running.tuned_settings("single", task)
-    for lr, decay in itertools.product([times * tuned["lr"] for times in SPLIT_TIMES], SPLIT_DECAYS):
-        try:
-            settings = {"lr": lr, "weight_decay": decay}
-            ensemble = running.train(of, lambda: DeepEnsemble(of.make_net, networks), settings, TUNING_SEEDS[0])
-            losses[lr, decay] = running.score_ensemble(of, ensemble, TUNING_SEEDS[0], "val")["nll"]
-        except FloatingPointError:
-            continue
-    lr, decay = min(losses, key=lambda point: losses[point])
+    tuned, middle = running.tuned_settings("single", task)["lr"], SPLIT_DECAYS[1]
+
+    def best(points: Iterable[tuple[float, float]]) -> tuple[float, float]:
+        for lr, decay in points:
+            try:
+                settings = {"lr": lr, "weight_decay": decay}
+                ensemble = running.train(of, lambda: DeepEnsemble(of.make_net, networks), settings, TUNING_SEEDS[0])
+                losses[lr, decay] = running.score_ensemble(of, ensemble, TUNING_SEEDS[0], "val")["nll"]
+            except FloatingPointError:
+                continue
+        return min(losses, key=lambda point: losses[point])
+
+    lr, _ = best((times * tuned, middle) for times in SPLIT_TIMES)
+    lr, decay = best((lr, decay) for decay in SPLIT_DECAYS if decay != middle)
     return {"lr": lr, "weight_decay": decay}
 
 

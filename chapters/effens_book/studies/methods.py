@@ -96,6 +96,17 @@ def samples(samples: int, seed: int) -> list[Row]:
     return [running.score_ensemble(task, running.train(task, make, settings, seed, MOMENTUM_SGD), seed)]
 
 
+@study(8, {"tail_lr": [0.1, 0.3, 1.0]})
+def tail_on_digits(tail_lr: float, seed: int) -> list[Row]:
+    """Raise the rate of SWAG's tail on digits, with all else tuned: are the draws one network because they fit?"""
+    task, settings = TASKS["digits"], running.tuned_settings("SWAG")
+    ensemble = running.train(
+        task, lambda: SWAG(task.make_net, task.members, tail_lr=tail_lr, seed=seed), settings, seed, MOMENTUM_SGD
+    )
+    fitted = running.score_ensemble(task, ensemble, seed, "train")
+    return [{"fit": fitted["member_nll"], **running.score_ensemble(task, ensemble, seed)}]
+
+
 @study(
     5,
     {"width": [8, 16, 32, 64], "members": [1], "share": [0.0]},
