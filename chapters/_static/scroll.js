@@ -1,6 +1,7 @@
 // What is wider than its place scrolls: keys reach it, and the side on which more is hidden fades.
 (() => {
-  const BOXES = ".wide-figure, .effens-table, .pst-scrollable-table-container, .effens-player .picture";
+  const BOXES = ".wide-figure, .effens-table, .pst-scrollable-table-container, .effens-player .picture, "
+    + ".effens-chooser, .katex-display, div.highlight pre";
   function look(box) {
     const hidden = box.scrollWidth - box.clientWidth;
     hidden > 1 ? box.tabIndex = 0 : box.removeAttribute("tabindex");

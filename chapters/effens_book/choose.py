@@ -47,7 +47,7 @@ class Choice:
         reason: in words.
 
     Example:
-        >>> choice = effens.choose(memory=1.1)[-1]
+        >>> choice = choose(memory=1.1)[-1]
         >>> choice.qualifies, "memory" in choice.reason
         (False, True)
     """

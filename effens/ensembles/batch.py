@@ -251,14 +251,14 @@ class BatchEnsembleLinear(RankOneLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(members * batch, ..., in)`` to ``(members * batch, ..., out)``, each member its own rows."""
-        members = self.members
-        if input.dim() != 2 or len(input) % members or input.numel() >= self.fold_from * members:
+        members, shape = self.members, input.shape
+        if len(shape) != 2 or shape[0] % members or input.numel() >= self.fold_from * members:
             return super().forward(input)
         s, bias = self.s, self.bias  # rows in the plain way, in as few calls as there can be
-        if len(input) == members:
+        if shape[0] == members:
             return scale_and_shift(F.linear(input * self.r, self.weight), s, bias)
-        y = F.linear(input.view(members, -1, input.shape[1]) * self.r.unsqueeze(1), self.weight)
-        return scale_and_shift(y, s.unsqueeze(1), None if bias is None else bias.unsqueeze(1)).flatten(0, 1)
+        y = F.linear(input.view(members, -1, shape[1]) * self.r.unsqueeze(1), self.weight)
+        return scale_and_shift(y, s.unsqueeze(1), None if bias is None else bias.unsqueeze(1)).view(shape[0], -1)
 
 
 class BatchEnsembleConv1d(RankOneLayer):

@@ -540,7 +540,7 @@ def _rendered(figure: Figure) -> np.ndarray:
 
 
 # hidden="hidden": JupyterLab drops attributes without a value from notebooks that it does not trust.
-WIDE = 620  # pixels: on a phone a wider picture keeps a legible size, and scrolls
+WIDE = 750  # pixels: on a phone a wider picture, of several panels, keeps a legible size, and scrolls
 _CONTROLS = """<div class="controls" hidden="hidden">
 <button type="button">Play</button>
 <label>{label}
