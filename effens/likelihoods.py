@@ -72,7 +72,7 @@ def check_targets(outputs: Tensor, y: Tensor, hint: str = "") -> None:
 def check_integers(y: Tensor) -> None:
     """Raise `ValueError` unless labels are integers: anything else would be cut off."""
     if y.is_floating_point() or y.is_complex():
-        raise ValueError(f"labels must be integers, or the likelihood another, such as Gaussian(), got {y.dtype}")
+        raise ValueError(f"labels must be integers, got {y.dtype}: numbers want another likelihood, such as Gaussian()")
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ def test_missing_targets_do_not_count(likelihood: Any, positions: tuple[int, ...
 
 
 def test_labels_that_are_no_integers() -> None:
-    with pytest.raises(ValueError, match=r"labels must be integers, .* got torch.float32"):
+    with pytest.raises(ValueError, match=r"labels must be integers, got torch.float32: .*Gaussian"):
         effens.Categorical().check(torch.zeros(3, 2, 4), torch.zeros(2))
 
 

@@ -535,7 +535,7 @@ def test_limits_of_risk_are_where_the_rules_say() -> None:
     one_of_one = Normal(torch.zeros(1, 1), torch.ones(1, 1))
     assert effens.greedy_select(one_of_one, torch.zeros(1), 1) == [0]
     for empty in (Normal(torch.zeros(0, 1), torch.ones(0, 1)), Normal(torch.zeros(1, 0), torch.ones(1, 0))):
-        with pytest.raises(ValueError, match=r"predictions must be \(candidates, n\) and y \(n,\), none 0"):
+        with pytest.raises(ValueError, match=r"predictions must be \(members, n\) and y \(n,\), none 0"):
             effens.greedy_select(empty, torch.zeros(empty.batch_shape[1]), 1)
 
 

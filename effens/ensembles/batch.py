@@ -258,7 +258,7 @@ class BatchEnsembleLinear(RankOneLayer):
         if shape[0] == members:
             return scale_and_shift(F.linear(input * self.r, self.weight), s, bias)
         y = F.linear(input.view(members, -1, shape[1]) * self.r.unsqueeze(1), self.weight)
-        return scale_and_shift(y, s.unsqueeze(1), None if bias is None else bias.unsqueeze(1)).view(shape[0], -1)
+        return scale_and_shift(y, s.unsqueeze(1), None if bias is None else bias.unsqueeze(1)).flatten(0, 1)
 
 
 class BatchEnsembleConv1d(RankOneLayer):
