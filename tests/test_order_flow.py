@@ -178,11 +178,12 @@ def test_without_python_it_is_not_slower(tmp_path: Path) -> None:
         pytest.skip("needs g++")
     ensemble, x = effens.BatchEnsemble(make_net, 4).eval(), draw(20, flows.FEATURES)
     served = serving.export(ensemble, x[:1], tmp_path / "a.pt2", "aoti", likelihood=order_flow.Locations())
-    times = [
-        sorted(order_flow.time_calls(served.run, x, 5000)),
-        sorted(order_flow.time_calls_without_python(tmp_path / "a.pt2", x, 5000)),
-    ]
-    assert times[1][2500] < 1.1 * times[0][2500]
+    ratios = []
+    for _ in range(9):  # in turns, so that a busy moment hits both
+        with_python = order_flow.time_calls(served.run, x, 1000)
+        without = order_flow.time_calls_without_python(tmp_path / "a.pt2", x, 1000)
+        ratios.append(np.median(without) / np.median(with_python))
+    assert np.median(ratios) < 1.1
     with pytest.raises(RuntimeError, match="the compiled file must run in C"):
         order_flow.time_calls_without_python(tmp_path / "none.pt2", x, 10)
 
