@@ -539,8 +539,8 @@ def _rendered(figure: Figure) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
-# hidden="hidden": JupyterLab drops attributes without a value from notebooks that it does not trust.
 WIDE = 750  # pixels: on a phone a wider picture, of several panels, keeps a legible size, and scrolls
+# hidden="hidden": JupyterLab drops attributes without a value from notebooks that it does not trust.
 _CONTROLS = """<div class="controls" hidden="hidden">
 <button type="button">Play</button>
 <label>{label}
